@@ -1,0 +1,43 @@
+"""Layer 1: a causal LM as a distribution over completions."""
+
+from .critic import CRITIC, Critic, critic_config, detached_critic, is_critic_folder
+from .forward import (
+    CompletionScores,
+    base_causal_lm,
+    enable_completion_scoring,
+    scatter,
+    score_completions,
+)
+from .generation import first_eos_mask, raw_generation_config, sampling_config
+from .head import LMHead, token_log_probs_and_entropy, token_log_probs_and_exact_kl
+from .language_model import (
+    Completions,
+    LanguageModel,
+    as_completion,
+    check_prompt_fits,
+    eos_token_ids,
+)
+
+__all__ = [
+    "CRITIC",
+    "CompletionScores",
+    "Completions",
+    "Critic",
+    "LMHead",
+    "LanguageModel",
+    "as_completion",
+    "base_causal_lm",
+    "check_prompt_fits",
+    "critic_config",
+    "detached_critic",
+    "enable_completion_scoring",
+    "eos_token_ids",
+    "first_eos_mask",
+    "is_critic_folder",
+    "raw_generation_config",
+    "sampling_config",
+    "scatter",
+    "score_completions",
+    "token_log_probs_and_entropy",
+    "token_log_probs_and_exact_kl",
+]

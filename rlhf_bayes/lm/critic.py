@@ -1,0 +1,163 @@
+"""The critic: what reward, less the KL penalty, a prefix can expect. Lives inside the policy, saves beside it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+
+CRITIC = "critic"  # the attribute of the causal LM that holds it, and the folder beside the policy's weights
+_CONFIG, _HEAD = "critic_config.json", "value_head.safetensors"
+
+
+def states_before(outputs: Any, completion_ids: Tensor) -> Tensor:
+    """Last hidden states before each completion token: (B, P + T, H) to (B, T, H)."""
+    return outputs.last_hidden_state[:, -completion_ids.size(1) - 1 : -1]
+
+
+class Critic(nn.Module):
+    """
+    A value head on one of three trunks.
+
+        u(prompt, x_<t) = w · h_t + b  ≈  E_π[r − β·log(π/π0)(x) | x_<t]
+
+    The log-ratio is that of the whole completion, its past included, so that u is the constant β·log Z wherever the
+    policy is the posterior. The value in the usual sense, reward to go less KL to go, is V(x_<t) = u + β·Σ_{i<t}
+    log(π/π0)(x_i).
+
+    Args:
+        hidden_size (`int`):
+            H of the trunk.
+        backbone (`PreTrainedModel`, *optional*):
+            A trunk of its own (no LM head). Default: the policy's own last hidden states.
+        adapter (`str`, *optional*):
+            Name of a PEFT adapter of the policy under which the policy's trunk is run a second time.
+    """
+
+    def __init__(self, hidden_size: int, backbone: PreTrainedModel | None = None, adapter: str | None = None):
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.value_head = nn.Linear(hidden_size, 1)
+        # zero output: until it has learnt something, the critic must not push the policy
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.detach_trunk = False
+
+    def forward(self, lm: PreTrainedModel, hidden: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """Values (N,) of the N prefixes whose policy states are `hidden` (N, H); fp32, units of the reward."""
+        if self.backbone is not None:
+            hidden = states_before(self.backbone(**inputs, use_cache=False), mask)[mask]
+        elif self.adapter is not None:
+            with _active_adapter(lm, self.adapter), _without_checkpointing(lm):
+                hidden = states_before(lm.base_model(**inputs, use_cache=False), mask)[mask]
+        if self.detach_trunk:
+            hidden = hidden.detach()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.value_head.weight.float(), self.value_head.bias.float()).squeeze(-1)
+
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the value head, and the backbone if it has one, to a folder that [`Critic.from_pretrained`] reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        head = {name: tensor.contiguous().cpu() for name, tensor in state.items() if name.startswith("value_head.")}
+        if self.backbone is not None:
+            prefix = "backbone."
+            backbone = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            self.backbone.save_pretrained(folder, state_dict=backbone)
+        save_file(head, folder / _HEAD)
+        trunk = "backbone" if self.backbone is not None else "adapter" if self.adapter is not None else "shared"
+        config = {"trunk": trunk, "hidden_size": self.value_head.in_features, "adapter": self.adapter}
+        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Critic":
+        """
+        Read a critic written by `save_pretrained`. A shared or adapter critic also needs the policy it was trained with.
+
+        Raises:
+            ValueError: if the folder holds no critic.
+        """
+        config = critic_config(folder)
+        backbone = AutoModel.from_pretrained(folder) if config["trunk"] == "backbone" else None
+        critic = cls(config["hidden_size"], backbone, config["adapter"])
+        critic.load_value_head(folder)
+        return critic
+
+    def load_value_head(self, folder: str | Path) -> None:
+        """
+        Load the value head from a saved critic.
+
+        Raises:
+            ValueError: if it was trained on hidden states of another size.
+        """
+        size = critic_config(folder)["hidden_size"]
+        if size != self.value_head.in_features:
+            raise ValueError(
+                f"The critic in `{folder}` has hidden size {size}, the trunk it should read has "
+                f"{self.value_head.in_features}: they must be equal. Start with a new critic, or use the policy that the "
+                "critic was saved with."
+            )
+        self.value_head.load_state_dict(
+            {name.removeprefix("value_head."): t for name, t in load_file(Path(folder) / _HEAD).items()}
+        )
+
+
+def is_critic_folder(folder: str | Path) -> bool:
+    """Whether [`Critic.from_pretrained`] can read the folder."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
+def critic_config(folder: str | Path) -> dict[str, Any]:
+    """The trunk ("shared", "backbone" or "adapter"), hidden size and adapter name of a saved critic."""
+    if not is_critic_folder(folder):
+        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {_CONFIG}.")
+    return json.loads((Path(folder) / _CONFIG).read_text())
+
+
+@contextmanager
+def detached_critic(lm: PreTrainedModel) -> Iterator[Critic | None]:
+    """Take the critic out of the causal LM for a while: what is saved or sent meanwhile is the plain policy."""
+    critic = lm._modules.pop(CRITIC, None)
+    try:
+        yield critic
+    finally:
+        if critic is not None:
+            lm._modules[CRITIC] = critic
+
+
+@contextmanager
+def _active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in lm.base_model.modules() if isinstance(module, BaseTunerLayer)]
+    # not `set_adapter`: it freezes the other adapters, whose gradients the same backward pass still needs
+    active = [layer._active_adapter for layer in layers]
+    disabled = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._active_adapter, layer._disable_adapters = [name], False
+    try:
+        yield
+    finally:
+        for layer, names, off in zip(layers, active, disabled, strict=True):
+            layer._active_adapter, layer._disable_adapters = names, off
+
+
+@contextmanager
+def _without_checkpointing(lm: PreTrainedModel) -> Iterator[None]:
+    # a checkpointed layer would be recomputed in the backward pass, under the policy's adapter
+    modules = [module for module in lm.base_model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True

@@ -1,0 +1,329 @@
+"""A causal LM as a distribution over completions: draw from it, score with it, tilt it into a posterior."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..numerics import masked_sum
+from .forward import base_causal_lm, enable_completion_scoring, score_completions
+from .generation import first_eos_mask, raw_generation_config, sampling_config
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+Prompt = str | list[dict[str, Any]]
+Completion = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions drawn from a [`LanguageModel`], one row each, grouped by prompt."""
+
+    prompts: list[Prompt]
+    """The prompt of each row: n rows of the first prompt, then n of the second, …"""
+    completion_ids: list[list[int]]
+    """Token ids up to and including the first EOS."""
+    texts: list[str]
+    """Decoded, special tokens skipped."""
+    completions: list[Completion]
+    """As reward functions take them: a text, or one assistant message for a chat prompt."""
+    mask: Tensor
+    """(B, T) bool: the tokens of each completion."""
+    token_log_probs: Tensor
+    """(B, T) fp32, nats, 0 on padding."""
+    ended: Tensor
+    """(B,) bool: whether EOS was drawn; false for completions cut at `max_completion_length`."""
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log π(x | prompt), (B,), nats: the sum over the completion's tokens."""
+        return masked_sum(self.token_log_probs, self.mask, dim=-1)
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+
+class LanguageModel:
+    """
+    A causal LM as a distribution over completions.
+
+        log π(x | prompt) = Σ_t log π(x_t | prompt, x_<t),   x ends with the first EOS or at `max_completion_length`
+
+    Completions that are cut are ordinary members of the support. The model is put in evaluation mode: dropout would make
+    the density random.
+
+    Args:
+        model_or_path (`str`, `Path` or `PreTrainedModel` or `PeftModel`):
+            The model, or where to load it from (in fp32).
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Default: the one saved beside the model. Its padding side is not changed; prompts are padded left here.
+        max_completion_length (`int`):
+            Longest completion, in tokens, EOS included.
+        temperature (`float`):
+            Divides the logits at each token; part of the distribution.
+        batch_size (`int`):
+            Sequences in one forward pass; changes memory, not results.
+
+    Raises:
+        ValueError: if the tokenizer has no EOS, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model_or_path: "str | Path | PreTrainedModel",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        batch_size: int = 64,
+    ):
+        for name, value in (("max_completion_length", max_completion_length), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}: it divides the logits.")
+        if isinstance(model_or_path, str | Path):
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(model_or_path)
+            model = AutoModelForCausalLM.from_pretrained(model_or_path, dtype=torch.float32)
+        else:
+            model = model_or_path
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.max_completion_length = max_completion_length
+        self.temperature = temperature
+        self.batch_size = batch_size
+        self.eos_token_ids = eos_token_ids(base_causal_lm(model), tokenizer)
+        enable_completion_scoring(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where results are returned."""
+        return base_causal_lm(self.model).device
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[Prompt], n: int = 1, generator: torch.Generator | None = None) -> Completions:
+        """
+        Draw n completions for each prompt.
+
+        The log-probabilities come from the same teacher-forced pass as [`LanguageModel.log_prob`], since those of cached
+        generation differ from it by more than rounding of one kernel.
+
+        Args:
+            prompts (`Sequence` of `str` or of chat messages):
+                P prompts.
+            n (`int`):
+                Completions a prompt.
+            generator (`torch.Generator`, *optional*):
+                Makes the draw reproducible and leaves the global random state alone. Default: the global state.
+
+        Returns:
+            [`Completions`] with B = P · n rows.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+        rows = [prompt for prompt in _checked_prompts(prompts) for _ in range(n)]
+        prompt_ids = self.prompt_token_ids(rows)
+        completion_ids: list[list[int]] = []
+        with _seeded_by(generator, self.device), raw_generation_config(self.model):
+            for start in range(0, len(rows), self.batch_size):
+                completion_ids += self._generate(prompt_ids[start : start + self.batch_size])
+        token_log_probs, mask = self._score(prompt_ids, completion_ids)
+        texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        eos = set(self.eos_token_ids)
+        return Completions(
+            prompts=rows,
+            completion_ids=completion_ids,
+            texts=texts,
+            completions=[as_completion(prompt, text) for prompt, text in zip(rows, texts, strict=True)],
+            mask=mask,
+            token_log_probs=token_log_probs,
+            ended=torch.tensor([ids[-1] in eos for ids in completion_ids], device=self.device),
+        )
+
+    def log_prob(self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> Tensor:
+        """
+        log π(x | prompt) of each row: (B,), fp32, nats, without gradient.
+
+        Args:
+            prompts (`Sequence` of `str` or of chat messages):
+                B prompts, one a completion.
+            completion_ids (`Sequence[Sequence[int]]`):
+                B completions: token ids up to and including the first EOS, or `max_completion_length` tokens.
+
+        Raises:
+            ValueError: if a completion is empty, goes on after EOS, is too long, or stops early without EOS (it is then a
+                prefix, not a member of the support).
+        """
+        token_log_probs, mask = self.token_log_probs(prompts, completion_ids)
+        return masked_sum(token_log_probs, mask, dim=-1)
+
+    @torch.no_grad()
+    def token_log_probs(
+        self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor]:
+        """log π(x_t | prompt, x_<t) (B, T), nats, and the mask (B, T) of the completion's tokens. See `log_prob`."""
+        prompts = _checked_prompts(prompts)
+        if len(prompts) != len(completion_ids):
+            raise ValueError(
+                f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and {len(completion_ids)}."
+            )
+        for row, ids in enumerate(completion_ids):
+            self._check_completion(row, ids)
+        return self._score(self.prompt_token_ids(prompts), completion_ids)
+
+    def tilt(self, reward_funcs: Any, beta: float, **options: Any) -> "Posterior":
+        """π*(x | c) ∝ π(x | c)·exp(r(c, x)/β): see [`~rlhf_bayes.posterior.tilt`], which takes the options."""
+        # upwards on purpose, and only when called: a prior is where a user starts
+        from ..posterior import tilt
+
+        return tilt(self, reward_funcs, beta, **options)
+
+    def prompt_token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """
+        Token ids as TRL makes them: special tokens added to a text, the chat template with generation prompt for messages.
+
+        Raises:
+            ValueError: if prompt and longest completion do not fit the model's context, or a prompt has no token.
+        """
+        texts = [row for row, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        chats = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+        ids: dict[int, list[int]] = {}
+        if texts:
+            ids |= dict(zip(texts, self.tokenizer([prompts[row] for row in texts])["input_ids"], strict=True))
+        if chats:
+            encoded = self.tokenizer.apply_chat_template(
+                [prompts[row] for row in chats], add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+            ids |= dict(zip(chats, encoded["input_ids"], strict=True))
+        for row, prompt in ids.items():
+            check_prompt_fits(base_causal_lm(self.model), len(prompt), self.max_completion_length, row)
+        return [ids[row] for row in range(len(prompts))]
+
+    def _generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        padded, mask = self._pad(prompt_ids, left=True)
+        pad_token_id = self.tokenizer.pad_token_id
+        config = sampling_config(
+            self.max_completion_length,
+            self.eos_token_ids,
+            self.eos_token_ids[0] if pad_token_id is None else pad_token_id,
+            self.temperature,
+        )
+        output = self.model.generate(input_ids=padded, attention_mask=mask.long(), generation_config=config)
+        completion_ids = output[:, padded.size(1) :]  # (B, T)
+        kept = first_eos_mask(completion_ids, self.eos_token_ids)
+        return [ids[keep].tolist() for ids, keep in zip(completion_ids, kept, strict=True)]
+
+    def _score(self, prompt_ids: list[list[int]], completion_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        width = max(len(ids) for ids in completion_ids)
+        parts, masks = [], []
+        for start in range(0, len(prompt_ids), self.batch_size):
+            prompts, prompt_mask = self._pad(prompt_ids[start : start + self.batch_size], left=True)
+            completions, mask = self._pad(completion_ids[start : start + self.batch_size], left=False)
+            scores = score_completions(
+                self.model, prompts, prompt_mask, completions, mask, self.temperature, with_values=False
+            )
+            missing = (0, width - mask.size(1))
+            parts.append(torch.nn.functional.pad(scores.log_probs, missing))
+            masks.append(torch.nn.functional.pad(mask, missing))
+        return torch.cat(parts), torch.cat(masks)
+
+    def _pad(self, sequences: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
+        width = max(len(ids) for ids in sequences)
+        # what stands in the padding is masked: any id of the vocabulary will do
+        padded = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+        for row, ids in enumerate(sequences):
+            where = slice(width - len(ids), width) if left else slice(0, len(ids))
+            padded[row, where] = torch.tensor(ids)
+            mask[row, where] = True
+        return padded.to(self.device), mask.to(self.device)
+
+    def _check_completion(self, row: int, ids: Sequence[int]) -> None:
+        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
+        problem = None
+        if len(ids) == 0:
+            problem = "is empty"
+        elif len(ids) > self.max_completion_length:
+            problem = f"has {len(ids)} tokens, more than `max_completion_length` = {self.max_completion_length}"
+        elif ends and ends[0] != len(ids) - 1:
+            problem = f"goes on after the EOS at position {ends[0]}"
+        elif not ends and len(ids) < self.max_completion_length:
+            problem = f"stops after {len(ids)} tokens without EOS: it is a prefix, not a completion"
+        if problem:
+            raise ValueError(
+                f"`completion_ids` must hold tokens up to and including the first EOS, or `max_completion_length` tokens; "
+                f"row {row} {problem}. Cut at the first EOS, or append {self.eos_token_ids[0]}."
+            )
+
+
+def as_completion(prompt: Prompt, text: str) -> Completion:
+    """A completion in the prompt's own form: a text, or one assistant message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    The tokens that end a completion: the tokenizer's EOS, then every other that the model's generation config declares.
+
+    Raises:
+        ValueError: if the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"`tokenizer` must have an EOS token, got {type(tokenizer).__name__} with `eos_token=None`: no completion would "
+            "ever end. Set `tokenizer.eos_token` to the token that closes a text in the model's training data."
+        )
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return [tokenizer.eos_token_id, *(token for token in declared if token != tokenizer.eos_token_id)]
+
+
+def check_prompt_fits(model: PreTrainedModel, prompt_length: int, max_completion_length: int, row: int) -> None:
+    """
+    Refuse prompts that leave no room for a completion.
+
+    Raises:
+        ValueError: if the prompt has no token, or prompt + completion exceed the model's positions.
+    """
+    if prompt_length == 0:
+        raise ValueError(
+            f"Each prompt must have at least one token, prompt {row} has none. Add a BOS token or text, or drop the row."
+        )
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt_length + max_completion_length > context:
+        raise ValueError(
+            f"Prompt and completion must fit the model's context of {context} tokens: prompt {row} has {prompt_length} "
+            f"tokens and `max_completion_length` is {max_completion_length}. Shorten or drop the prompt, or lower "
+            "`max_completion_length`."
+        )
+
+
+def _checked_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"`prompts` must be a non-empty list of texts or of chats, got {prompts!r}.")
+    return list(prompts)
+
+
+@contextmanager
+def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    # `generate` draws from the global random state only
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
