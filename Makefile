@@ -1,0 +1,80 @@
+# make ppo          environment, install, PPO on the bundled model        make test         environment, install, tests
+# make lint         ruff and pyright                                      make test-oldest  the tests on the oldest trl
+#
+# Arguments of the recipe:   make ppo ARGS='--beta 0.2 --critic separate'
+# Another torch:             export TORCH='torch==2.12.1' TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# Another Python or place:   make test PYTHON=python3.12 VENV=~/envs/rlhf_bayes
+
+VENV  ?= .venv
+ARGS  ?=
+# two workers, for two cores; TESTS narrows the run: make test TESTS=tests/numerics
+TESTS ?= tests
+
+# The first interpreter on PATH that is new enough and can make environments; a pyenv shim may exist and yet not run.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+    && echo $$python && break; done)
+
+# PyPI's torch for Linux brings gigabytes of CUDA with it. Where no NVIDIA driver answers, the +cpu build is asked for by
+# its full version, so that no index can offer the CUDA build in its place. The indexes that pip is configured with come
+# first: they may hold it, and pytorch.org may be out of reach.
+CPU_INDEX = https://download.pytorch.org/whl/cpu
+ifeq ($(shell uname -s)-$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'),Linux-0)
+  TORCH ?= torch==2.13.0+cpu
+else
+  TORCH ?= torch==2.13.0
+endif
+pip_install = $(@D)/bin/python -m pip install
+ifneq ($(TORCH_INDEX),)
+  install_torch = $(pip_install) '$(TORCH)' --extra-index-url $(TORCH_INDEX)
+else ifneq ($(filter %+cpu,$(TORCH)),)
+  install_torch = $(pip_install) --quiet '$(TORCH)' 2>/dev/null || $(pip_install) '$(TORCH)' --extra-index-url $(CPU_INDEX)
+else
+  install_torch = $(pip_install) '$(TORCH)'
+endif
+
+# pip compiles what it installs, which cuts the imports from half a minute to a dozen seconds; this keeps ours compiled too
+unexport PYTHONDONTWRITEBYTECODE
+# the tests must find the package because it is installed
+unexport PYTHONPATH
+
+# An environment is up to date when its stamp is newer than pyproject.toml; the stamp's name holds the torch asked for.
+stamp = .installed-$(subst ==,-,$(notdir $(TORCH)))
+
+.PHONY: ppo test test-oldest lint format clean
+.DELETE_ON_ERROR:
+
+ppo: $(VENV)/$(stamp)
+	$(VENV)/bin/accelerate launch recipes/ppo_klrl.py $(ARGS)
+
+test: $(VENV)/$(stamp)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(TESTS)
+
+test-oldest: .venv-oldest/$(stamp)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(TESTS)
+
+lint: $(VENV)/$(stamp)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+format: $(VENV)/$(stamp)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv-oldest/$(stamp): TRL = 'trl==1.7.*'
+
+# torch first and alone: its index is asked for nothing else. Naming torch again in the second command pins it.
+%/$(stamp): pyproject.toml
+	@test -x $(@D)/bin/python || test -n '$(PYTHON)' || { echo 'make: no Python >= 3.11 with venv and ensurepip on PATH.' \
+	  'Install one (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@echo 'Installing into $(@D) with $(TORCH): some minutes the first time.'
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@rm -f $(@D)/.installed-*
+	$(install_torch)
+	$(pip_install) --quiet '$(TORCH)' $(TRL) -e '.[dev,recipes]'
+	@touch '$@'
