@@ -1,6 +1,6 @@
 """Layer 1: a causal LM as a distribution over completions."""
 
-from .critic import CRITIC, Critic, critic_config, detached_critic, is_critic_folder
+from .critic import CRITIC, Critic, active_adapter, critic_config, detached_critic, is_critic_folder, set_trainable, split_critic
 from .forward import (
     CompletionScores,
     base_causal_lm,
@@ -25,6 +25,7 @@ __all__ = [
     "Critic",
     "LMHead",
     "LanguageModel",
+    "active_adapter",
     "as_completion",
     "base_causal_lm",
     "check_prompt_fits",
@@ -38,6 +39,8 @@ __all__ = [
     "sampling_config",
     "scatter",
     "score_completions",
+    "set_trainable",
+    "split_critic",
     "token_log_probs_and_entropy",
     "token_log_probs_and_exact_kl",
 ]

@@ -55,7 +55,7 @@ class Critic(nn.Module):
         if self.backbone is not None:
             hidden = states_before(self.backbone(**inputs, use_cache=False), mask)[mask]
         elif self.adapter is not None:
-            with _active_adapter(lm, self.adapter), _without_checkpointing(lm):
+            with active_adapter(lm, self.adapter), _without_checkpointing(lm):
                 hidden = states_before(lm.base_model(**inputs, use_cache=False), mask)[mask]
         if self.detach_trunk:
             hidden = hidden.detach()
@@ -77,10 +77,29 @@ class Critic(nn.Module):
         config = {"trunk": trunk, "hidden_size": self.value_head.in_features, "adapter": self.adapter}
         (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
+    def load(self, folder: str | Path) -> None:
+        """
+        Load the value head, and the backbone if it has one, from a saved critic.
+
+        Raises:
+            ValueError: if the folder holds no critic, or one for hidden states of another size.
+        """
+        size = critic_config(folder)["hidden_size"]
+        if size != self.value_head.in_features:
+            raise ValueError(
+                f"The critic in `{folder}` has hidden size {size}, the trunk it should read has "
+                f"{self.value_head.in_features}: they must be equal. Start with a new critic, or use the policy that "
+                "the critic was saved with."
+            )
+        state = load_file(Path(folder) / _HEAD)
+        self.value_head.load_state_dict({name.removeprefix("value_head."): t for name, t in state.items()})
+        if self.backbone is not None:
+            self.backbone.load_state_dict(AutoModel.from_pretrained(folder, dtype=self.backbone.dtype).state_dict())
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Critic":
         """
-        Read a critic written by `save_pretrained`. A shared or adapter critic also needs the policy it was trained with.
+        Read a critic written by `save_pretrained`. A shared or adapter critic also needs the policy it came with.
 
         Raises:
             ValueError: if the folder holds no critic.
@@ -88,26 +107,8 @@ class Critic(nn.Module):
         config = critic_config(folder)
         backbone = AutoModel.from_pretrained(folder) if config["trunk"] == "backbone" else None
         critic = cls(config["hidden_size"], backbone, config["adapter"])
-        critic.load_value_head(folder)
+        critic.load(folder)
         return critic
-
-    def load_value_head(self, folder: str | Path) -> None:
-        """
-        Load the value head from a saved critic.
-
-        Raises:
-            ValueError: if it was trained on hidden states of another size.
-        """
-        size = critic_config(folder)["hidden_size"]
-        if size != self.value_head.in_features:
-            raise ValueError(
-                f"The critic in `{folder}` has hidden size {size}, the trunk it should read has "
-                f"{self.value_head.in_features}: they must be equal. Start with a new critic, or use the policy that the "
-                "critic was saved with."
-            )
-        self.value_head.load_state_dict(
-            {name.removeprefix("value_head."): t for name, t in load_file(Path(folder) / _HEAD).items()}
-        )
 
 
 def is_critic_folder(folder: str | Path) -> bool:
@@ -133,8 +134,33 @@ def detached_critic(lm: PreTrainedModel) -> Iterator[Critic | None]:
             lm._modules[CRITIC] = critic
 
 
+def split_critic(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part the state dict of a policy that holds a critic into the policy's and the critic's own."""
+    policy, critic = {}, {}
+    for name, tensor in state_dict.items():
+        _, found, inner = f".{name}".partition(f".{CRITIC}.value_head.")
+        _, in_backbone, inner_backbone = f".{name}".partition(f".{CRITIC}.backbone.")
+        if found:
+            critic[f"value_head.{inner}"] = tensor
+        elif in_backbone:
+            critic[f"backbone.{inner_backbone}"] = tensor
+        else:
+            policy[name] = tensor
+    return policy, critic
+
+
+def set_trainable(lm: PreTrainedModel, critic: Critic) -> None:
+    """Let the critic learn: its head, its backbone, and its adapter in the policy."""
+    critic.requires_grad_(True)
+    if critic.adapter is not None:
+        for name, parameter in lm.named_parameters():
+            if f".{critic.adapter}." in name:
+                parameter.requires_grad_(True)
+
+
 @contextmanager
-def _active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
+def active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run the causal LM under one of its PEFT adapters for a while, whatever is active or disabled around it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in lm.base_model.modules() if isinstance(module, BaseTunerLayer)]

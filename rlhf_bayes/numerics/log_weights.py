@@ -1,0 +1,180 @@
+"""What a set of importance log-weights says: log Z, its standard error, the effective sample size, the Pareto shape.
+
+A log-weight is `log P(x) − log q(x)` in nats, x drawn from q, P unnormalised. `-inf` is legal: a forbidden completion.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_z(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """
+    Importance-sampling estimate of the log-normaliser: `log (1/n) Σ_i w_i`.
+
+    The mean of the weights is unbiased for Z; its logarithm is low by about SE²/2.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights in nats; n along `dim`.
+        dim (`int`, defaults to `-1`): the dimension of the draws.
+
+    Returns:
+        `torch.Tensor`: log Z in nats, `dim` removed; `-inf` where every weight is 0.
+
+    Raises:
+        ValueError: if there are no draws.
+    """
+    return _fp32(log_weights, dim).logsumexp(dim) - math.log(log_weights.size(dim))
+
+
+def log_z_standard_error(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """
+    Standard error of `log_z` by the delta method: `√(1/ESS − 1/n)`.
+
+    To be believed only while `khat` is below 0.5, where the weights have a variance.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights in nats; n along `dim`.
+        dim (`int`, defaults to `-1`): the dimension of the draws.
+
+    Returns:
+        `torch.Tensor`: standard error in nats, `dim` removed; infinite for one draw, or where every weight is 0.
+
+    Raises:
+        ValueError: if there are no draws.
+    """
+    n = log_weights.size(dim)
+    log_ess = log_importance_ess(log_weights, dim)
+    if n == 1:
+        # the formula would give 0: one draw always agrees with itself
+        return torch.full_like(log_ess, torch.inf)
+    # rounding may take ESS past n when the weights are equal
+    return (torch.exp(-log_ess) - 1 / n).clamp(min=0).sqrt()
+
+
+def log_importance_ess(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """
+    Logarithm of the effective sample size of the weights: `log (Σ_i w_i)² / Σ_i w_i²`.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights in nats, n along `dim`; a common constant does not matter.
+        dim (`int`, defaults to `-1`): the dimension of the draws.
+
+    Returns:
+        `torch.Tensor`: between 0 and log n, `dim` removed; `-inf` where every weight is 0.
+
+    Raises:
+        ValueError: if there are no draws.
+
+    Source: Kong 1992; Owen 2013, "Monte Carlo theory, methods and examples", equation 9.13.
+    """
+    log_weights = _fp32(log_weights, dim)
+    log_sum = log_weights.logsumexp(dim)
+    log_ess = 2 * log_sum - (2 * log_weights).logsumexp(dim)
+    return torch.where(log_sum == -torch.inf, -torch.inf, log_ess)
+
+
+def importance_ess(log_weights: Tensor, dim: int = -1) -> Tensor:
+    """
+    Effective sample size of the weights: `(Σ_i w_i)² / Σ_i w_i²`. Not the one that autocorrelation leaves.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights in nats, n along `dim`; a common constant does not matter.
+        dim (`int`, defaults to `-1`): the dimension of the draws.
+
+    Returns:
+        `torch.Tensor`: between 1 and n draws, `dim` removed; 0 where every weight is 0.
+
+    Raises:
+        ValueError: if there are no draws.
+    """
+    return log_importance_ess(log_weights, dim).exp()
+
+
+def khat(log_weights: Tensor) -> Tensor:
+    """
+    Shape of the generalised Pareto distribution fitted to the largest weights (PSIS k̂).
+
+    Below 0.5 the weights have a variance; above `khat_threshold(n)` no estimate that they give is to be trusted.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights (n,) in nats; a common constant does not matter, `-inf` is weight 0.
+
+    Returns:
+        `torch.Tensor`: k̂, fp64 scalar on the CPU. `inf` where fewer than 5 weights make up the tail (always for
+            n < 25: nothing can be said) or every weight is 0; `-inf` where the largest weight is tied over the whole
+            tail (a point mass, the limit of the bounded tails).
+
+    Raises:
+        ValueError: if `log_weights` is not (n,), is empty, or holds nan or `+inf`.
+
+    Source: Vehtari et al. 2024, arXiv 1507.02646, section 2.4 and appendix G; tail of min(n/5, 3√n) draws.
+    """
+    if log_weights.dim() != 1 or log_weights.numel() == 0:
+        raise ValueError(f"`log_weights` must be (n,) with n > 0, got {tuple(log_weights.shape)}: call it once per prompt.")
+    log_weights = log_weights.detach().double().cpu()
+    if bool((log_weights.isnan() | (log_weights == torch.inf)).any()):
+        raise ValueError(
+            "`log_weights` must be finite or -inf, got nan or +inf: a completion that was drawn has a proposal probability "
+            "above 0. Look for a reward that is nan or +inf."
+        )
+    log_weights = log_weights.sort().values  # (n,)
+    n, largest = log_weights.numel(), log_weights[-1]
+    tail_size = int(min(n / 5, 3 * math.sqrt(n)))
+    if tail_size < 5 or largest == -torch.inf:
+        return log_weights.new_tensor(torch.inf)
+    cutoff = log_weights[-tail_size - 1]
+    tail = log_weights[log_weights > cutoff]  # (m,)
+    if tail.numel() == 0:
+        return log_weights.new_tensor(-torch.inf)
+    if tail.numel() < 5:
+        return log_weights.new_tensor(torch.inf)
+    # w − cutoff up to the scale, which the shape does not depend on; expm1 keeps the digits of nearly equal weights
+    excesses = torch.exp(tail - largest) * -torch.expm1(cutoff - tail)  # (m,), ascending
+    return _generalised_pareto_shape(excesses)
+
+
+def khat_threshold(n: int) -> float:
+    """
+    The k̂ above which `n` draws do not suffice: `min(1 − 1/log₁₀ n, 0.7)`.
+
+    Args:
+        n (`int`): number of draws, above 1.
+
+    Returns:
+        `float`: the threshold; negative below 10 draws.
+
+    Raises:
+        ValueError: if `n` is below 2.
+
+    Source: Vehtari et al. 2024, arXiv 1507.02646, section 3.2.4.
+    """
+    if n < 2:
+        raise ValueError(f"`n` must be at least 2, got {n}: one draw has no tail.")
+    return min(1 - 1 / math.log10(n), 0.7)
+
+
+def _generalised_pareto_shape(excesses: Tensor) -> Tensor:
+    """
+    Posterior mean of the shape, from ascending excesses (m,) over a threshold.
+
+    Source: Zhang & Stephens 2009, Technometrics 51(3), section 3; weak prior of Vehtari et al. 2024, appendix G: ten
+    more draws of shape 0.5.
+    """
+    m = excesses.numel()
+    n_grid = 30 + int(math.sqrt(m))
+    first_quartile = excesses[int(m / 4 + 0.5) - 1]
+    grid = torch.arange(1, n_grid + 1, dtype=torch.float64)  # (G,)
+    theta = (1 - torch.sqrt(n_grid / (grid - 0.5))) / (3 * first_quartile) + 1 / excesses[-1]  # (G,)
+    shapes = torch.log1p(-theta[:, None] * excesses).mean(-1)  # (G,)
+    profile_log_likelihood = m * (torch.log(-theta / shapes) - shapes - 1)  # (G,)
+    posterior_mean = (theta * profile_log_likelihood.softmax(0)).sum()
+    shape = torch.log1p(-posterior_mean * excesses).mean()
+    return (m * shape + 10 * 0.5) / (m + 10)
+
+
+def _fp32(log_weights: Tensor, dim: int) -> Tensor:
+    if log_weights.dim() == 0 or log_weights.size(dim) == 0:
+        raise ValueError(f"`log_weights` must hold at least one draw along `dim`, got shape {tuple(log_weights.shape)}.")
+    return log_weights if log_weights.dtype == torch.float64 else log_weights.float()

@@ -1,0 +1,136 @@
+"""The losses of proximal policy optimisation, per token, and the token rewards that they optimise."""
+
+import torch
+from torch import Tensor
+
+from .gae import check_right_padded
+from .masked import _zero_padding, masked_var
+
+
+def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
+    """
+    Clipped surrogate, as a loss per token: `−min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A)`, `ρ = exp(log_ratio)`.
+
+    Args:
+        log_ratio (`torch.Tensor`): log-probability of each token now minus when it was drawn (B, T), in nats. Must be
+            finite on padding too (set it to 0): masking the loss afterwards does not keep a nan out of the gradient.
+        advantages (`torch.Tensor`): advantages (B, T), constants.
+        epsilon_low (`float`): the ratio is clipped below at `1 − epsilon_low`.
+        epsilon_high (`float`): the ratio is clipped above at `1 + epsilon_high`.
+
+    Returns:
+        `torch.Tensor`: loss per token (B, T).
+
+    Raises:
+        ValueError: if `epsilon_low` is outside [0, 1] or `epsilon_high` is negative.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347, equation 7; separate bounds: Yu et al. 2025, arXiv 2503.14476.
+    """
+    if not 0 <= epsilon_low <= 1:
+        raise ValueError(f"`epsilon_low` must be in [0, 1], got {epsilon_low}: a probability ratio is never negative.")
+    if not epsilon_high >= 0:
+        raise ValueError(f"`epsilon_high` must be at least 0, got {epsilon_high}: the ratio is clipped at 1 + epsilon_high.")
+    ratio = log_ratio.exp()  # (B, T)
+    clipped_ratio = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)  # (B, T)
+    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float | None) -> Tensor:
+    """
+    Squared error of the values, clipped around the old ones: `½ max((V − R)², (clip(V, V_old ± c) − R)²)`.
+
+    Args:
+        values (`torch.Tensor`): values now (B, T).
+        old_values (`torch.Tensor`): values when the completions were drawn (B, T).
+        returns (`torch.Tensor`): regression targets (B, T).
+        value_clip (`float`, *optional*): the distance c, in units of the reward; `None` does not clip.
+
+    Returns:
+        `torch.Tensor`: loss per token (B, T).
+
+    Raises:
+        ValueError: if `value_clip` is not positive.
+
+    Source: lm-human-preferences, train_policy.py; Huang et al. 2024, arXiv 2403.17031.
+    """
+    error = (values - returns).square()  # (B, T)
+    if value_clip is None:
+        return 0.5 * error
+    if not value_clip > 0:
+        raise ValueError(f"`value_clip` must be positive, got {value_clip}: pass None to leave the values unclipped.")
+    clipped_values = torch.clamp(values, old_values - value_clip, old_values + value_clip)  # (B, T)
+    return 0.5 * torch.maximum(error, (clipped_values - returns).square())
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """
+    Share of the variance of the returns that the values explain: `1 − Var(R − V) / Var(R)`.
+
+    Args:
+        values (`torch.Tensor`): values (B, T).
+        returns (`torch.Tensor`): returns (B, T).
+        mask (`torch.Tensor`): bool (B, T). Padding of `values` and `returns` may hold anything.
+
+    Returns:
+        `torch.Tensor`: scalar, at most 1, 0 for a constant critic, negative for a harmful one; nan when every return
+            is the same.
+
+    Raises:
+        ValueError: if `mask` is not bool, or the shapes differ.
+    """
+    returns_variance = masked_var(returns, mask, unbiased=False)
+    residual_variance = masked_var(returns - values, mask, unbiased=False)
+    return torch.where(returns_variance > 0, 1 - residual_variance / returns_variance, torch.nan)
+
+
+def token_rewards(score: Tensor, token_kl: Tensor, mask: Tensor, beta: float | Tensor) -> Tensor:
+    """
+    Reward per token: `−β KL_t`, plus the completion's score at its last valid token.
+
+    Summed over tokens, with k1 in `token_kl`, it is `r − β log π/π0`, whose expectation is `J = E[r] − β KL(π‖π0)`.
+
+    Args:
+        score (`torch.Tensor`): reward of each completion (B,).
+        token_kl (`torch.Tensor`): estimate of the KL to the prior per token (B, T), in nats. Padding may hold anything.
+        mask (`torch.Tensor`): bool (B, T), right-padded. A row without valid tokens gets no reward.
+        beta (`float` or scalar `torch.Tensor`): units of the reward per nat.
+
+    Returns:
+        `torch.Tensor`: rewards (B, T), fp32 or better, 0 on padding.
+
+    Raises:
+        ValueError: if the shapes do not fit, or `mask` is not bool or not right-padded.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, equation 2.
+    """
+    if token_kl.dim() != 2 or score.shape != token_kl.shape[:1]:
+        raise ValueError(
+            f"`score` must be (B,) and `token_kl` (B, T), got {tuple(score.shape)} and {tuple(token_kl.shape)}."
+        )
+    penalties = -beta * _zero_padding(token_kl, mask)  # (B, T)
+    check_right_padded(mask)
+    followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)  # (B, T)
+    # where, not multiply: a score may be -inf
+    rewards = torch.where(mask & ~followed, penalties + score[:, None], penalties)
+    # −0.0 on padding otherwise
+    return torch.where(mask, rewards, 0.0)
+
+
+def adapted_beta(beta: float, kl: float, target_kl: float, episodes: int, horizon: int) -> float:
+    """
+    One step of the proportional controller: `β · (1 + clip(KL / target − 1, −0.2, 0.2) · episodes / horizon)`.
+
+    Args:
+        beta (`float`): β now, in units of the reward per nat.
+        kl (`float`): KL to the prior of the batch, in nats per sequence.
+        target_kl (`float`): where it should go, in nats per sequence.
+        episodes (`int`): completions in the batch.
+        horizon (`int`): completions over which a saturated error changes β by 20 %.
+
+    Returns:
+        `float`: the next β.
+
+    Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.2.
+    """
+    error = min(max(kl / target_kl - 1.0, -0.2), 0.2)
+    return beta * (1.0 + error * episodes / horizon)

@@ -1,0 +1,42 @@
+"""Bad input, refused before a model is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def check_datasets(**datasets: Any) -> None:
+    """
+    Refuse datasets that no rollout can start from.
+
+    Args:
+        **datasets:
+            By the name of the trainer's argument: a dataset, a mapping of them, or None.
+
+    Raises:
+        ValueError: if one is empty, lacks the column `prompt`, or holds a prompt that is empty or neither text nor chat.
+    """
+    for name, dataset in datasets.items():
+        named = dataset.items() if isinstance(dataset, Mapping) else [(None, dataset)]
+        for key, part in named:
+            if part is not None:
+                _check_dataset(name if key is None else f"{name}['{key}']", part)
+
+
+def _check_dataset(name: str, dataset: Any) -> None:
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"`{name}` must have a column `prompt`, got {list(columns)}. Rename the column that holds prompts: "
+            f"`dataset.rename_column({(columns or ['text'])[0]!r}, 'prompt')`."
+        )
+    if not hasattr(dataset, "__len__"):  # a stream: its rows are checked as they come
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` must hold at least one prompt, got none. Check the split and the filters before it.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        is_chat = isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt)
+        if not prompt or not (isinstance(prompt, str) or is_chat):
+            raise ValueError(
+                f"`{name}` must hold texts or lists of chat messages in `prompt`, got {prompt!r} in row {row}. Drop or "
+                "convert such rows."
+            )

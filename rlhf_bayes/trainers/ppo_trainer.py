@@ -1,0 +1,229 @@
+"""PPO with an explicit KL penalty to the prior: variational inference towards π*(x) ∝ π0(x)·exp(r(x)/β)."""
+
+import logging
+import textwrap
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import combine_rewards
+from ..lm import CompletionScores
+from ..numerics import (
+    adapted_beta,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    k1,
+    masked_sum,
+    token_rewards,
+)
+from ..rewards import checked
+from ._trl import Rollout, RolloutTrainer
+from .checks import check_datasets
+from .critic import attach_critic
+from .metrics import posterior_metrics
+from .ppo_config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class PPOTrainer(RolloutTrainer):
+    r"""
+    Proximal policy optimisation of E[r] − β·KL(πθ‖π0), whose optimum is the posterior π*(x|c) = π0(x|c)·exp(r(c,x)/β)/Z(c).
+
+        J(θ) = E_πθ[r(x) − β·log(πθ(x)/π0(x))]        (Korbak, Perez & Buckley 2022, arXiv 2205.11275, eq. 3–4)
+        J/β = ELBO,   log Z − ELBO = KL(πθ‖π*)         (their eq. 5–7)
+
+    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names.
+
+    The token reward is −β·log(πθ/π0) of the token, plus the score at the last one; advantages come from GAE with discount
+    1, so the advantage at t holds the log-ratios from t on and is 0 everywhere at the optimum, given an exact critic.
+    The critic predicts the return of the whole completion, log-ratios already paid included, which it is then spared to
+    learn: V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i), and u is the constant β·log Z(c) at the optimum.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, as in [`~trl.RLOOTrainer`].
+        reward_funcs (`RewardFunc | list[RewardFunc]`):
+            Reward functions, sync or async, sequence-classification models or paths to such, as in [`~trl.RLOOTrainer`].
+            None means "does not apply"; a completion to which none applies is left out of the loss.
+        args ([`PPOConfig`], *optional*):
+            Configuration.
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        quantization_config, peft_config:
+            As in [`~trl.RLOOTrainer`].
+        ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The prior π0. Default: with PEFT, the base model (adapters off, or the adapter as it was passed); else a frozen
+            copy of the policy's weights as passed.
+        value_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Where the critic starts: a critic saved by this trainer, or, with `critic="separate"`, a model whose trunk it
+            takes (same tokenizer as the policy). Default: a zero head on the policy's trunk; with `critic="separate"` a
+            LoRA adapter on the policy's base, a copy of the reward model's trunk, or one of the policy's.
+
+    Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
+    sequence), `posterior/importance_ess` (see [`posterior_metrics`]); `ppo/policy_loss`, `ppo/value_loss` (units of the
+    reward, and squared), `ppo/approx_kl` (nats per token, of the update), `ppo/policy_clip_fraction`,
+    `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
+
+    Raises:
+        ValueError, TypeError: on input that cannot be trained on, before the model is loaded where that is possible.
+    """
+
+    _tag_names = ["trl", "rlhf_bayes", "ppo"]
+    _name = "PPO"
+    _paper = {
+        "title": "RL with KL penalties is better viewed as Bayesian inference",
+        "id": "2205.11275",
+        "citation": textwrap.dedent("""\
+            @inproceedings{korbak2022rl,
+                title     = {{RL with KL penalties is better viewed as Bayesian inference}},
+                author    = {Tomasz Korbak and Ethan Perez and Christopher L. Buckley},
+                year      = 2022,
+                booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2022},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model,
+        reward_funcs,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        quantization_config=None,
+        peft_config=None,
+        ref_model=None,
+        value_model=None,
+    ):
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
+        if not isinstance(args, PPOConfig):
+            raise TypeError(
+                f"`args` must be a PPOConfig, got {type(args).__name__}. Replace the class name; every field of RLOOConfig "
+                "is one of PPOConfig."
+            )
+        check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        reward_funcs = [checked(func) for func in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+        if args.beta == 0:
+            logger.warning(
+                "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no posterior. "
+                "Expect the entropy to collapse; posterior/elbo, log_z and gap are undefined."
+            )
+        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            ref_model=ref_model,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+            **quantization,
+        )
+        self.critic = attach_critic(self.model, args.critic, value_model, self.reward_funcs, self.accelerator)
+        if optimizers[0] is not None:
+            self.optimizer.add_param_group({"params": [p for p in self.critic.parameters() if p.requires_grad]})
+
+    def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
+        mask = rollout.mask  # (B, T)
+        rewards = combine_rewards(
+            rollout.rewards_per_func,
+            self.reward_weights,
+            self.args.reward_clip_range,
+            self.args.missing_eos_penalty,
+            rollout.ended,
+        )  # (B,), nan where no reward function applies
+        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
+        loss_mask = mask & ~rewards.isnan()[:, None]
+        # what the completion has already paid is known: the critic need not learn it
+        paid = self.beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
+        values = rollout.values + paid
+        advantages, returns = gae(
+            token_rewards(rewards.nan_to_num(0.0), log_ratios, mask, self.beta), values, mask, lam=self.args.lam
+        )
+        if self.args.normalize_advantages:
+            advantages = self._whitened(advantages, loss_mask)
+        self._report_rollout(rollout, rewards, log_ratios, values, returns, loss_mask)
+        return {
+            "loss_mask": loss_mask,
+            "old_token_log_probs": rollout.token_log_probs,
+            "advantages": advantages,
+            "old_values": rollout.values,
+            "value_targets": returns - paid,
+            "token_entropy": rollout.token_entropy,
+        }
+
+    def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
+        mask, old_values, targets = batch["loss_mask"], batch["old_values"], batch["value_targets"]  # (B, T)
+        if scores is None:
+            scores = CompletionScores(batch["old_token_log_probs"], batch["token_entropy"], old_values, None)
+        # where before exp: padding is no token of the policy
+        log_ratio = torch.where(mask, scores.log_probs - batch["old_token_log_probs"], 0.0)
+        policy_loss = clipped_policy_loss(log_ratio, batch["advantages"], self.epsilon_low, self.epsilon_high)
+        value_loss = clipped_value_loss(scores.values, old_values, targets, self.args.cliprange_value)
+        self._report_update(scores, log_ratio, policy_loss, value_loss, batch)
+        policy_weight = 0.0 if self._critic_warms_up() else 1.0
+        return policy_weight * masked_sum(policy_loss, mask) + self.args.vf_coef * masked_sum(value_loss, mask)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
+        self.critic.detach_trunk = self._critic_warms_up() and self.args.critic == "shared"
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _critic_warms_up(self) -> bool:
+        return self.mode == "train" and self.state.global_step < self.args.critic_warmup_steps
+
+    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
+        # over the tokens of all processes; the constant is that of RLOO
+        local = torch.stack([masked_sum(x, mask) for x in (torch.ones_like(advantages), advantages, advantages**2)])
+        count, total, squares = self.accelerator.reduce(local, reduction="sum")
+        mean = total / count.clamp(min=1.0)
+        std = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt()
+        return torch.where(mask, (advantages - mean) / (std + 1e-4), 0.0)
+
+    def _report_rollout(self, rollout, rewards, log_ratios, values, returns, loss_mask) -> None:
+        kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
+        local = torch.stack([rewards, log_ratios.sum(-1), kls.sum(-1), rollout.mask.sum(-1).float()], dim=-1)  # (B, 4)
+        rewards, log_ratios, kls, lengths = self.accelerator.gather(local).unbind(-1)  # (B_global,)
+        for name, value in posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations).items():
+            self.log_metric(name, value)
+        # TRL's `kl`: the mean log-ratio per token
+        self.log_metric("kl", log_ratios.sum() / lengths.sum().clamp(min=1.0))
+        self.log_metric("ppo/explained_variance", explained_variance(values, returns, loss_mask))
+        self.log_metric("ppo/beta", self.beta)
+        if self.mode == "train" and self.args.target_kl is not None:
+            self.beta = adapted_beta(
+                self.beta, kls.mean().item(), self.args.target_kl, len(kls), self.args.kl_horizon
+            )
+
+    def _report_update(self, scores, log_ratio, policy_loss, value_loss, batch) -> None:
+        mask, advantages = batch["loss_mask"], batch["advantages"]
+        ratio = log_ratio.detach().exp()
+        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        moved = (scores.values.detach() - batch["old_values"]).abs()
+        clip = self.args.cliprange_value
+        columns = {
+            "entropy": scores.entropy,
+            "ppo/policy_loss": policy_loss,
+            "ppo/value_loss": value_loss,
+            "ppo/approx_kl": ratio - 1 - log_ratio,
+            "ppo/value_clip_fraction": torch.zeros_like(moved) if clip is None else (moved > clip).float(),
+            "clip_ratio/low_mean": low.float(),
+            "clip_ratio/high_mean": high.float(),
+            "clip_ratio/region_mean": (low | high).float(),
+        }
+        sums = [masked_sum(column.detach(), mask) for column in columns.values()] + [mask.sum().float()]
+        *totals, tokens = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        for name, total in zip(columns, totals, strict=True):
+            self.log_metric(name, total / max(tokens, 1.0))
