@@ -106,6 +106,6 @@ def _check_normalised(log_p: Tensor, log_q: Tensor) -> None:
         if not bool((log_mass.abs() <= 1e-2).all()):
             worst = log_mass.flatten()[log_mass.abs().nan_to_num(torch.inf).argmax()]
             raise ValueError(
-                f"`{name}` must be normalised over its last dimension, got a distribution of log-mass {float(worst):.4g}: "
+                f"`{name}` must be normalised over its last dimension, got log-mass {float(worst):.4g} in place of 0: "
                 "pass log-probabilities, not log-densities (`log_density - log_density.logsumexp(-1, keepdim=True)`)."
             )

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from .masked import _zero_padding
+from .masked import zero_padding
 
 
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
     """
     Advantages and returns of right-padded completions.
 
@@ -28,14 +26,14 @@ def gae(
         `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T) and returns (B, T), fp32 or better, 0 on padding.
 
     Raises:
-        ValueError: if the shapes differ, `mask` is not bool or not right-padded, or `gamma` or `lam` is outside [0, 1].
+        ValueError: if the shapes differ, `mask` is not bool and right-padded, or `gamma` or `lam` is outside [0, 1].
 
-    Source: Schulman et al. 2016, arXiv 1506.02438, equations 11, 12 and 16.
+    Source: Schulman et al. 2016, arXiv 1506.02438, equation 16.
     """
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0 <= number <= 1:
             raise ValueError(f"`{name}` must be in [0, 1], got {number}.")
-    rewards, values = _zero_padding(rewards, mask), _zero_padding(values, mask)  # (B, T)
+    rewards, values = zero_padding(rewards, mask), zero_padding(values, mask)  # (B, T)
     if rewards.shape != values.shape or rewards.dim() != 2:
         raise ValueError(
             f"`rewards` and `values` must both be (B, T), got {tuple(rewards.shape)} and {tuple(values.shape)}."
@@ -56,6 +54,6 @@ def check_right_padded(mask: Tensor) -> None:
     resumed = (mask[:, 1:] & ~mask[:, :-1]).any(-1)  # (B,)
     if resumed.any():
         raise ValueError(
-            f"`mask` must be right-padded, got a valid token after padding in row {int(resumed.nonzero()[0])}: the step "
-            "after the gap would be taken for the end of the completion. Pass completion tokens only, padded on the right."
+            f"`mask` must be right-padded, got a valid token after padding in row {int(resumed.nonzero()[0])}: the "
+            "token before the gap would be taken for the last one. Pass completion tokens only, padded on the right."
         )

@@ -1,4 +1,4 @@
-"""Estimates of KL(p‖q) from the log-probabilities of tokens drawn from p, and its exact value from whole distributions."""
+"""KL(p‖q): estimates from the log-probabilities of tokens drawn from p, and the value from whole distributions."""
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def exact_token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     if log_p.shape != log_q.shape:
         raise ValueError(
-            f"`log_p` and `log_q` must have the same shape (..., V), got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
+            f"`log_p` and `log_q` must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
         )
     in_support = log_p != -torch.inf  # (..., V)
     # both terms before the difference: -inf − -inf would leave a nan in the gradient

@@ -109,15 +109,17 @@ def khat(log_weights: Tensor) -> Tensor:
     Raises:
         ValueError: if `log_weights` is not (n,), is empty, or holds nan or `+inf`.
 
-    Source: Vehtari et al. 2024, arXiv 1507.02646, section 2.4 and appendix G; tail of min(n/5, 3√n) draws.
+    Source: Vehtari et al. 2024, JMLR 25(72), arXiv 1507.02646; tail of min(n/5, 3√n) draws.
     """
     if log_weights.dim() != 1 or log_weights.numel() == 0:
-        raise ValueError(f"`log_weights` must be (n,) with n > 0, got {tuple(log_weights.shape)}: call it once per prompt.")
+        raise ValueError(
+            f"`log_weights` must be (n,) with n > 0, got {tuple(log_weights.shape)}: call it once per prompt."
+        )
     log_weights = log_weights.detach().double().cpu()
     if bool((log_weights.isnan() | (log_weights == torch.inf)).any()):
         raise ValueError(
-            "`log_weights` must be finite or -inf, got nan or +inf: a completion that was drawn has a proposal probability "
-            "above 0. Look for a reward that is nan or +inf."
+            "`log_weights` must be finite or -inf, got nan or +inf: a drawn completion has a positive proposal "
+            "probability. Look for a reward that is nan or +inf."
         )
     log_weights = log_weights.sort().values  # (n,)
     n, largest = log_weights.numel(), log_weights[-1]
@@ -148,7 +150,7 @@ def khat_threshold(n: int) -> float:
     Raises:
         ValueError: if `n` is below 2.
 
-    Source: Vehtari et al. 2024, arXiv 1507.02646, section 3.2.4.
+    Source: Vehtari et al. 2024, JMLR 25(72), arXiv 1507.02646.
     """
     if n < 2:
         raise ValueError(f"`n` must be at least 2, got {n}: one draw has no tail.")
@@ -159,8 +161,8 @@ def _generalised_pareto_shape(excesses: Tensor) -> Tensor:
     """
     Posterior mean of the shape, from ascending excesses (m,) over a threshold.
 
-    Source: Zhang & Stephens 2009, Technometrics 51(3), section 3; weak prior of Vehtari et al. 2024, appendix G: ten
-    more draws of shape 0.5.
+    Source: Zhang & Stephens 2009, Technometrics 51(3); weak prior of Vehtari et al. 2024: ten more draws of shape
+    0.5.
     """
     m = excesses.numel()
     n_grid = 30 + int(math.sqrt(m))
@@ -176,5 +178,7 @@ def _generalised_pareto_shape(excesses: Tensor) -> Tensor:
 
 def _fp32(log_weights: Tensor, dim: int) -> Tensor:
     if log_weights.dim() == 0 or log_weights.size(dim) == 0:
-        raise ValueError(f"`log_weights` must hold at least one draw along `dim`, got shape {tuple(log_weights.shape)}.")
+        raise ValueError(
+            f"`log_weights` must hold at least one draw along `dim`, got shape {tuple(log_weights.shape)}."
+        )
     return log_weights if log_weights.dtype == torch.float64 else log_weights.float()

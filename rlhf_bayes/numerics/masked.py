@@ -19,7 +19,7 @@ def masked_sum(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None
     Raises:
         ValueError: if `mask` is not bool, or has another shape.
     """
-    return _zero_padding(x, mask).sum(dim=dim)
+    return zero_padding(x, mask).sum(dim=dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def masked_mean(x: Tensor, mask: Tensor, dim: int | tuple[int, ...] | None = Non
 
 def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     """
-    Variance of the entries where `mask` holds: `Σ_i m_i (x_i − x̄)² / (n − 1)`, with `n` in place of `n − 1` if not unbiased.
+    Variance of the entries where `mask` holds: `Σ_i m_i (x_i − x̄)² / (n − 1)`, or over `n` if not unbiased.
 
     Args:
         x (`torch.Tensor`): any shape.
@@ -55,7 +55,7 @@ def masked_var(x: Tensor, mask: Tensor, unbiased: bool = True) -> Tensor:
     Raises:
         ValueError: if `mask` is not bool, or has another shape.
     """
-    centred = _zero_padding(x, mask) - masked_mean(x, mask)
+    centred = zero_padding(x, mask) - masked_mean(x, mask)
     return masked_sum(centred.square(), mask) / (mask.sum() - int(unbiased))
 
 
@@ -85,7 +85,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
             "batch, or do not whiten."
         )
     mean = masked_mean(x, mask)
-    whitened = (_zero_padding(x, mask) - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
+    whitened = (zero_padding(x, mask) - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)
     if not shift_mean:
         whitened = whitened + mean
     return torch.where(mask, whitened, 0.0)
@@ -96,11 +96,11 @@ def _check_mask(x: Tensor, mask: Tensor) -> None:
         raise ValueError(f"`mask` must be bool, got {mask.dtype}: pass `mask.bool()`.")
     if mask.shape != x.shape:
         raise ValueError(
-            f"`mask` must have the shape of what it masks, got {tuple(mask.shape)} for {tuple(x.shape)}: expand it first."
+            f"`mask` must have the shape of what it masks, got {tuple(mask.shape)} for {tuple(x.shape)}: expand it."
         )
 
 
-def _zero_padding(x: Tensor, mask: Tensor) -> Tensor:
+def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
     """fp32 or better, 0 on padding; the gradient on padding is 0 as well."""
     _check_mask(x, mask)
     # half precision stops counting at 2048 (fp16) or 256 (bf16) additions of one

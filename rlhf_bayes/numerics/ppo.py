@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .gae import check_right_padded
-from .masked import _zero_padding, masked_var
+from .masked import masked_var, zero_padding
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
@@ -29,7 +29,9 @@ def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, epsilon_low: floa
     if not 0 <= epsilon_low <= 1:
         raise ValueError(f"`epsilon_low` must be in [0, 1], got {epsilon_low}: a probability ratio is never negative.")
     if not epsilon_high >= 0:
-        raise ValueError(f"`epsilon_high` must be at least 0, got {epsilon_high}: the ratio is clipped at 1 + epsilon_high.")
+        raise ValueError(
+            f"`epsilon_high` must be at least 0, got {epsilon_high}: the ratio is clipped at 1 + epsilon_high."
+        )
     ratio = log_ratio.exp()  # (B, T)
     clipped_ratio = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)  # (B, T)
     return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
@@ -91,7 +93,7 @@ def token_rewards(score: Tensor, token_kl: Tensor, mask: Tensor, beta: float | T
 
     Args:
         score (`torch.Tensor`): reward of each completion (B,).
-        token_kl (`torch.Tensor`): estimate of the KL to the prior per token (B, T), in nats. Padding may hold anything.
+        token_kl (`torch.Tensor`): estimated KL to the prior per token (B, T), in nats; padding may hold anything.
         mask (`torch.Tensor`): bool (B, T), right-padded. A row without valid tokens gets no reward.
         beta (`float` or scalar `torch.Tensor`): units of the reward per nat.
 
@@ -107,7 +109,7 @@ def token_rewards(score: Tensor, token_kl: Tensor, mask: Tensor, beta: float | T
         raise ValueError(
             f"`score` must be (B,) and `token_kl` (B, T), got {tuple(score.shape)} and {tuple(token_kl.shape)}."
         )
-    penalties = -beta * _zero_padding(token_kl, mask)  # (B, T)
+    penalties = -beta * zero_padding(token_kl, mask)  # (B, T)
     check_right_padded(mask)
     followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)  # (B, T)
     # where, not multiply: a score may be -inf

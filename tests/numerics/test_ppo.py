@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_bayes.numerics import clipped_policy_loss, clipped_value_loss, explained_variance, token_rewards
+
+MASK = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        (1.1, 2.0, -2.2),  # inside
+        (1.5, 2.0, -2.6),  # clipped above at 1.3
+        (1.5, -2.0, 3.0),  # a worse action made likelier is not clipped
+        (0.5, -2.0, 1.6),  # clipped below at 0.8
+        (0.5, 2.0, -1.0),  # a better action made rarer is not clipped
+    ],
+)
+def test_policy_loss_by_hand(ratio, advantage, expected):
+    log_ratio = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    loss = clipped_policy_loss(log_ratio, torch.tensor([[advantage]]), epsilon_low=0.2, epsilon_high=0.3)
+    assert_close(loss, torch.tensor([[expected]]))
+    loss.sum().backward()
+    clipped = expected != pytest.approx(-ratio * advantage)
+    assert_close(log_ratio.grad, torch.tensor([[0.0 if clipped else -ratio * advantage]]))
+
+
+def test_policy_loss_gradient_on_policy_is_the_policy_gradient():
+    logits = torch.tensor([0.2, -0.5, 1.0], requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5])
+    log_prob = logits.log_softmax(-1)
+    loss = clipped_policy_loss(log_prob - log_prob.detach(), advantages, 0.2, 0.2).sum()
+    by_loss = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert_close(by_loss, -torch.autograd.grad((log_prob * advantages).sum(), logits)[0])
+
+
+def test_policy_loss_refusals():
+    one = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match=r"`epsilon_low` must be in \[0, 1\], got 1.2"):
+        clipped_policy_loss(one, one, 1.2, 0.2)
+    with pytest.raises(ValueError, match=r"`epsilon_high` must be at least 0, got -0\.1"):
+        clipped_policy_loss(one, one, 0.2, -0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "gradient"),
+    [
+        (1.1, 0.5 * 0.9**2, -0.9),  # inside the clip range
+        (1.5, 0.5 * 0.8**2, 0.0),  # moved towards the return, too far: held at 1.2
+        (0.5, 0.5 * 1.5**2, -1.5),  # moved away: the unclipped error is larger and pulls back
+    ],
+)
+def test_value_loss_by_hand(value, expected, gradient):
+    values = torch.tensor([[value]], requires_grad=True)
+    loss = clipped_value_loss(values, torch.tensor([[1.0]]), torch.tensor([[2.0]]), value_clip=0.2)
+    assert_close(loss, torch.tensor([[expected]]))
+    loss.sum().backward()
+    assert_close(values.grad, torch.tensor([[gradient]]))
+
+
+def test_value_loss_without_clip():
+    loss = clipped_value_loss(torch.tensor([[1.5]]), torch.tensor([[9.0]]), torch.tensor([[2.0]]), value_clip=None)
+    assert_close(loss, torch.tensor([[0.125]]))
+    with pytest.raises(ValueError, match="`value_clip` must be positive, got 0"):
+        clipped_value_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), value_clip=0)
+
+
+def test_explained_variance():
+    returns = torch.tensor([[1.0, 4.0, 2.0], [5.0, torch.nan, torch.inf], [torch.nan] * 3])
+    assert_close(explained_variance(returns + 3.0, returns, MASK), torch.tensor(1.0))
+    assert_close(explained_variance(torch.full((3, 3), 7.0), returns, MASK), torch.tensor(0.0))
+    # the fit of a regression: the square of the correlation
+    values = torch.tensor([[0.0, 2.0, 3.0], [4.0, 0.0, 0.0], [0.0] * 3])
+    x, y = values[MASK], returns[MASK]
+    correlation = torch.corrcoef(torch.stack([x, y]))[0, 1]
+    fitted = values * (correlation * y.std() / x.std())
+    assert_close(explained_variance(fitted, returns, MASK), correlation.square())
+    assert explained_variance(values, torch.ones(3, 3), MASK).isnan()
+
+
+def test_token_rewards_by_hand():
+    token_kl = torch.tensor([[0.1, -0.2, 0.4], [0.3, torch.nan, torch.inf], [torch.nan] * 3])
+    rewards = token_rewards(torch.tensor([5.0, -1.0, 7.0]), token_kl, MASK, beta=0.5)
+    assert_close(rewards, torch.tensor([[-0.05, 0.1, 4.8], [-1.15, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+
+
+def test_token_rewards_sum_to_the_penalised_reward():
+    generator = torch.Generator().manual_seed(0)
+    log_policy, log_prior = torch.randn(2, 3, 3, generator=generator).unbind(0)
+    score = torch.tensor([5.0, -1.0, 7.0])
+    rewards = token_rewards(score, log_policy - log_prior, MASK, beta=0.3)
+    for row, length in ((0, 3), (1, 1)):
+        log_ratio = log_policy[row, :length].sum() - log_prior[row, :length].sum()
+        assert_close(rewards[row].sum(), score[row] - 0.3 * log_ratio)
+
+
+def test_a_forbidden_completion_is_minus_infinite_at_its_last_token_only():
+    rewards = token_rewards(torch.tensor([-torch.inf] * 3), torch.zeros(3, 3), MASK, beta=0.5)
+    assert rewards[0].tolist() == [0.0, 0.0, -torch.inf]
+    assert rewards[1].tolist() == [-torch.inf, 0.0, 0.0]
+
+
+def test_token_rewards_refusals():
+    with pytest.raises(ValueError, match=r"`score` must be \(B,\) and `token_kl` \(B, T\), got \(2,\) and \(3, 3\)"):
+        token_rewards(torch.zeros(2), torch.zeros(3, 3), MASK, 0.1)
+    with pytest.raises(ValueError, match="right-padded"):
+        token_rewards(torch.zeros(3), torch.zeros(3, 3), MASK.flip(-1), 0.1)
