@@ -48,10 +48,10 @@ ppo: $(VENV)/$(stamp)
 	$(VENV)/bin/accelerate launch recipes/ppo_klrl.py $(ARGS)
 
 test: $(VENV)/$(stamp)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 $(TESTS)
 
 test-oldest: .venv-oldest/$(stamp)
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 $(TESTS)
 
 lint: $(VENV)/$(stamp)
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,42 @@
+"""What is built and installed: the wheel carries the bundled model, the installed trl is one that is declared."""
+
+import re
+import zipfile
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel_names(tmp_path_factory):
+    builder = WheelBuilder(str(ROOT))
+    (path,) = builder.build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
+    return set(zipfile.ZipFile(path).namelist())
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel_names):
+    package = ROOT / "rlhf_bayes"
+    files = {path.relative_to(ROOT).as_posix() for path in package.rglob("*") if path.is_file()}
+    expected = {name for name in files if "__pycache__" not in name}
+    assert expected - wheel_names == set()
+
+
+def test_the_wheel_holds_the_bundled_model(wheel_names):
+    bundled = {Path(name).name for name in wheel_names if name.startswith("rlhf_bayes/toy/model/")}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= bundled
+
+
+def test_the_wheel_holds_nothing_else_but_metadata(wheel_names):
+    others = {name for name in wheel_names if not name.startswith("rlhf_bayes/")}
+    assert {Path(name).name for name in others} == {"METADATA", "WHEEL", "RECORD", "LICENSE"}
+
+
+def test_the_installed_trl_is_in_the_declared_range():
+    (requirement,) = (Requirement(line) for line in requires("rlhf_bayes") if re.match(r"trl\b(?!\[)", line))
+    assert version("trl") in requirement.specifier
+    assert "1.15.0" not in requirement.specifier
