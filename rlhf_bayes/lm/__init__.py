@@ -1,6 +1,15 @@
 """Layer 1: a causal LM as a distribution over completions."""
 
-from .critic import CRITIC, Critic, active_adapter, critic_config, detached_critic, is_critic_folder, set_trainable, split_critic
+from .critic import (
+    CRITIC,
+    Critic,
+    active_adapter,
+    critic_config,
+    detached_critic,
+    is_critic_folder,
+    set_trainable,
+    split_critic,
+)
 from .forward import (
     CompletionScores,
     base_causal_lm,

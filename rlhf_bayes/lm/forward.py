@@ -1,4 +1,5 @@
-"""A causal LM's forward that scores completions: one pass, completion tokens only, also behind DDP, DeepSpeed or FSDP."""
+"""A causal LM's forward that scores completions: one pass, completion tokens only, also behind DDP, DeepSpeed or "
+"FSDP."""
 
 import functools
 import types
@@ -37,8 +38,8 @@ def enable_completion_scoring(model: nn.Module) -> None:
     Teach a causal LM's forward to score completions: `model(..., completion_ids=, completion_mask=)` returns
     [`CompletionScores`] instead of logits. Other calls, `generate` among them, are untouched.
 
-    The forward is patched rather than wrapped so that DDP, DeepSpeed and FSDP see one module with one forward, and PEFT
-    and `save_pretrained` an ordinary transformers model. Calling it twice is harmless.
+    The forward is patched rather than wrapped so that DDP, DeepSpeed and FSDP see one module with one forward, and
+    PEFT and `save_pretrained` an ordinary transformers model. Calling it twice is harmless.
 
     Raises:
         ValueError: if log-probabilities computed from hidden states differ from those of the model's own logits.
@@ -141,7 +142,7 @@ def _check_against_logits(lm: PreTrainedModel) -> None:
     tolerance = _AGREEMENT if lm.dtype == torch.float32 else 0.1
     if not error <= tolerance:
         raise ValueError(
-            f"`model` ({type(lm).__name__}) must compute its logits as softcap(scale · head(hidden)): its log-probs differ "
-            f"by {error:.3g} nats from those computed from its last hidden states, so every KL would be wrong. This model "
-            "family is not supported yet; please report it with its config."
+            f"`model` ({type(lm).__name__}) must compute its logits as softcap(scale · head(hidden)): its log-probs "
+            f"differ by {error:.3g} nats from those computed from its last hidden states, so every KL would be wrong. "
+            "This model family is not supported yet; please report it with its config."
         )

@@ -60,8 +60,8 @@ class LanguageModel:
 
         log π(x | prompt) = Σ_t log π(x_t | prompt, x_<t),   x ends with the first EOS or at `max_completion_length`
 
-    Completions that are cut are ordinary members of the support. The model is put in evaluation mode: dropout would make
-    the density random.
+    Completions that are cut are ordinary members of the support. The model is put in evaluation mode: dropout would
+    make the density random.
 
     Args:
         model_or_path (`str`, `Path` or `PreTrainedModel` or `PeftModel`):
@@ -118,8 +118,8 @@ class LanguageModel:
         """
         Draw n completions for each prompt.
 
-        The log-probabilities come from the same teacher-forced pass as [`LanguageModel.log_prob`], since those of cached
-        generation differ from it by more than rounding of one kernel.
+        The log-probabilities come from the same teacher-forced pass as [`LanguageModel.log_prob`], since those of
+        cached generation differ from it by more than rounding of one kernel.
 
         Args:
             prompts (`Sequence` of `str` or of chat messages):
@@ -164,7 +164,8 @@ class LanguageModel:
                 B completions: token ids up to and including the first EOS, or `max_completion_length` tokens.
 
         Raises:
-            ValueError: if a completion is empty, goes on after EOS, is too long, or stops early without EOS (it is then a
+            ValueError: if a completion is empty, goes on after EOS, is too long, or stops early without EOS (it is
+            then a
                 prefix, not a member of the support).
         """
         token_log_probs, mask = self.token_log_probs(prompts, completion_ids)
@@ -178,7 +179,8 @@ class LanguageModel:
         prompts = _checked_prompts(prompts)
         if len(prompts) != len(completion_ids):
             raise ValueError(
-                f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and {len(completion_ids)}."
+                f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and "
+                f"{len(completion_ids)}."
             )
         for row, ids in enumerate(completion_ids):
             self._check_completion(row, ids)
@@ -193,7 +195,8 @@ class LanguageModel:
 
     def prompt_token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """
-        Token ids as TRL makes them: special tokens added to a text, the chat template with generation prompt for messages.
+        Token ids as TRL makes them: special tokens added to a text, the chat template with generation prompt for
+        messages.
 
         Raises:
             ValueError: if prompt and longest completion do not fit the model's context, or a prompt has no token.
@@ -264,8 +267,8 @@ class LanguageModel:
             problem = f"stops after {len(ids)} tokens without EOS: it is a prefix, not a completion"
         if problem:
             raise ValueError(
-                f"`completion_ids` must hold tokens up to and including the first EOS, or `max_completion_length` tokens; "
-                f"row {row} {problem}. Cut at the first EOS, or append {self.eos_token_ids[0]}."
+                f"`completion_ids` must hold tokens up to and including the first EOS, or `max_completion_length` "
+                f"tokens; row {row} {problem}. Cut at the first EOS, or append {self.eos_token_ids[0]}."
             )
 
 
@@ -276,15 +279,16 @@ def as_completion(prompt: Prompt, text: str) -> Completion:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
-    The tokens that end a completion: the tokenizer's EOS, then every other that the model's generation config declares.
+    The tokens that end a completion: the tokenizer's EOS, then every other that the model's generation config
+    declares.
 
     Raises:
         ValueError: if the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"`tokenizer` must have an EOS token, got {type(tokenizer).__name__} with `eos_token=None`: no completion would "
-            "ever end. Set `tokenizer.eos_token` to the token that closes a text in the model's training data."
+            f"`tokenizer` must have an EOS token, got {type(tokenizer).__name__} with `eos_token=None`: no completion "
+            "would ever end. Set `tokenizer.eos_token` to the token that closes a text in the model's training data."
         )
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
@@ -300,14 +304,15 @@ def check_prompt_fits(model: PreTrainedModel, prompt_length: int, max_completion
     """
     if prompt_length == 0:
         raise ValueError(
-            f"Each prompt must have at least one token, prompt {row} has none. Add a BOS token or text, or drop the row."
+            f"Each prompt must have at least one token, prompt {row} has none. Add a BOS token or text, or drop the "
+            "row."
         )
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prompt_length + max_completion_length > context:
         raise ValueError(
-            f"Prompt and completion must fit the model's context of {context} tokens: prompt {row} has {prompt_length} "
-            f"tokens and `max_completion_length` is {max_completion_length}. Shorten or drop the prompt, or lower "
-            "`max_completion_length`."
+            f"Prompt and completion must fit the model's context of {context} tokens: prompt {row} has "
+            f"{prompt_length} tokens and `max_completion_length` is {max_completion_length}. Shorten or drop the "
+            "prompt, or lower `max_completion_length`."
         )
 
 

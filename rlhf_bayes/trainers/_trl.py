@@ -2,9 +2,9 @@
 All contact with TRL's private names: a trainer that generates and scores as `RLOOTrainer` does, and keeps what it saw.
 
 `RLOOTrainer` prepares data, generates and calls the reward functions; per-token log-probabilities and raw rewards stay
-local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], gives the two hooks that an
-objective needs (`rollout_batch`, `rollout_loss`), and adds what RLOO lacks: a reference copied from the weights as passed,
-exact KLs, means over the global token count, and a resume that continues in the middle of a rollout.
+local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], gives the two hooks that
+an objective needs (`rollout_batch`, `rollout_loss`), and adds what RLOO lacks: a reference copied from the weights as
+passed, exact KLs, means over the global token count, and a resume that continues in the middle of a rollout.
 
 `PRIVATE_NAMES` lists what is relied on; `tests/trainers/test__trl.py` fails by name when a TRL release moves one.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
 
@@ -48,7 +49,7 @@ PRIVATE_NAMES = {
     "_compute_loss": ("model", "inputs"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }
-PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "_is_vlm", "aux_loss_enabled", "beta")
+PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class RolloutTrainer(RLOOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
-        if self._is_vlm:
+        if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
                 f"`processing_class` must be a tokenizer, got {type(self.processing_class).__name__}: "
                 f"{type(self).__name__} trains text models only. Pass the processor's `.tokenizer` for text-only data."
@@ -119,7 +120,8 @@ class RolloutTrainer(RLOOTrainer):
     # Hooks
 
     def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Tensors (B, …) or () to add to the batch; rows are shuffled and split along with it. Defined by the objective."""
+        """Tensors (B, …) or () to add to the batch; rows are shuffled and split along with it. Defined by the "
+        "objective."""
         raise NotImplementedError(f"{type(self).__name__} must define `rollout_batch`.")
 
     def rollout_loss(self, scores: CompletionScores, batch: dict[str, Tensor]) -> Tensor:
@@ -166,8 +168,8 @@ class RolloutTrainer(RLOOTrainer):
         for column, (func, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
             if isinstance(func, nn.Module) and not rewards[:, column].isfinite().all():
                 raise ValueError(
-                    f"Reward model `{name}` must return finite rewards, got {rewards[:, column].tolist()}. Its weights or "
-                    "its precision are broken; try it in float32 on the completions above."
+                    f"Reward model `{name}` must return finite rewards, got {rewards[:, column].tolist()}. Its "
+                    "weights or its precision are broken; try it in float32 on the completions above."
                 )
         first = self.accelerator.process_index * len(prompts)
         self._rewards_per_func = rewards[first : first + len(prompts)]
@@ -277,14 +279,16 @@ class RolloutTrainer(RLOOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled:  # one state dict, critic included
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
         with detached_critic(base_causal_lm(self._plain_policy)) as critic:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_critic(critic, resume_from_checkpoint)
 
     def _load_best_model(self):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
+            super()._load_best_model()
+            return
         with detached_critic(base_causal_lm(self._plain_policy)) as critic:
             super()._load_best_model()
         self._load_critic(critic, self.state.best_model_checkpoint)
@@ -318,13 +322,17 @@ class RolloutTrainer(RLOOTrainer):
         path = checkpoint / _STATE.format(rank=self.accelerator.process_index)
         state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else None
         if state is None:
-            logger.warning(f"`{path}` is missing: β and the rollout in flight start anew, so the run will differ from one "
-                      "that was not interrupted.")
+            logger.warning(
+                f"`{path}` is missing: β and the rollout in flight start anew, so the run will differ from one "
+                "that was not interrupted."
+            )
             return
         self.load_rollout_state(state["objective"])
         if state["num_processes"] != self.accelerator.num_processes:
-            logger.warning(f"The checkpoint was written by {state['num_processes']} processes, this run has "
-                      f"{self.accelerator.num_processes}: the rollout in flight is drawn anew.")
+            logger.warning(
+                f"The checkpoint was written by {state['num_processes']} processes, this run has "
+                f"{self.accelerator.num_processes}: the rollout in flight is drawn anew."
+            )
             return
         self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
         for name, values in state["metrics"].items():

@@ -13,7 +13,8 @@ def check_datasets(**datasets: Any) -> None:
             By the name of the trainer's argument: a dataset, a mapping of them, or None.
 
     Raises:
-        ValueError: if one is empty, lacks the column `prompt`, or holds a prompt that is empty or neither text nor chat.
+        ValueError: if one is empty, lacks the column `prompt`, or holds a prompt that is empty or neither text nor
+        chat.
     """
     for name, dataset in datasets.items():
         named = dataset.items() if isinstance(dataset, Mapping) else [(None, dataset)]
@@ -32,11 +33,13 @@ def _check_dataset(name: str, dataset: Any) -> None:
     if not hasattr(dataset, "__len__"):  # a stream: its rows are checked as they come
         return
     if len(dataset) == 0:
-        raise ValueError(f"`{name}` must hold at least one prompt, got none. Check the split and the filters before it.")
+        raise ValueError(
+            f"`{name}` must hold at least one prompt, got none. Check the split and the filters before it."
+        )
     for row, prompt in enumerate(dataset["prompt"]):
         is_chat = isinstance(prompt, list) and all(isinstance(message, Mapping) for message in prompt)
         if not prompt or not (isinstance(prompt, str) or is_chat):
             raise ValueError(
-                f"`{name}` must hold texts or lists of chat messages in `prompt`, got {prompt!r} in row {row}. Drop or "
-                "convert such rows."
+                f"`{name}` must hold texts or lists of chat messages in `prompt`, got {prompt!r} in row {row}. Drop "
+                "or convert such rows."
             )

@@ -40,8 +40,8 @@ def attach_critic(
     if kind == "shared":
         if value_model is not None and (saved is None or critic_config(saved)["trunk"] != "shared"):
             raise ValueError(
-                f"`value_model` must be a folder with a shared critic when `critic='shared'`, got {_described(value_model)}. "
-                "Set `critic='separate'` to give the critic a trunk of its own."
+                f"`value_model` must be a folder with a shared critic when `critic='shared'`, got "
+                f"{_described(value_model)}. Set `critic='separate'` to give the critic a trunk of its own."
             )
         critic = Critic(hidden_size)
     else:
@@ -61,8 +61,8 @@ def _separate_critic(policy, value_model, saved, reward_funcs, accelerator) -> C
         if config["trunk"] == "backbone":
             return Critic.from_pretrained(saved)
         raise ValueError(
-            f"`value_model` must be a critic with a trunk of its own when `critic='separate'`, got a {config['trunk']} one "
-            f"in `{saved}`. Set `critic='shared'`, or leave `value_model` out."
+            f"`value_model` must be a critic with a trunk of its own when `critic='separate'`, got a "
+            f"{config['trunk']} one in `{saved}`. Set `critic='shared'`, or leave `value_model` out."
         )
     if value_model is not None:
         trunk = AutoModel.from_pretrained(value_model) if isinstance(value_model, str) else value_model.base_model
@@ -75,8 +75,8 @@ def _separate_critic(policy, value_model, saved, reward_funcs, accelerator) -> C
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"The critic's trunk must share the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]} from "
-            f"{_described(trunk)}: it reads the policy's token ids. Pass a `value_model` with the policy's tokenizer, or "
-            "set `critic='shared'`."
+            f"{_described(trunk)}: it reads the policy's token ids. Pass a `value_model` with the policy's tokenizer, "
+            "or set `critic='shared'`."
         )
     return Critic(trunk.config.get_text_config().hidden_size, backbone=copy.deepcopy(trunk))
 
@@ -85,8 +85,8 @@ def _adapter_critic(policy) -> Critic:
     config = copy.deepcopy(policy.peft_config[policy.active_adapter])
     if config.peft_type.value != "LORA":
         raise ValueError(
-            f"`critic='separate'` on a PEFT policy needs LoRA, got {config.peft_type.value}: other adapters cannot share one "
-            "forward with the policy's. Set `critic='shared'`, or pass `value_model`."
+            f"`critic='separate'` on a PEFT policy needs LoRA, got {config.peft_type.value}: other adapters cannot "
+            "share one forward with the policy's. Set `critic='shared'`, or pass `value_model`."
         )
     policy.add_adapter(CRITIC, config)
     return Critic(policy.get_base_model().config.get_text_config().hidden_size, adapter=CRITIC)

@@ -14,8 +14,9 @@ def posterior_metrics(
 
         log w = r/β − log(π/π0),   ELBO = E[log w],   log Ẑ = log mean_G w,   gap = log Ẑ − ELBO → KL(π‖π*)
 
-    log Ẑ over the G completions of a prompt is low on average, and the gap cannot exceed log G: far from the posterior read
-    it as a lower bound (Burda et al. 2016, arXiv 1509.00519, theorem 1). With G = 1 it would always be 0 and is left out.
+    log Ẑ over the G completions of a prompt is low on average, and the gap cannot exceed log G: far from the posterior
+    read it as a lower bound (Burda et al. 2016, arXiv 1509.00519, theorem 1). With G = 1 it would always be 0 and is
+    left out.
 
     Args:
         rewards (`Tensor` (B,)):

@@ -9,8 +9,9 @@ _KL_ESTIMATORS = {
     "k3": "its optimum is not the posterior: in the reward it penalises KL(π‖π0) − KL(π0‖π) in expectation",
     "k2": "it is biased: in the reward it penalises ½·E[(log π/π0)²], not the KL",
     "exact": (
-        "as a reward it loses what k1 has at the optimum, where r − β·log(π/π0) is β·log Z for every completion and the "
-        "return has no variance; it ended 3 to 5 times further from the posterior. The exact KL is what is reported"
+        "as a reward it loses what k1 has at the optimum, where r − β·log(π/π0) is β·log Z for every completion and "
+        "the return has no variance; it ended 3 to 5 times further from the posterior. The exact KL is what is "
+        "reported"
     ),
 }
 # keys of `generation_kwargs` that do not change which completions come with which probability
@@ -32,8 +33,8 @@ class PPOConfig(RLOOConfig):
         vf_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the value loss.
         critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`: a value head on the policy's last hidden state. `"separate"`: a trunk of its own (a LoRA adapter
-            on the same base, where the policy is one).
+            `"shared"`: a value head on the policy's last hidden state. `"separate"`: a trunk of its own (a LoRA
+            adapter on the same base, where the policy is one).
         critic_warmup_steps (`int`, *optional*, defaults to `0`):
             Optimizer steps at the start in which only the critic learns.
         target_kl (`float`, *optional*):
@@ -50,7 +51,9 @@ class PPOConfig(RLOOConfig):
     )
     kl_estimator: str = field(
         default="k1",
-        metadata={"help": "Per-token estimate of KL(policy || prior) in the reward. Only 'k1' has the posterior as optimum."},
+        metadata={
+            "help": "Per-token estimate of KL(policy || prior) in the reward. Only 'k1' has the posterior as optimum."
+        },
     )
     lam: float = field(
         default=0.95,
@@ -58,7 +61,9 @@ class PPOConfig(RLOOConfig):
     )
     cliprange_value: float | None = field(
         default=None,
-        metadata={"help": "Clip range of the value function, in units of the reward. If `None`, no clipping is applied."},
+        metadata={
+            "help": "Clip range of the value function, in units of the reward. If `None`, no clipping is applied."
+        },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     critic: str = field(
@@ -94,9 +99,10 @@ class PPOConfig(RLOOConfig):
         self._check_sampling()
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
             raise ValueError(
-                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide `steps_per_generation` "
-                f"({self.steps_per_generation}): the loss is a mean over the tokens of a whole optimizer step, which must "
-                f"all have been drawn. Set `steps_per_generation={self.gradient_accumulation_steps}` or a multiple."
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "
+                f"`steps_per_generation` ({self.steps_per_generation}): the loss is a mean over the tokens of a whole "
+                f"optimizer step, which must all have been drawn. Set "
+                f"`steps_per_generation={self.gradient_accumulation_steps}` or a multiple."
             )
 
     def _check_numbers(self) -> None:
@@ -123,8 +129,8 @@ class PPOConfig(RLOOConfig):
             raise ValueError(f"`kl_estimator` must be 'k1', got {self.kl_estimator!r}: {reason}. Leave it at 'k1'.")
         if self.target_kl is not None and self.beta == 0:
             raise ValueError(
-                f"`beta` must be positive with `target_kl`={self.target_kl}, got 0: β adapts by factors. Start from, say, "
-                "`beta=0.05`."
+                f"`beta` must be positive with `target_kl`={self.target_kl}, got 0: β adapts by factors. Start from, "
+                "say, `beta=0.05`."
             )
         if self.mask_truncated_completions:
             raise ValueError(
@@ -144,8 +150,8 @@ class PPOConfig(RLOOConfig):
             if getattr(self, name) not in values:
                 raise ValueError(
                     f"`{name}` must be {values[0]}, got {getattr(self, name)}: rollouts would come from another "
-                    f"distribution than the policy whose log-probs are trained. Remove `{name}`; `temperature` tempers "
-                    "policy and prior alike."
+                    f"distribution than the policy whose log-probs are trained. Remove `{name}`; `temperature` "
+                    "tempers policy and prior alike."
                 )
         for name in self.generation_kwargs or {}:
             if name not in _HARMLESS_GENERATION_KWARGS:
@@ -157,6 +163,6 @@ class PPOConfig(RLOOConfig):
             raise ValueError(f"`temperature` must be positive and finite, got {self.temperature}.")
         if not self.disable_dropout:
             raise ValueError(
-                "`disable_dropout` must be True: under dropout the policy that draws, the policy that is scored and the "
-                "policy that is trained are three different ones. Remove it."
+                "`disable_dropout` must be True: under dropout the policy that draws, the policy that is scored and "
+                "the policy that is trained are three different ones. Remove it."
             )

@@ -2,6 +2,7 @@
 
 import logging
 import textwrap
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,49 +31,52 @@ logger = logging.getLogger(__name__)
 
 class PPOTrainer(RolloutTrainer):
     r"""
-    Proximal policy optimisation of E[r] − β·KL(πθ‖π0), whose optimum is the posterior π*(x|c) = π0(x|c)·exp(r(c,x)/β)/Z(c).
+    Proximal policy optimisation of E[r] − β·KL(πθ‖π0), whose optimum is the posterior π*(x|c) =
+    π0(x|c)·exp(r(c,x)/β)/Z(c).
 
         J(θ) = E_πθ[r(x) − β·log(πθ(x)/π0(x))]        (Korbak, Perez & Buckley 2022, arXiv 2205.11275, eq. 3–4)
         J/β = ELBO,   log Z − ELBO = KL(πθ‖π*)         (their eq. 5–7)
 
     A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names.
 
-    The token reward is −β·log(πθ/π0) of the token, plus the score at the last one; advantages come from GAE with discount
-    1, so the advantage at t holds the log-ratios from t on and is 0 everywhere at the optimum, given an exact critic.
-    The critic predicts the return of the whole completion, log-ratios already paid included, which it is then spared to
-    learn: V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i), and u is the constant β·log Z(c) at the optimum.
+    The token reward is −β·log(πθ/π0) of the token, plus the score at the last one; advantages come from GAE with
+    discount 1, so the advantage at t holds the log-ratios from t on and is 0 everywhere at the optimum, given an exact
+    critic. The critic predicts the return of the whole completion, log-ratios already paid included, which it is then
+    spared to learn: V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i), and u is the constant β·log Z(c) at the optimum.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy, as in [`~trl.RLOOTrainer`].
         reward_funcs (`RewardFunc | list[RewardFunc]`):
-            Reward functions, sync or async, sequence-classification models or paths to such, as in [`~trl.RLOOTrainer`].
-            None means "does not apply"; a completion to which none applies is left out of the loss.
+            Reward functions, sync or async, sequence-classification models or paths to such, as in
+            [`~trl.RLOOTrainer`]. None means "does not apply"; a completion to which none applies is left out of the
+            loss.
         args ([`PPOConfig`], *optional*):
             Configuration.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
         quantization_config, peft_config:
             As in [`~trl.RLOOTrainer`].
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The prior π0. Default: with PEFT, the base model (adapters off, or the adapter as it was passed); else a frozen
-            copy of the policy's weights as passed.
+            The prior π0. Default: with PEFT, the base model (adapters off, or the adapter as it was passed); else a
+            frozen copy of the policy's weights as passed.
         value_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Where the critic starts: a critic saved by this trainer, or, with `critic="separate"`, a model whose trunk it
-            takes (same tokenizer as the policy). Default: a zero head on the policy's trunk; with `critic="separate"` a
-            LoRA adapter on the policy's base, a copy of the reward model's trunk, or one of the policy's.
+            Where the critic starts: a critic saved by this trainer, or, with `critic="separate"`, a model whose trunk
+            it takes (same tokenizer as the policy). Default: a zero head on the policy's trunk; with
+            `critic="separate"` a LoRA adapter on the policy's base, a copy of the reward model's trunk, or one of the
+            policy's.
 
     Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
-    sequence), `posterior/importance_ess` (see [`posterior_metrics`]); `ppo/policy_loss`, `ppo/value_loss` (units of the
-    reward, and squared), `ppo/approx_kl` (nats per token, of the update), `ppo/policy_clip_fraction`,
+    sequence), `posterior/importance_ess` (see [`posterior_metrics`]); `ppo/policy_loss`, `ppo/value_loss` (units of
+    the reward, and squared), `ppo/approx_kl` (nats per token, of the update), `ppo/policy_clip_fraction`,
     `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
 
     Raises:
         ValueError, TypeError: on input that cannot be trained on, before the model is loaded where that is possible.
     """
 
-    _tag_names = ["trl", "rlhf_bayes", "ppo"]
+    _tag_names: ClassVar = ["trl", "rlhf_bayes", "ppo"]
     _name = "PPO"
-    _paper = {
+    _paper: ClassVar = {
         "title": "RL with KL penalties is better viewed as Bayesian inference",
         "id": "2205.11275",
         "citation": textwrap.dedent("""\
@@ -105,15 +109,15 @@ class PPOTrainer(RolloutTrainer):
             args = PPOConfig(f"{name.split('/')[-1]}-PPO")
         if not isinstance(args, PPOConfig):
             raise TypeError(
-                f"`args` must be a PPOConfig, got {type(args).__name__}. Replace the class name; every field of RLOOConfig "
-                "is one of PPOConfig."
+                f"`args` must be a PPOConfig, got {type(args).__name__}. Replace the class name; every field of "
+                "RLOOConfig is one of PPOConfig."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         reward_funcs = [checked(func) for func in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
         if args.beta == 0:
             logger.warning(
-                "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no posterior. "
-                "Expect the entropy to collapse; posterior/elbo, log_z and gap are undefined."
+                "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
+                "posterior. Expect the entropy to collapse; posterior/elbo, log_z and gap are undefined."
             )
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
@@ -202,9 +206,7 @@ class PPOTrainer(RolloutTrainer):
         self.log_metric("ppo/explained_variance", explained_variance(values, returns, loss_mask))
         self.log_metric("ppo/beta", self.beta)
         if self.mode == "train" and self.args.target_kl is not None:
-            self.beta = adapted_beta(
-                self.beta, kls.mean().item(), self.args.target_kl, len(kls), self.args.kl_horizon
-            )
+            self.beta = adapted_beta(self.beta, kls.mean().item(), self.args.target_kl, len(kls), self.args.kl_horizon)
 
     def _report_update(self, scores, log_ratio, policy_loss, value_loss, batch) -> None:
         mask, advantages = batch["loss_mask"], batch["advantages"]

@@ -52,8 +52,8 @@ class Reference:
         elif any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
             if loaded_from is None:
                 raise ValueError(
-                    "`ref_model` must be given under DeepSpeed ZeRO-3 when `model` is an instance: its weights are sharded "
-                    "and cannot be copied. Pass `ref_model`, or `model` as a path."
+                    "`ref_model` must be given under DeepSpeed ZeRO-3 when `model` is an instance: its weights are "
+                    "sharded and cannot be copied. Pass `ref_model`, or `model` as a path."
                 )
             ref_model = AutoModelForCausalLM.from_pretrained(loaded_from, dtype=policy.dtype)
         else:
@@ -88,12 +88,12 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
 def _check_ref_model(policy: nn.Module, ref_model: PreTrainedModel) -> None:
     if ref_model is policy or ref_model is base_causal_lm(policy):
         raise ValueError(
-            "`ref_model` must not be the `model` object itself: the prior would move with the policy and the KL stay 0. "
-            "Leave `ref_model` out, and a frozen copy is made."
+            "`ref_model` must not be the `model` object itself: the prior would move with the policy and the KL stay "
+            "0. Leave `ref_model` out, and a frozen copy is made."
         )
     sizes = [model.config.get_text_config().vocab_size for model in (base_causal_lm(policy), ref_model)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"`ref_model` must share the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}: KL compares the two "
-            "token by token. Pass a model with the same tokenizer."
+            f"`ref_model` must share the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}: KL compares the "
+            "two token by token. Pass a model with the same tokenizer."
         )
