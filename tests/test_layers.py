@@ -62,9 +62,9 @@ def imports_of(tree: ast.Module, module: str, is_package: bool) -> list[Import]:
             target = ".".join([*base, *([node.module] if node.module else [])])
             names = tuple(alias.name for alias in node.names)
             found.append(Import(module, target, names, at_import_time, node.lineno))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            if isinstance(node.args[0], ast.Constant):
-                found.append(Import(module, str(node.args[0].value), (), False, node.lineno))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            named = [str(argument.value) for argument in node.args if isinstance(argument, ast.Constant)]
+            found.extend(Import(module, name, (), False, node.lineno) for name in named[:1])
         deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             deferred = True

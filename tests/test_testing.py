@@ -312,6 +312,10 @@ def test_z_must_be_positive(prior, toy):
         check_posterior(ForbidsAll(prior), toy.prompts, enumerable=toy)
 
 
+def test_a_tilted_language_model_keeps_the_contract(prior, toy):
+    check_posterior(prior.tilt(toy_reward, beta=0.5), toy.prompts, enumerable=toy)
+
+
 def test_another_prior_than_the_enumerable_one_is_noticed(toy):
     other = LanguageModel(toy.random_policy(), toy.tokenizer, max_completion_length=3)
     with pytest.raises(AssertionError, match="on every completion of 'a'"):

@@ -247,8 +247,8 @@ class EnumerableLM:
             return self.log_likelihood
         if log_likelihood.shape != self.log_prior.shape:
             raise ValueError(
-                f"`log_likelihood` must be (P, N) = {tuple(self.log_prior.shape)}, got {tuple(log_likelihood.shape)}: a "
-                "row for each of `prompts`, a column for each of `completion_ids`."
+                f"`log_likelihood` must be (P, N) = {tuple(self.log_prior.shape)}, got {tuple(log_likelihood.shape)}: "
+                "a row for each of `prompts`, a column for each of `completion_ids`."
             )
         return log_likelihood
 
