@@ -89,6 +89,7 @@ class EnumerableLM:
         words = self.tokenizer.convert_ids_to_tokens(range(vocab_size - 2 + pad_is_eos))
         self.prompts = [" ".join(words[i % len(words)] for i in which) for which in ([0], [1, 2], [2, 0, 1, 0])]
         self.completion_ids = self._enumerate()
+        self._prefixes, self._positions = self._prefix_table()
         self.completions = self.tokenizer.batch_decode(self.completion_ids, skip_special_tokens=True)
         self._config = _config(family, self.tokenizer)
         with torch.random.fork_rng(devices=[]):
@@ -213,27 +214,32 @@ class EnumerableLM:
     def _log_probs(self, model: nn.Module, prompt_ids: list[int]) -> Tensor:
         """log π(x | c) of the N completions of one prompt: (N,)."""
         device = next(model.parameters()).device
-        # every completion's proper prefixes are among the prefixes of these rows, which need no padding
-        rows = {tuple(ids[:-1]): row for row, ids in enumerate(self._longest())}
-        input_ids = torch.tensor([[*prompt_ids, *prefix] for prefix in rows], device=device)  # (R, P + T − 1)
+        rows = [[*prompt_ids, *prefix] for prefix in self._prefixes]
+        input_ids = torch.tensor(rows, device=device)  # (R, C + T − 1)
         position_ids = torch.arange(input_ids.size(1), device=device).expand_as(input_ids)
         logits = model(
             input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids, use_cache=False
         ).logits
         logits = logits[:, len(prompt_ids) - 1 :].float().cpu()  # (R, T, V)
         token_log_probs = (logits / self.temperature).log_softmax(-1)
-        row_of = {prefix[:length]: row for prefix, row in rows.items() for length in range(len(prefix) + 1)}
-        where = [
-            (index, row_of[tuple(ids[:-1])], step, token)
-            for index, ids in enumerate(self.completion_ids)
+        completion, row, step, token = self._positions
+        return torch.zeros(len(self.completion_ids)).index_add(0, completion, token_log_probs[row, step, token])
+
+    def _prefix_table(self) -> tuple[list[tuple[int, ...]], Tensor]:
+        """
+        R rows of T − 1 tokens that need no padding and hold every completion's proper prefixes; and, of each token of
+        each completion, the completion, the row that holds its prefix, its step and itself: (4, M).
+        """
+        n_others = self.vocab_size - 1
+        truncated = self.completion_ids[-(n_others**self.max_completion_length) :]
+        prefixes = [tuple(ids[:-1]) for ids in truncated[::n_others]]  # the last token varies fastest
+        row_of = {prefix[:length]: row for row, prefix in enumerate(prefixes) for length in range(len(prefix) + 1)}
+        positions = [
+            (completion, row_of[tuple(ids[:-1])], step, token)
+            for completion, ids in enumerate(self.completion_ids)
             for step, token in enumerate(ids)
         ]
-        index, row, step, token = torch.tensor(where).unbind(-1)
-        return torch.zeros(len(self.completion_ids)).index_add(0, index, token_log_probs[row, step, token])
-
-    def _longest(self) -> list[list[int]]:
-        """One truncated completion for each choice of all tokens but the last."""
-        return self.completion_ids[-((self.vocab_size - 1) ** self.max_completion_length) :: self.vocab_size - 1]
+        return prefixes, torch.tensor(positions).T
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         text = prompt if isinstance(prompt, str) else "".join(f"{message['content']} " for message in prompt)
