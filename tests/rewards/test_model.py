@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from trl import RLOOTrainer
 from trl.trainer import rloo_trainer
 
+from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.rewards import RewardModel, score
 
 PROMPTS = ["ab", "c", "fade", "b"]
@@ -137,3 +138,14 @@ def test_text_beyond_the_context_is_explained(bert, bert_tokenizer):
 def test_chats_need_a_template(bert, bert_tokenizer):
     with pytest.raises(ValueError, match="`chat_template`"):
         RewardModel(bert, bert_tokenizer)(CHATS, REPLIES)
+
+
+def test_tilts_a_prior_of_another_tokenizer(toy, bert, bert_tokenizer, tmp_path):
+    bert.save_pretrained(tmp_path)
+    bert_tokenizer.save_pretrained(tmp_path)
+    posterior = LanguageModel(toy.model, toy.tokenizer, toy.max_completion_length).tilt(str(tmp_path), beta=0.5)
+    prompt, n = toy.prompts[1], len(toy.completion_ids)
+    log_density = posterior.log_density([prompt] * n, completion_ids=toy.completion_ids)
+    rewards = one_at_a_time(bert, bert_tokenizer, [prompt + text for text in toy.completions])  # (N,)
+    assert len(rewards.unique()) > 10
+    torch.testing.assert_close(log_density, toy.log_prior[1] + rewards / 0.5, rtol=0, atol=1e-4)

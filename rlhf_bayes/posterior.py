@@ -1,0 +1,230 @@
+"""The posterior of a prior and a likelihood, and the shortest way to one: a language model tilted by a reward."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from rlhf_bayes.likelihoods import Likelihood, RewardLikelihood
+from rlhf_bayes.lm import as_completion
+from rlhf_bayes.rewards import RewardFunc, check_rows
+
+if TYPE_CHECKING:
+    from rlhf_bayes.lm import LanguageModel
+
+
+@final
+class Posterior:
+    r"""
+    What the evidence makes of the prior (Korbak, Perez & Buckley 2022, arXiv 2205.11275):
+
+        π*(x | c)  =  π0(x | c) · exp(log_likelihood(c, x)) / Z(c)
+
+    It knows its density up to Z(c), which depends on the prompt, not how to draw from it: samplers and trainers do
+    that.
+
+    A completion may be given as text, as token ids, or both. Exactly:
+
+    - **both**: the ids are scored by the prior and the text by the likelihood, as in training, where a text is what a
+    tokenizer
+      makes of the ids.
+    - **ids only** (`completions=None`): the text is the ids decoded by the prior's tokenizer with special tokens
+    skipped; for a
+      chat prompt, one assistant message with that text.
+    - **text only** (`completion_ids=None`): the ids are those of the prior's tokenizer on the completion alone, with
+      `add_special_tokens=False`, then its EOS; for a chat, of the content of the one assistant message. A text of
+      exactly `max_completion_length` tokens is the truncated completion and gets no EOS, a longer one is refused.
+      Other sequences of tokens may decode to the same text; their mass is not counted.
+
+    Args:
+        prior (`LanguageModel`):
+            π0, a distribution over completions.
+        likelihood (`Likelihood`):
+            Evidence, for instance a `RewardLikelihood`.
+
+    Raises:
+        `TypeError`: a prior without `log_prob`, or a likelihood without `log_likelihood`.
+    """
+
+    def __init__(self, prior: "LanguageModel", likelihood: Likelihood):
+        if not hasattr(prior, "log_prob"):
+            raise TypeError(
+                f"`prior` must be a LanguageModel, got {type(prior).__name__}, which has no `log_prob`. Wrap the "
+                "model: `LanguageModel(model, tokenizer)`."
+            )
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(
+                f"`likelihood` must have a method `log_likelihood`, got {type(likelihood).__name__}. For a reward "
+                "function, use `prior.tilt(reward_funcs, beta)`."
+            )
+        self.prior = prior
+        self.likelihood = likelihood
+
+    @property
+    def beta(self) -> float | None:
+        """Units of reward per nat of evidence, or `None` where the likelihood has no such scale."""
+        return getattr(self.likelihood, "beta", None)
+
+    def log_likelihood(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        Evidence of each completion, in nats: (B,), fp32, on the prior's device; `-inf` where it is forbidden.
+
+        Args:
+            prompts (`Sequence` of `str` or of chats):
+                B prompts.
+            completions (`Sequence` of `str` or of chats, *optional*):
+                B completions, in the prompt's form. Default: decoded from the ids.
+            completion_ids (`Sequence[Sequence[int]]`, *optional*):
+                B completions: token ids up to and including the first EOS, or `max_completion_length` tokens. Default:
+                the tokenised text.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Columns of the dataset that reward functions ask for, B entries each.
+
+        Raises:
+            `TypeError` or `ValueError`: inputs that do not belong together, or evidence that is not a number per
+            completion.
+        """
+        completions, ids = self._both_forms(prompts, completions, completion_ids)
+        return self._log_likelihood(prompts, completions, ids, columns)
+
+    def log_density(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        log π0(x | c) + log_likelihood(c, x) of each completion, in nats: (B,), fp32, on the prior's device.
+
+        Unnormalised: log π*(x | c) + log Z(c). Arguments and errors as in `log_likelihood`; what is not in the prior's
+        support is refused too.
+        """
+        completions, ids = self._both_forms(prompts, completions, completion_ids)
+        log_prior = self.prior.log_prob(prompts, ids)  # (B,), first: it refuses ids outside of the support
+        return log_prior + self._log_likelihood(prompts, completions, ids, columns).to(log_prior.device)
+
+    def _log_likelihood(
+        self, prompts: Sequence[Any], completions: Sequence[Any], ids: list[list[int]], columns: Any
+    ) -> Tensor:
+        name = type(self.likelihood).__name__
+        result = self.likelihood.log_likelihood(prompts, completions, ids, columns)
+        if not isinstance(result, Tensor) or result.shape != (len(prompts),):
+            got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+            raise TypeError(
+                f"`{name}.log_likelihood` must return a tensor of shape ({len(prompts)},), got {got}. Return one "
+                "number of nats for each completion."
+            )
+        result = result.detach().float()
+        wrong = (result.isnan() | (result == torch.inf)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"`{name}.log_likelihood` must be finite, or -inf for a forbidden completion; got "
+                f"{result[wrong[0]].item()} in row {wrong[0]}: prompt {prompts[wrong[0]]!r}, completion "
+                f"{completions[wrong[0]]!r}. Bound the evidence from above (a larger `beta`, or a clipped reward)."
+            )
+        return result.to(self.prior.device)
+
+    def _both_forms(
+        self, prompts: Sequence[Any], completions: Sequence[Any] | None, completion_ids: Sequence[Sequence[int]] | None
+    ) -> tuple[list, list[list[int]]]:
+        if isinstance(prompts, str):
+            raise TypeError(f"`prompts` must be a list with one prompt per completion, got {prompts!r}. Pass a list.")
+        if completions is None and completion_ids is None:
+            raise ValueError("One of `completions` and `completion_ids` must be given, got neither. Pass either.")
+        ids = [row.tolist() if isinstance(row, Tensor) else list(row) for row in completion_ids or ()]
+        if completions is None:
+            check_rows(prompts, prompts, ids)
+            tokenizer: Any = self.prior.tokenizer
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        elif completion_ids is None:
+            check_rows(prompts, completions, completions)
+            ids = [self._token_ids(row, completion) for row, completion in enumerate(completions)]
+        check_rows(prompts, completions, ids)
+        return list(completions), ids
+
+    def _token_ids(self, row: int, completion: str | list[dict]) -> list[int]:
+        prior = self.prior
+        text = completion if isinstance(completion, str) else _only_content(row, completion)
+        tokenizer: Any = prior.tokenizer
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > prior.max_completion_length:
+            raise ValueError(
+                f"`completions` must have at most `max_completion_length` = {prior.max_completion_length} tokens, row "
+                f"{row} has {len(ids)}: {text!r}. Shorten it, or make the prior's `max_completion_length` larger."
+            )
+        ended = bool(ids) and ids[-1] in prior.eos_token_ids
+        if not ended and len(ids) < prior.max_completion_length:
+            ids = [*ids, prior.eos_token_ids[0]]
+        return ids
+
+
+def tilt(
+    prior: "LanguageModel",
+    reward_funcs: RewardFunc | Sequence[RewardFunc],
+    beta: float,
+    *,
+    reward_weights: Sequence[float] | None = None,
+    reward_clip_range: tuple[float, float] | None = None,
+    missing_eos_penalty: float | None = None,
+    reward_processing_classes: Any = None,
+) -> Posterior:
+    r"""
+    The posterior that KL-regularised RL trains towards:
+
+        π*(x | c)  =  π0(x | c) · exp(r(c, x) / beta) / Z(c)
+
+    Everything that moves it is an argument here, under TRL's names.
+
+    Args:
+        prior (`LanguageModel`):
+            π0.
+        reward_funcs (`Callable`, `torch.nn.Module`, `str`, or a list of these):
+            Reward functions of TRL's protocol, sequence-classification models, or paths to such models, which are put
+            on the prior's device.
+        beta (`float`):
+            Units of reward per nat of evidence, TRL's `beta`; positive. At 0 the optimum is an argmax, and there is no
+            posterior.
+        reward_weights (`list[float]`, *optional*):
+            One weight per function. Default: 1 each.
+        reward_clip_range (`tuple[float, float]`, *optional*):
+            Bounds of the weighted sum.
+        missing_eos_penalty (`float`, *optional*):
+            Subtracted, after clipping, from completions that were cut before an EOS.
+        reward_processing_classes (`PreTrainedTokenizerBase` or list, *optional*):
+            Tokenizers of the reward models. Default: the one saved beside each.
+
+    Returns:
+        [`Posterior`]
+
+    Raises:
+        `TypeError` or `ValueError`: an argument outside of its range; see `RewardLikelihood`.
+    """
+    likelihood = RewardLikelihood(
+        reward_funcs,
+        beta,
+        reward_weights=reward_weights,
+        reward_clip_range=reward_clip_range,
+        missing_eos_penalty=missing_eos_penalty,
+        reward_processing_classes=reward_processing_classes,
+        eos_token_ids=prior.eos_token_ids,
+        device=prior.device,
+    )
+    return Posterior(prior, likelihood)
+
+
+def _only_content(row: int, messages: list[dict]) -> str:
+    if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
+        raise ValueError(
+            f"`completions` must hold one assistant message with a text, row {row} has {messages!r}. Pass "
+            "`completion_ids` for other chats: they say which tokens the model drew."
+        )
+    return messages[0]["content"]
