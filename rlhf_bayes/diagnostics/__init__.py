@@ -1,0 +1,27 @@
+"""Criticism: how far a policy is from the posterior, in nats."""
+
+from .report import (
+    Draws,
+    Estimate,
+    LogZEstimate,
+    PosteriorFit,
+    distinct_2,
+    draw,
+    estimate_log_z,
+    fit_table,
+    plot_history,
+    posterior_fit,
+)
+
+__all__ = [
+    "Draws",
+    "Estimate",
+    "LogZEstimate",
+    "PosteriorFit",
+    "distinct_2",
+    "draw",
+    "estimate_log_z",
+    "fit_table",
+    "plot_history",
+    "posterior_fit",
+]

@@ -1,0 +1,266 @@
+"""How far a policy is from a posterior, in nats: estimates from draws, as numbers, a table and curves."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ..lm import LanguageModel
+from ..numerics import importance_ess, khat, khat_threshold, log_z, log_z_standard_error
+from ..posterior import Posterior
+
+MIN_IMPORTANCE_ESS = 10.0
+NOT_TRUSTWORTHY = "not trustworthy"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """
+    Completions of P prompts, n each, drawn from one distribution and scored under policy, prior and evidence.
+
+    Log-probabilities and evidence are in nats, (P, n) fp32.
+    """
+
+    texts: list[list[str]]
+    """(P, n) decoded completions."""
+    log_policy: Tensor
+    """log π(x | c)."""
+    log_prior: Tensor
+    """log π0(x | c)."""
+    log_likelihood: Tensor
+    """Evidence, r/β."""
+
+
+@dataclass(frozen=True)
+class LogZEstimate:
+    """log Z of each prompt and what says whether to believe it. All (P,)."""
+
+    log_z: Tensor
+    standard_error: Tensor
+    importance_ess: Tensor
+    khat: Tensor
+    num_draws: int
+
+    @property
+    def trustworthy(self) -> Tensor:
+        """(P,) bool: an effective sample size of at least 10, and k̂ below the threshold for this many draws."""
+        return (self.importance_ess >= MIN_IMPORTANCE_ESS) & (self.khat < khat_threshold(self.num_draws))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error; `trustworthy` is false where neither means anything."""
+
+    mean: float
+    standard_error: float
+    trustworthy: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} ± {self.standard_error:.2f}" if self.trustworthy else NOT_TRUSTWORTHY
+
+
+def draw(
+    source: LanguageModel,
+    policy: LanguageModel,
+    posterior: Posterior,
+    prompts: Sequence[Any],
+    n: int,
+    generator: torch.Generator | None = None,
+    columns: Mapping[str, Sequence] | None = None,
+) -> Draws:
+    """
+    Draw n completions for each prompt from `source`, and score them.
+
+    Args:
+        source (`LanguageModel`):
+            Where completions come from: `policy` or `posterior.prior`, whose density is then not computed again.
+        policy (`LanguageModel`):
+            π, with the tokenizer and the `max_completion_length` of the prior.
+        posterior (`Posterior`):
+            Gives the prior and the evidence.
+        prompts (`Sequence` of `str` or of chat messages):
+            P prompts.
+        n (`int`):
+            Completions a prompt.
+        generator (`torch.Generator`, *optional*):
+            Makes the draw reproducible.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of the dataset that reward functions ask for, P entries each.
+    """
+    drawn = source.sample(prompts, n, generator)
+    rows = {name: [value for value in values for _ in range(n)] for name, values in (columns or {}).items()}
+
+    def log_prob(model: LanguageModel) -> Tensor:  # (P, n)
+        known = model is source or model.model is source.model
+        result = drawn.log_prob if known else model.log_prob(drawn.prompts, drawn.completion_ids)
+        return result.float().cpu().view(-1, n)
+
+    evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows)
+    return Draws(
+        texts=[drawn.texts[start : start + n] for start in range(0, len(drawn), n)],
+        log_policy=log_prob(policy),
+        log_prior=log_prob(posterior.prior),
+        log_likelihood=evidence.cpu().view(-1, n),
+    )
+
+
+def estimate_log_z(from_prior: Draws, from_policy: Draws | None = None) -> LogZEstimate:
+    r"""
+    log Z of each prompt by importance sampling from the prior, or from prior and policy together.
+
+        Ẑ = 1/N Σ_i π0(x_i)·exp(ℓ(x_i)) / q(x_i),    q = (n_0·π0 + n·π) / N,    N = n_0 + n
+
+    The balance heuristic (Veach & Guibas 1995): unbiased, and no weight exceeds N/n_0·exp(ℓ), so that a policy that
+    misses part of the posterior does no harm. The standard error is that of independent draws from q, never too small
+    for the stratified ones.
+
+    Args:
+        from_prior (`Draws`):
+            Drawn from the prior.
+        from_policy (`Draws`, *optional*):
+            Drawn from the policy for the same prompts, both scored under the same policy.
+    """
+    parts = [from_prior] if from_policy is None else [from_prior, from_policy]
+    counts = [part.log_prior.size(1) for part in parts]
+    log_weights = []
+    for part in parts:
+        densities = torch.stack([part.log_prior, part.log_policy][: len(parts)])  # (1 or 2, P, n)
+        shares = torch.tensor(counts).log().sub(math.log(sum(counts))).view(-1, 1, 1)
+        log_weights.append(part.log_prior + part.log_likelihood - (densities + shares).logsumexp(0))
+    weights = torch.cat(log_weights, dim=1)  # (P, N)
+    return LogZEstimate(
+        log_z=log_z(weights),
+        standard_error=log_z_standard_error(weights),
+        importance_ess=importance_ess(weights),
+        khat=torch.tensor([float(khat(row)) for row in weights]),
+        num_draws=sum(counts),
+    )
+
+
+@dataclass(frozen=True)
+class PosteriorFit:
+    """A policy against a posterior, averaged over prompts: nats per sequence, `reward` in its own unit."""
+
+    reward: Estimate
+    kl_to_prior: Estimate
+    elbo: Estimate
+    log_z: Estimate
+    gap: Estimate
+    entropy: Estimate
+    distinct_2: float
+
+
+def posterior_fit(draws: Draws, log_z: LogZEstimate, beta: float) -> PosteriorFit:
+    r"""
+    Estimates from completions drawn from the policy.
+
+        ELBO = E_π[ℓ] − KL(π‖π0),    gap = log Z − ELBO = KL(π‖π*),    ℓ = r/β
+
+    Standard errors are those of the draws for these prompts; another set of prompts may differ by more.
+
+    Args:
+        draws (`Draws`):
+            Drawn from the policy.
+        log_z (`LogZEstimate`):
+            Of the same prompts.
+        beta (`float`):
+            Turns evidence back into reward.
+
+    Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 5 to 7.
+    """
+    log_ratio = draws.log_policy - draws.log_prior  # (P, n)
+    elbo = _mean(draws.log_likelihood - log_ratio)
+    all_trustworthy = bool(log_z.trustworthy.all())
+    num_prompts = len(log_z.log_z)
+    log_z_error = log_z.standard_error.square().sum().sqrt().item() / num_prompts
+    normaliser = Estimate(log_z.log_z.mean().item(), log_z_error, all_trustworthy)
+    return PosteriorFit(
+        reward=_mean(beta * draws.log_likelihood),
+        kl_to_prior=_mean(log_ratio),
+        elbo=elbo,
+        log_z=normaliser,
+        gap=Estimate(normaliser.mean - elbo.mean, math.hypot(log_z_error, elbo.standard_error), all_trustworthy),
+        entropy=_mean(-draws.log_policy),
+        distinct_2=sum(map(distinct_2, draws.texts)) / num_prompts,
+    )
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """
+    Distinct pairs of neighbouring words over all pairs, in [0, 1] (Li et al. 2016, arXiv 1510.03055).
+
+    It falls with the number of texts: compare equal numbers of them.
+    """
+    pairs = [pair for text in texts for pair in zip(text.split()[:-1], text.split()[1:], strict=True)]
+    return len(set(pairs)) / max(len(pairs), 1)
+
+
+def fit_table(fits: Mapping[str, PosteriorFit], beta: float) -> Table:
+    """A column per policy, a row per quantity, with standard errors."""
+    table = Table(title=f"Policy and posterior π0·exp(r/β)/Z, β = {beta:g}, mean over prompts ± standard error")
+    table.add_column("")
+    for name in fits:
+        table.add_column(name, justify="right")
+    rows = {
+        "reward": "reward",
+        "kl_to_prior": "KL to prior (nats)",
+        "elbo": "ELBO (nats)",
+        "log_z": "log Z (nats)",
+        "gap": "gap = log Z − ELBO = KL to posterior (nats)",
+        "entropy": "entropy (nats)",
+    }
+    for field, label in rows.items():
+        table.add_row(label, *(str(getattr(fit, field)) for fit in fits.values()))
+    table.add_row("distinct-2", *(f"{fit.distinct_2:.2f}" for fit in fits.values()))
+    return table
+
+
+def plot_history(log_history: Sequence[Mapping[str, float]], log_z: Estimate | None, path: str | Path) -> None:
+    """
+    Curves of a training run as an image: reward, KL to the prior, ELBO below log Z, entropy.
+
+    Args:
+        log_history (`Sequence[Mapping[str, float]]`):
+            `trainer.state.log_history`; keys as PPOTrainer logs them. Panels without data stay empty.
+        log_z (`Estimate`, *optional*):
+            Best possible ELBO; drawn where trustworthy.
+        path (`str` or `Path`):
+            Where the image goes; the suffix gives its format.
+    """
+    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    panels = {
+        "reward": ("reward", "reward"),
+        "posterior/kl_to_prior": ("KL to prior", "nats per sequence"),
+        "posterior/elbo": ("ELBO", "nats per sequence"),
+        "entropy": ("entropy", "nats per token"),
+    }
+    for axes, (key, (title, unit)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), color="C0", label=title)
+        if key == "posterior/elbo" and log_z is not None and log_z.trustworthy:
+            low, high = log_z.mean - 2 * log_z.standard_error, log_z.mean + 2 * log_z.standard_error
+            axes.axhline(log_z.mean, color="C1", linestyle="--", label="log Z ± 2 standard errors")
+            axes.axhspan(low, high, color="C1", alpha=0.2, linewidth=0)
+            if points:
+                steps, elbos = zip(*points, strict=True)
+                axes.fill_between(steps, elbos, log_z.mean, color="C0", alpha=0.1, label="gap = KL to posterior")
+            axes.legend(loc="lower right", frameon=False)
+        axes.set(title=title, ylabel=unit, xlabel="optimizer step")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def _mean(values: Tensor) -> Estimate:  # (P, n)
+    n = values.size(1)
+    # prompts are given, not drawn: only the spread within each counts
+    variance = values.var(dim=1).mean() if n > 1 else torch.tensor(math.inf)
+    return Estimate(values.mean().item(), math.sqrt(variance.item() / values.numel()))
