@@ -7,8 +7,8 @@ Episodes per second and peak memory of PPOTrainer, beside TRL's RLOOTrainer and 
 
 Every row runs in a process of its own with one thread (`speed_worker.py`), and repetitions are interleaved: a table
 entry is the median over repetitions, a ratio the median of the ratios within each. The model is a random Llama of 4
-layers × 128 with 512 tokens; 32 + 32 tokens, batch 32, no early ends, and a reward that costs nothing, so that all rows
-do equal work.
+layers × 128 with 512 tokens; 32 + 32 tokens, batch 32, no early ends, and a reward that costs nothing, so that all
+rows do equal work.
 
 - Phases. Generation: everything in `_generate`, tokenising and decoding included. Scoring: log-probs under policy and
   prior, values, rewards, advantages. Training: loss, backward, optimizer. Rest: the trainer's loop, clipping of

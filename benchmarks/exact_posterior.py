@@ -1,0 +1,295 @@
+"""
+How close trainers come to the posterior: exact KL(πθ‖π*) by enumeration, at equal samples, on a toy LM.
+
+    python benchmarks/exact_posterior.py                                     about 25 minutes on one core
+    python benchmarks/exact_posterior.py --quick                             a smoke run of every method
+    python benchmarks/exact_posterior.py --samples 25600 --plot limit.png    closer to the limit
+    python benchmarks/exact_posterior.py --method 'ppo:{"num_iterations": 4, "lam": 1.0}' --method rloo --seeds 3
+
+The toy has 4,681 completions for each of three prompts (`rlhf_bayes.testing.EnumerableLM`), β = 0.5 and a reward
+without symmetry; the prior is some 1.5 nats from the posterior. Every method draws the same number of completions in
+batches of 64, with Adam and linear decay; for each, the learning rate with the best median over seeds counts. Beside
+them stands what exact gradients of the same objective reach in 100 Adam steps.
+
+A method is `ppo`, `rloo` or `grpo`, with any field of its config as JSON. `steps_per_generation` splits a batch into
+that many optimizer steps, and `num_iterations` repeats them.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from rich.console import Console
+from rich.table import Table
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from rlhf_bayes import PPOConfig, PPOTrainer
+from rlhf_bayes.testing import EnumerableLM, toy_reward
+
+TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+METHODS = (
+    "ppo",
+    'ppo:{"num_iterations": 4}',
+    "rloo",
+    'rloo:{"num_iterations": 4}',
+    "grpo",
+    'grpo:{"scale_rewards": "none"}',
+)
+EXACT = "exact gradient"
+EXACT_STEPS, EXACT_LEARNING_RATES = 100, (5e-3, 1e-2, 2e-2)
+BATCH = 64  # completions a rollout
+POINTS = 20  # of a curve
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    samples: int
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        return json.loads(self.method.partition(":")[2] or "{}")
+
+
+@dataclass
+class Curve:
+    """Exact KL(π‖π*) in nats, mean over prompts, after so many completions (or exact gradients)."""
+
+    samples: list[int] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, samples: int, toy: EnumerableLM, model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            kl = toy.reverse_kl(model).mean().item()
+        self.samples.append(samples)
+        self.kl.append(kl)
+
+
+class CurveCallback(TrainerCallback):
+    """Adds a point every so many rollouts, and at the end."""
+
+    def __init__(self, curve: Curve, toy: EnumerableLM, steps_per_rollout: int, rollouts: int):
+        self.curve, self.toy = curve, toy
+        self.steps_per_rollout = steps_per_rollout
+        self.every = max(1, rollouts // POINTS) * steps_per_rollout
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.curve.add(state.global_step // self.steps_per_rollout * BATCH, self.toy, model)
+
+
+def run_cell(cell: Cell) -> Curve:
+    """Train once and measure on the way."""
+    quiet()
+    started = time.perf_counter()
+    toy, curve = EnumerableLM(), Curve()
+    curve.add(0, toy, toy.model)
+    if cell.method == EXACT:
+        descend_exactly(toy, curve, cell.learning_rate)
+    else:
+        train(toy, curve, cell)
+    curve.seconds = time.perf_counter() - started
+    return curve
+
+
+def descend_exactly(toy: EnumerableLM, curve: Curve, learning_rate: float) -> None:
+    model = toy.random_policy(noise=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    for step in range(EXACT_STEPS):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / EXACT_STEPS)
+        optimizer.zero_grad()
+        toy.reverse_kl(model).mean().backward()
+        optimizer.step()
+        if (step + 1) % (EXACT_STEPS // POINTS) == 0:
+            curve.add(step + 1, toy, model)
+
+
+def train(toy: EnumerableLM, curve: Curve, cell: Cell) -> None:
+    trainer_class, config_class = TRAINERS[cell.method.partition(":")[0]]
+    overrides = {"steps_per_generation": 1, "num_iterations": 1, "num_generations": 4} | cell.overrides
+    steps_per_rollout = overrides["steps_per_generation"] * overrides["num_iterations"]
+    rollouts = cell.samples // BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        # RLOO reloads its reference from the path that the model came from
+        trainer = trainer_class(
+            model=toy.save(folder),
+            reward_funcs=toy_reward,
+            args=config_class(
+                output_dir=folder,
+                seed=cell.seed,
+                beta=toy.beta,
+                learning_rate=cell.learning_rate,
+                per_device_train_batch_size=BATCH // overrides["steps_per_generation"],
+                max_completion_length=toy.max_completion_length,
+                max_steps=rollouts * steps_per_rollout,
+                model_init_kwargs={"dtype": "float32"},
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                **overrides,
+            ),
+            # a batch takes BATCH / num_generations rows and must find as many
+            train_dataset=Dataset.from_dict({"prompt": toy.prompts * BATCH}),
+            processing_class=toy.tokenizer,
+            callbacks=[CurveCallback(curve, toy, steps_per_rollout, rollouts)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+def quiet() -> None:
+    torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method at its best learning rate."""
+
+    method: str
+    learning_rate: float
+    median: float
+    by_learning_rate: dict[float, float]
+    curves: list[Curve]
+
+    @classmethod
+    def of(cls, method: str, results: dict[Cell, Curve]) -> "Summary":
+        curves: dict[float, list[Curve]] = {}
+        for cell, curve in results.items():
+            if cell.method == method:
+                curves.setdefault(cell.learning_rate, []).append(curve)
+        medians = {rate: statistics.median(curve.kl[-1] for curve in runs) for rate, runs in curves.items()}
+        best = min(medians, key=medians.__getitem__)
+        return cls(method, best, medians[best], medians, curves[best])
+
+
+def results_table(summaries: list[Summary], samples: int) -> Table:
+    table = Table(title=f"Exact KL(π‖π*) after {samples:,} completions, nats; medians over seeds")
+    for name in ("method", "best learning rate", "KL", "lowest", "highest", "every learning rate", "seconds"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for summary in summaries:
+        ends = [curve.kl[-1] for curve in summary.curves]
+        table.add_row(
+            f"{EXACT}, {EXACT_STEPS} Adam steps" if summary.method == EXACT else summary.method,
+            f"{summary.learning_rate:g}",
+            f"[bold]{summary.median:.4f}[/]",
+            f"{min(ends):.4f}",
+            f"{max(ends):.4f}",
+            "  ".join(f"{rate:g}: {kl:.4f}" for rate, kl in summary.by_learning_rate.items()),
+            f"{statistics.median(curve.seconds for curve in summary.curves):.1f}",
+        )
+    return table
+
+
+def plot(summaries: list[Summary], samples: int, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for summary in summaries:
+        kls = torch.tensor([curve.kl for curve in summary.curves])  # (seeds, points)
+        if summary.method == EXACT:
+            axes.axhline(summary.median, color="black", linestyle=":", label=f"{EXACT}, {EXACT_STEPS} Adam steps")
+            continue
+        label = f"{summary.method}, learning rate {summary.learning_rate:g}"
+        (line,) = axes.plot(summary.curves[0].samples, kls.median(0).values, label=label)
+        axes.fill_between(
+            summary.curves[0].samples, kls.min(0).values, kls.max(0).values, alpha=0.15, color=line.get_color()
+        )
+    axes.set(xlabel="completions drawn", ylabel="exact KL(π‖π*), nats", yscale="log", xlim=(0, samples))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", dest="methods", action="append", help="repeat for several; default: see the table")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[2e-3, 3e-3, 5e-3])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=6400, help=f"completions, a multiple of {BATCH}")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--plot", type=Path, default=Path("exact_posterior.png"))
+    parser.add_argument("--json", type=Path, help="also write every curve there")
+    parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, 256 completions")
+    args = parser.parse_args()
+    args.methods = args.methods or list(METHODS)
+    if args.quick:
+        args.learning_rates, args.seeds, args.samples = [3e-3], 1, 4 * BATCH
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    cells = [
+        Cell(method, rate, seed, args.samples)
+        for method in args.methods
+        for rate in args.learning_rates
+        for seed in range(args.seeds)
+    ]
+    # no randomness in it: one seed
+    cells += [Cell(EXACT, rate, 0, EXACT_STEPS) for rate in EXACT_LEARNING_RATES]
+    results: dict[Cell, Curve] = {}
+    with multiprocessing.get_context("spawn").Pool(args.jobs) if args.jobs > 1 else _Sequential() as pool:
+        for number, (cell, curve) in enumerate(zip(cells, pool.imap(run_cell, cells), strict=True), start=1):
+            results[cell] = curve
+            console.print(
+                f"{number}/{len(cells)} {cell.method}, learning rate {cell.learning_rate:g}, seed {cell.seed}: "
+                f"{curve.kl[-1]:.4f} nats, {curve.seconds:.1f} s",
+                highlight=False,
+            )
+    summaries = [Summary.of(method, results) for method in [*args.methods, EXACT]]
+    console.print(f"Prior: {summaries[0].curves[0].kl[0]:.3f} nats from the posterior.")
+    console.print(results_table(summaries, args.samples))
+    plot(summaries, args.samples, args.plot)
+    console.print(f"Curves: {args.plot}")
+    if args.json is not None:
+        rows = [vars(cell) | vars(curve) for cell, curve in results.items()]
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+class _Sequential:
+    """The one method of a pool that is used, in this process."""
+
+    imap = staticmethod(map)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+
+if __name__ == "__main__":
+    main()
