@@ -20,8 +20,10 @@ from .forward import (
 from .generation import first_eos_mask, raw_generation_config, sampling_config
 from .head import LMHead, token_log_probs_and_entropy, token_log_probs_and_exact_kl
 from .language_model import (
+    Completion,
     Completions,
     LanguageModel,
+    Prompt,
     as_completion,
     check_prompt_fits,
     eos_token_ids,
@@ -29,11 +31,13 @@ from .language_model import (
 
 __all__ = [
     "CRITIC",
+    "Completion",
     "CompletionScores",
     "Completions",
     "Critic",
     "LMHead",
     "LanguageModel",
+    "Prompt",
     "active_adapter",
     "as_completion",
     "base_causal_lm",

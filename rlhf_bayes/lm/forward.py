@@ -47,7 +47,8 @@ def enable_completion_scoring(model: nn.Module) -> None:
     lm = base_causal_lm(model)
     if getattr(lm, "_scores_completions", False):
         return
-    original_forward = lm.forward
+    # an earlier patch (accelerate's hooks, TRL's fused head) stays; else the class's own, which a deep copy keeps too
+    earlier_patch = vars(lm).get("forward")
 
     # Keep the original signature: `generate` validates its keyword arguments against it
     @functools.wraps(type(lm).forward)
@@ -62,7 +63,9 @@ def enable_completion_scoring(model: nn.Module) -> None:
         **kwargs,
     ):
         if completion_ids is None:
-            return original_forward(*args, **kwargs)
+            return (
+                type(self).forward(self, *args, **kwargs) if earlier_patch is None else earlier_patch(*args, **kwargs)
+            )
         states = states_before(self.base_model(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
         hidden = states[completion_mask]  # (N, H)
         critic: Critic | None = getattr(self, CRITIC, None) if with_values else None
