@@ -194,77 +194,77 @@ class Tilted:
     def __init__(self, prior):
         self.prior = prior
 
-    def log_likelihood(self, prompts, completions, completion_ids=None, **columns):
-        return torch.tensor(toy_reward(prompts, completions, completion_ids, **columns)) / 0.5
+    def log_likelihood(self, prompts, completions, completion_ids=None, columns=None):
+        return torch.tensor(toy_reward(prompts, completions, completion_ids)) / 0.5
 
-    def log_density(self, prompts, completions, completion_ids=None, **columns):
+    def log_density(self, prompts, completions, completion_ids=None, columns=None):
         log_prior = self.prior.log_prob(prompts, completion_ids)
-        return log_prior + self.log_likelihood(prompts, completions, completion_ids, **columns)
+        return log_prior + self.log_likelihood(prompts, completions, completion_ids, columns)
 
 
 class WithColumns(Tilted):
-    def log_likelihood(self, prompts, completions, completion_ids=None, *, weight):
-        return super().log_likelihood(prompts, completions, completion_ids) * torch.tensor(weight)
+    def log_likelihood(self, prompts, completions, completion_ids=None, columns=None):
+        return super().log_likelihood(prompts, completions, completion_ids) * torch.tensor(columns["weight"])
 
 
 class Forbidding(Tilted):
-    def log_likelihood(self, prompts, completions, completion_ids=None, **columns):
+    def log_likelihood(self, prompts, completions, completion_ids=None, columns=None):
         values = super().log_likelihood(prompts, completions, completion_ids)
         return torch.where(torch.tensor([ids[0] == 0 for ids in completion_ids]), -torch.inf, values)
 
 
 class ForgetsThePrior(Tilted):
-    def log_density(self, prompts, completions, completion_ids=None, **columns):
+    def log_density(self, prompts, completions, completion_ids=None, columns=None):
         return self.log_likelihood(prompts, completions, completion_ids)
 
 
 class Column(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         return super().log_likelihood(*args)[:, None]
 
 
 class Float64(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         return super().log_likelihood(*args).double()
 
 
 class AsList(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         return super().log_likelihood(*args).tolist()
 
 
 class NotANumber(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         return super().log_likelihood(*args).index_fill(0, torch.tensor([2]), torch.nan)
 
 
 class PlusInfinity(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         return super().log_likelihood(*args).index_fill(0, torch.tensor([2]), torch.inf)
 
 
 class Drifting(Tilted):
     calls = 0
 
-    def log_density(self, *args, **columns):
+    def log_density(self, *args):
         self.calls += 1
         return super().log_density(*args) + 0.1 * (self.calls - 1)
 
 
 class Whitened(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         values = super().log_likelihood(*args)
         return values - values.mean()
 
 
 class ByPosition(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         values = super().log_likelihood(*args)
         return values + torch.arange(len(values))
 
 
 class ForbidsAll(Tilted):
-    def log_likelihood(self, *args, **columns):
+    def log_likelihood(self, *args):
         return torch.full_like(super().log_likelihood(*args), -torch.inf)
 
 

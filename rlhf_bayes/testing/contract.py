@@ -76,7 +76,7 @@ def check_posterior(
 
 def _ask(method: Any, batch: _Batch) -> Tensor:
     prompts, completions, completion_ids, columns = batch
-    return method(prompts, completions, completion_ids, **columns)
+    return method(prompts, completions, completion_ids, columns or None)
 
 
 def _rows(batch: _Batch, rows: list[int]) -> _Batch:
