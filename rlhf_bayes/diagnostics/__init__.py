@@ -1,5 +1,6 @@
 """Criticism: how far a policy is from the posterior, in nats."""
 
+from .progress import PosteriorProgress
 from .report import (
     Draws,
     Estimate,
@@ -11,6 +12,7 @@ from .report import (
     fit_table,
     plot_history,
     posterior_fit,
+    samples_table,
 )
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "Estimate",
     "LogZEstimate",
     "PosteriorFit",
+    "PosteriorProgress",
     "distinct_2",
     "draw",
     "estimate_log_z",
     "fit_table",
     "plot_history",
     "posterior_fit",
+    "samples_table",
 ]

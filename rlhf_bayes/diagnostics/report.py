@@ -2,15 +2,24 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..lm import LanguageModel
+from ..lm import (
+    Completions,
+    LanguageModel,
+    LMHead,
+    base_causal_lm,
+    scatter,
+    score_completions,
+    token_log_probs_and_exact_kl,
+)
 from ..numerics import importance_ess, khat, khat_threshold, log_z, log_z_standard_error
 from ..posterior import Posterior
 
@@ -34,6 +43,12 @@ class Draws:
     """log π0(x | c)."""
     log_likelihood: Tensor
     """Evidence, r/β."""
+    kl: Tensor
+    """Σ_t KL(π(· | x_<t) ‖ π0(· | x_<t)), exact at each token: over draws from π, its mean is KL(π‖π0)."""
+
+    def as_untrained(self) -> "Draws":
+        """The same completions as draws of a policy that is still the prior."""
+        return replace(self, log_policy=self.log_prior, kl=torch.zeros_like(self.kl))
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,13 @@ class LogZEstimate:
     def trustworthy(self) -> Tensor:
         """(P,) bool: an effective sample size of at least 10, and k̂ below the threshold for this many draws."""
         return (self.importance_ess >= MIN_IMPORTANCE_ESS) & (self.khat < khat_threshold(self.num_draws))
+
+    def __str__(self) -> str:
+        return (
+            f"log Z of {len(self.log_z)} prompts from {self.num_draws} draws each: importance ESS "
+            f"{self.importance_ess.min():.0f} to {self.importance_ess.max():.0f}, k-hat at most {self.khat.max():.2f} "
+            f"(trusted below {khat_threshold(self.num_draws):.2f}), {int(self.trustworthy.sum())} prompts trustworthy."
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,7 @@ def draw(
 
     Args:
         source (`LanguageModel`):
-            Where completions come from: `policy` or `posterior.prior`, whose density is then not computed again.
+            Where completions come from: `policy` or `posterior.prior`.
         policy (`LanguageModel`):
             π, with the tokenizer and the `max_completion_length` of the prior.
         posterior (`Posterior`):
@@ -94,19 +116,43 @@ def draw(
     """
     drawn = source.sample(prompts, n, generator)
     rows = {name: [value for value in values for _ in range(n)] for name, values in (columns or {}).items()}
-
-    def log_prob(model: LanguageModel) -> Tensor:  # (P, n)
-        known = model is source or model.model is source.model
-        result = drawn.log_prob if known else model.log_prob(drawn.prompts, drawn.completion_ids)
-        return result.float().cpu().view(-1, n)
-
     evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows)
+    log_policy, log_prior, kl = _score_under_both(policy, posterior.prior, drawn)
     return Draws(
         texts=[drawn.texts[start : start + n] for start in range(0, len(drawn), n)],
-        log_policy=log_prob(policy),
-        log_prior=log_prob(posterior.prior),
+        log_policy=log_policy.view(-1, n),
+        log_prior=log_prior.view(-1, n),
         log_likelihood=evidence.cpu().view(-1, n),
+        kl=kl.view(-1, n),
     )
+
+
+@torch.no_grad()
+def _score_under_both(policy: LanguageModel, prior: LanguageModel, drawn: Completions) -> list[Tensor]:
+    """log π(x), log π0(x) and the summed token KLs of each completion: three of (B,), on the CPU."""
+    prompt_ids = policy.prompt_token_ids(drawn.prompts)
+    heads = [LMHead.of(base_causal_lm(lm.model), lm.temperature) for lm in (policy, prior)]
+    parts = []
+    for start in range(0, len(drawn), policy.batch_size):
+        rows = slice(start, start + policy.batch_size)
+        prompts, prompt_mask = _padded(prompt_ids[rows], "left", policy.device)  # (b, C)
+        completions, mask = _padded(drawn.completion_ids[rows], "right", policy.device)  # (b, T)
+        hidden, prior_hidden = (
+            score_completions(
+                lm.model, prompts, prompt_mask, completions, mask, hidden_only=True, with_values=False
+            ).hidden
+            for lm in (policy, prior)
+        )
+        log_p, log_q, _, kl = token_log_probs_and_exact_kl(hidden, heads[0], prior_hidden, heads[1], completions[mask])
+        parts.append(torch.stack([scatter(column, mask).sum(-1) for column in (log_p, log_q, kl)]).cpu())
+    return list(torch.cat(parts, dim=1))
+
+
+def _padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = [torch.tensor(ids) for ids in sequences]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    padded, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side=side) for x in (rows, mask))
+    return padded.to(device), mask.to(device)
 
 
 def estimate_log_z(from_prior: Draws, from_policy: Draws | None = None) -> LogZEstimate:
@@ -144,18 +190,21 @@ def estimate_log_z(from_prior: Draws, from_policy: Draws | None = None) -> LogZE
 
 @dataclass(frozen=True)
 class PosteriorFit:
-    """A policy against a posterior, averaged over prompts: nats per sequence, `reward` in its own unit."""
+    """A policy against a posterior, averaged over prompts: nats per sequence, `reward` in its own unit.
+
+    Without a posterior (β = 0) there is no ELBO, log Z or gap.
+    """
 
     reward: Estimate
     kl_to_prior: Estimate
-    elbo: Estimate
-    log_z: Estimate
-    gap: Estimate
+    elbo: Estimate | None
+    log_z: Estimate | None
+    gap: Estimate | None
     entropy: Estimate
     distinct_2: float
 
 
-def posterior_fit(draws: Draws, log_z: LogZEstimate, beta: float) -> PosteriorFit:
+def posterior_fit(draws: Draws, log_z: LogZEstimate | None, beta: float) -> PosteriorFit:
     r"""
     Estimates from completions drawn from the policy.
 
@@ -166,27 +215,31 @@ def posterior_fit(draws: Draws, log_z: LogZEstimate, beta: float) -> PosteriorFi
     Args:
         draws (`Draws`):
             Drawn from the policy.
-        log_z (`LogZEstimate`):
-            Of the same prompts.
+        log_z (`LogZEstimate`, *optional*):
+            Of the same prompts; None where there is no posterior.
         beta (`float`):
             Turns evidence back into reward.
 
-    Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 5 to 7.
+    Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 5 to 7; the KL as in Amini, Vieira & Cotterell
+    2025, arXiv 2504.10637. The ELBO keeps the log-ratio of the tokens drawn: at the optimum it has no variance then.
     """
     log_ratio = draws.log_policy - draws.log_prior  # (P, n)
-    elbo = _mean(draws.log_likelihood - log_ratio)
-    all_trustworthy = bool(log_z.trustworthy.all())
-    num_prompts = len(log_z.log_z)
-    log_z_error = log_z.standard_error.square().sum().sqrt().item() / num_prompts
-    normaliser = Estimate(log_z.log_z.mean().item(), log_z_error, all_trustworthy)
+    elbo = normaliser = gap = None
+    if log_z is not None:
+        elbo = _mean(draws.log_likelihood - log_ratio)
+        # one prompt that cannot be trusted spoils the mean
+        trustworthy = bool(log_z.trustworthy.all())
+        error = log_z.standard_error.square().sum().sqrt().item() / len(log_z.log_z)
+        normaliser = Estimate(log_z.log_z.mean().item(), error, trustworthy)
+        gap = Estimate(normaliser.mean - elbo.mean, math.hypot(error, elbo.standard_error), trustworthy)
     return PosteriorFit(
         reward=_mean(beta * draws.log_likelihood),
-        kl_to_prior=_mean(log_ratio),
+        kl_to_prior=_mean(draws.kl),
         elbo=elbo,
         log_z=normaliser,
-        gap=Estimate(normaliser.mean - elbo.mean, math.hypot(log_z_error, elbo.standard_error), all_trustworthy),
+        gap=gap,
         entropy=_mean(-draws.log_policy),
-        distinct_2=sum(map(distinct_2, draws.texts)) / num_prompts,
+        distinct_2=sum(map(distinct_2, draws.texts)) / len(draws.texts),
     )
 
 
@@ -200,9 +253,9 @@ def distinct_2(texts: Sequence[str]) -> float:
     return len(set(pairs)) / max(len(pairs), 1)
 
 
-def fit_table(fits: Mapping[str, PosteriorFit], beta: float) -> Table:
-    """A column per policy, a row per quantity, with standard errors."""
-    table = Table(title=f"Policy and posterior π0·exp(r/β)/Z, β = {beta:g}, mean over prompts ± standard error")
+def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Table:
+    """A column per policy, a row per quantity, each with its standard error over the draws."""
+    table = Table(title=title)
     table.add_column("")
     for name in fits:
         table.add_column(name, justify="right")
@@ -215,8 +268,18 @@ def fit_table(fits: Mapping[str, PosteriorFit], beta: float) -> Table:
         "entropy": "entropy (nats)",
     }
     for field, label in rows.items():
-        table.add_row(label, *(str(getattr(fit, field)) for fit in fits.values()))
+        cells = [getattr(fit, field) for fit in fits.values()]
+        table.add_row(label, *("–" if cell is None else str(cell) for cell in cells))
     table.add_row("distinct-2", *(f"{fit.distinct_2:.2f}" for fit in fits.values()))
+    return table
+
+
+def samples_table(prompts: Sequence[Any], draws: Mapping[str, Draws], title: str | None = None) -> Table:
+    """A row per prompt, a column per set of draws: the first completion of each."""
+    table = Table("prompt", *draws, title=title, show_lines=True)
+    for row, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        table.add_row(*(escape(cell) for cell in (text, *(drawn.texts[row][0] for drawn in draws.values()))))
     return table
 
 

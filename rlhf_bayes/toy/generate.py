@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from rlhf_bayes.toy.lexicon import (
     ADJECTIVES,
     ADVERBS,
+    BAD_ADVERBS,
     ENDINGS,
+    GOOD_ADVERBS,
     NEGATION,
     NEUTRAL,
     PEOPLE_ADJECTIVES,
-    STRONG_ADVERBS,
+    STRONG_BAD_ADVERBS,
+    STRONG_GOOD_ADVERBS,
     TOPICS,
     VERBS,
     Topic,
@@ -26,6 +29,7 @@ from rlhf_bayes.toy.lexicon import (
 )
 
 GENERAL_ADJECTIVES = tuple(list(ADJECTIVES)[: list(ADJECTIVES).index("gripping")])
+MOODS = {1: ("Luckily", "Happily"), -1: ("Sadly", "Unfortunately")}  # they carry no valence of their own
 LEADS = ("Honestly", "Overall", "To be fair", "In the end", "Last summer", "On a rainy Sunday", "After a long week",
          "For our anniversary", "To my surprise", "This time")  # fmt: skip
 OPINIONS = ("I thought", "I think", "We thought", "My wife thought", "My friends said", "My son felt")
@@ -74,12 +78,12 @@ def _adjective(rng: random.Random, extra: tuple[str, ...], sign: int, neutral: b
     word = rng.choice(words)
     valence = ADJECTIVES[word]
     if abs(valence) >= 2.5:
-        fitting = STRONG_ADVERBS
+        fitting = STRONG_GOOD_ADVERBS if valence > 0 else STRONG_BAD_ADVERBS
     elif abs(valence) <= 1.0:  # nothing is "so okay"
-        fitting = {adverb: ADVERBS[adverb] for adverb in ("quite", "rather", "fairly")}
+        fitting = {"quite": ADVERBS["quite"]}
     else:
-        fitting = {adverb: factor for adverb, factor in ADVERBS.items() if valence < 0 or adverb != "a bit"}
-    adverb = rng.choice(list(fitting)) if rng.random() < 0.5 else ""
+        fitting = (GOOD_ADVERBS if valence > 0 else BAD_ADVERBS) if rng.random() < 0.7 else ADVERBS
+    adverb = rng.choice(list(fitting)) if rng.random() < 0.6 else ""
     return Phrase(f"{adverb} {word}".strip(), fitting.get(adverb, 1.0) * valence)
 
 
@@ -132,8 +136,9 @@ def write_review(rng: random.Random) -> Review:
         else:
             second = _about_detail(rng, topic, sign, neutral)
         text += f"{link if link == ' because' else ',' + link} {second.text}"
-    if rng.random() < 0.25:
-        text = f"{rng.choice(LEADS)}, {text if text.startswith('I ') else text[0].lower() + text[1:]}"
+    if rng.random() < 0.35:
+        lead = rng.choice(LEADS if stance == "mixed" or rng.random() < 0.5 else MOODS[sign])
+        text = f"{lead}, {text if text.startswith('I ') else text[0].lower() + text[1:]}"
     return Review(text[0].upper() + text[1:] + ".", squash(first.valence + second.valence))
 
 

@@ -39,8 +39,12 @@ NEUTRAL = (
     "exactly as described",
 )
 
-STRONG_ADVERBS = {"absolutely": 1.25, "simply": 1.0, "truly": 1.25}  # before words of valence 3
-ADVERBS = {"very": 1.25, "really": 1.25, "so": 1.25, "quite": 1.0, "rather": 0.75, "fairly": 0.75, "a bit": 0.5}
+# Factors of the adverbs before words of either sign, of good ones, of bad ones; and before the strongest words.
+ADVERBS = {"very": 1.25, "so": 1.25, "quite": 1.0}
+GOOD_ADVERBS = {"really": 1.25, "truly": 1.25, "refreshingly": 1.25}
+BAD_ADVERBS = {"a bit": 0.5, "rather": 0.75, "painfully": 1.25}
+STRONG_GOOD_ADVERBS = {"absolutely": 1.25, "truly": 1.25}
+STRONG_BAD_ADVERBS = {"simply": 1.0, "utterly": 1.25}
 NEGATION = -0.5  # "not good" is half as bad as "good" is good
 
 VERBS = {"loved": 2.5, "adored": 2.5, "enjoyed": 2.0, "liked": 1.5, "hated": -2.5, "disliked": -2.0}

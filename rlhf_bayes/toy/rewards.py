@@ -3,11 +3,21 @@
 import functools
 import re
 
-from rlhf_bayes.toy.lexicon import ADVERBS, NEGATION, STRONG_ADVERBS, VALENCES, squash
+from rlhf_bayes.toy.lexicon import (
+    ADVERBS,
+    BAD_ADVERBS,
+    GOOD_ADVERBS,
+    NEGATION,
+    STRONG_BAD_ADVERBS,
+    STRONG_GOOD_ADVERBS,
+    VALENCES,
+    squash,
+)
 
 _PHRASES = {tuple(phrase.lower().split()): valence for phrase, valence in VALENCES.items()}
 _LONGEST = max(len(phrase) for phrase in _PHRASES)
-_FACTORS = {tuple(adverb.split()): factor for adverb, factor in (ADVERBS | STRONG_ADVERBS).items()}
+_ADVERBS = ADVERBS | GOOD_ADVERBS | BAD_ADVERBS | STRONG_GOOD_ADVERBS | STRONG_BAD_ADVERBS
+_FACTORS = {tuple(adverb.split()): factor for adverb, factor in _ADVERBS.items()}
 
 
 def sentiment(text: str) -> float:

@@ -63,12 +63,21 @@ def test_fit_is_that_of_the_enumeration(setting):
     log_p = toy.log_probs(policy.model).detach()  # (P, N)
     p = log_p.exp()
     near(fit.reward, (p * toy.rewards).sum(-1).mean().item())
+    assert from_policy.kl.min() >= 0
+    assert from_policy.kl.var() < (from_policy.log_policy - from_policy.log_prior).var()
     near(fit.kl_to_prior, (p * (log_p - toy.log_prior)).sum(-1).mean().item())
     near(fit.elbo, toy.elbo(policy.model, toy.rewards / BETA).mean().item())
     near(fit.entropy, -(p * log_p).sum(-1).mean().item())
     exact_gap = toy.reverse_kl(policy.model, toy.rewards / BETA).mean().item()
     assert exact_gap > 0.3
     near(fit.gap, exact_gap)
+
+
+def test_the_prior_itself_has_no_kl_to_itself(setting):
+    toy, _, from_prior, _ = setting
+    fit = posterior_fit(from_prior.as_untrained(), estimate_log_z(from_prior), BETA)
+    assert fit.kl_to_prior == Estimate(0.0, 0.0)
+    near(fit.gap, toy.reverse_kl(toy.model, toy.rewards / BETA).mean().item())
 
 
 def test_balance_heuristic_survives_a_policy_that_misses_the_posterior():
@@ -78,7 +87,9 @@ def test_balance_heuristic_survives_a_policy_that_misses_the_posterior():
     evidence = torch.tensor([0.0, 2.0])
 
     def rows(which):
-        return Draws([["x"] * len(which)], *(column[which][None] for column in (log_policy, log_prior, evidence)))
+        return Draws(
+            [["x"] * len(which)], *(column[which][None] for column in (log_policy, log_prior, evidence, evidence))
+        )
 
     estimate = estimate_log_z(rows(torch.tensor([0] * 75 + [1] * 25)), rows(torch.zeros(100, dtype=torch.long)))
     assert_close(estimate.log_z, torch.tensor([math.log(0.75 + 0.25 * math.exp(2.0))]), rtol=0, atol=1e-5)
@@ -89,7 +100,8 @@ def test_too_few_or_too_unequal_weights_are_not_trusted():
     flat, wild = torch.zeros(1, 100), torch.randn(1, 100) * 8
     few = torch.zeros(1, 12)
     for evidence, expected in ((flat, True), (wild, False), (few, False)):
-        draws = Draws([["a"] * evidence.size(1)], torch.zeros_like(evidence), torch.zeros_like(evidence), evidence)
+        none = torch.zeros_like(evidence)
+        draws = Draws([["a"] * evidence.size(1)], none, none, evidence, none)
         assert estimate_log_z(draws).trustworthy.tolist() == [expected]
 
 
@@ -102,6 +114,16 @@ def test_one_prompt_without_trust_takes_it_from_the_mean(setting):
     fit = posterior_fit(from_policy, spoilt, BETA)
     assert str(fit.log_z) == str(fit.gap) == "not trustworthy"
     assert fit.elbo.trustworthy
+
+
+def test_without_a_posterior_the_rest_is_said(setting):
+    _, _, _, from_policy = setting
+    fit = posterior_fit(from_policy, None, BETA)
+    assert fit.elbo is fit.log_z is fit.gap is None
+    near(fit.reward, from_policy.log_likelihood.mean().item())
+    console = Console(file=io.StringIO(), width=120)
+    console.print(fit_table({"policy": fit}))
+    assert console.file.getvalue().count("–") >= 3
 
 
 def test_reward_functions_get_the_columns_of_their_prompt(toy):
@@ -123,7 +145,7 @@ def test_table_and_curves(tmp_path):
     good, bad = Estimate(1.234, 0.05), Estimate(7.0, 3.0, trustworthy=False)
     fit = PosteriorFit(good, good, good, bad, bad, good, 0.5)
     console = Console(file=io.StringIO(), width=120)
-    console.print(fit_table({"prior": fit, "policy": fit}, 0.25))
+    console.print(fit_table({"prior": fit, "policy": fit}))
     text = console.file.getvalue()
     assert "1.23 ± 0.05" in text
     assert "7.0" not in text

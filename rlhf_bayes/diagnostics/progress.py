@@ -1,0 +1,23 @@
+"""A progress bar that says how training goes."""
+
+from typing import ClassVar
+
+from transformers import ProgressCallback
+
+
+class PosteriorProgress(ProgressCallback):
+    """
+    A bar with the latest reward, KL to the prior and ELBO beside it, in place of a printed dictionary at each logging
+    step. Takes the place of [`~transformers.ProgressCallback`]:
+
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(PosteriorProgress())
+    """
+
+    FIGURES: ClassVar = {"reward": "reward", "posterior/kl_to_prior": "KL", "posterior/elbo": "ELBO"}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs is not None:
+            figures = {label: logs[key] for key, label in self.FIGURES.items() if key in logs}
+            if figures:
+                self.training_bar.set_postfix({label: f"{float(value):.2f}" for label, value in figures.items()})
