@@ -88,13 +88,14 @@ class PPOConfig(RLOOConfig):
     )
 
     def __post_init__(self):
+        # before TRL divides by `num_generations`
+        self._check_numbers()
         try:
             super().__post_init__()
         except ValueError as error:
             # RLOO's last check: it needs siblings as a baseline, a critic does not
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
-        self._check_numbers()
         self._check_posterior()
         self._check_sampling()
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
@@ -116,6 +117,13 @@ class PPOConfig(RLOOConfig):
             "kl_horizon": (self.kl_horizon, lambda x: x >= 1, "at least 1 (episodes)"),
             "missing_eos_penalty": (self.missing_eos_penalty, lambda x: 0 <= x < math.inf, "at least 0, or None"),
             "num_generations": (self.num_generations, lambda x: x >= 1, "at least 1"),
+            "num_iterations": (self.num_iterations, lambda x: x >= 1, "at least 1"),
+            "max_completion_length": (self.max_completion_length, lambda x: x >= 1, "at least 1 (tokens)"),
+            "epsilon": (self.epsilon, lambda x: 0 < x <= 1, "in (0, 1]"),
+            "epsilon_high": (self.epsilon_high, lambda x: 0 < x < math.inf, "positive, or None for `epsilon`"),
+            "reward_weights": (self.reward_weights, lambda x: all(map(math.isfinite, x)), "finite"),
+            "reward_clip_range": (self.reward_clip_range, lambda x: x[0] < x[1], "(low, high) with low < high"),
+            "temperature": (self.temperature, lambda x: 0 < x < math.inf, "positive and finite"),
         }
         for name, (value, holds, rule) in rules.items():
             if value is not None and not holds(value):
@@ -159,8 +167,6 @@ class PPOConfig(RLOOConfig):
                     f"`generation_kwargs` may hold {sorted(_HARMLESS_GENERATION_KWARGS)}, got {name!r}: it may change "
                     "the distribution that rollouts come from. Remove it."
                 )
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"`temperature` must be positive and finite, got {self.temperature}.")
         if not self.disable_dropout:
             raise ValueError(
                 "`disable_dropout` must be True: under dropout the policy that draws, the policy that is scored and "

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import clipped_policy_loss, clipped_value_loss, explained_variance, token_rewards
+from rlhf_bayes.numerics import (
+    adapted_beta,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    token_rewards,
+)
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
 
@@ -108,3 +114,26 @@ def test_token_rewards_refusals():
         token_rewards(torch.zeros(2), torch.zeros(3, 3), MASK, 0.1)
     with pytest.raises(ValueError, match="right-padded"):
         token_rewards(torch.zeros(3), torch.zeros(3, 3), MASK.flip(-1), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.15),  # on target
+        (6.6, 0.15 * (1 + 0.1 * 0.064)),  # 10 % above
+        (5.4, 0.15 * (1 - 0.1 * 0.064)),
+        (60.0, 0.15 * (1 + 0.2 * 0.064)),  # clipped at 20 %
+        (-1.0, 0.15 * (1 - 0.2 * 0.064)),  # an estimate may be negative
+    ],
+)
+def test_adapted_beta_by_hand(kl, expected):
+    # the batch and horizon of Ziegler et al.: 640 of 10,000 episodes
+    assert adapted_beta(0.15, kl, target_kl=6.0, episodes=640, horizon=10_000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_adapted_beta_settles_where_the_kl_is_the_target():
+    # a policy at the optimum of a Gaussian bandit: KL(β) = 1/(2β²), 2 nats at β = 0.5
+    beta = 0.05
+    for _ in range(200):
+        beta = adapted_beta(beta, 1 / (2 * beta**2), target_kl=2.0, episodes=50, horizon=100)
+    assert beta == pytest.approx(0.5, rel=1e-3)
