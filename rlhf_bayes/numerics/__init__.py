@@ -8,7 +8,14 @@ from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
-from .ppo import adapted_beta, clipped_policy_loss, clipped_value_loss, explained_variance, token_rewards
+from .ppo import (
+    adapted_beta,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    kl_penalised_advantages,
+    token_rewards,
+)
 
 __all__ = [
     "adapted_beta",
@@ -26,6 +33,7 @@ __all__ = [
     "k3",
     "khat",
     "khat_threshold",
+    "kl_penalised_advantages",
     "log_importance_ess",
     "log_z",
     "log_z_standard_error",

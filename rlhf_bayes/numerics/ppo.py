@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gae import check_right_padded
+from .gae import check_right_padded, gae
 from .masked import masked_var, zero_padding
 
 
@@ -136,3 +136,34 @@ def adapted_beta(beta: float, kl: float, target_kl: float, episodes: int, horizo
     """
     error = min(max(kl / target_kl - 1.0, -0.2), 0.2)
     return beta * (1.0 + error * episodes / horizon)
+
+
+def kl_penalised_advantages(
+    score: Tensor, log_ratios: Tensor, values: Tensor, mask: Tensor, beta: float | Tensor, lam: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Advantages of KL-penalised reward, for a critic that predicts the return of the whole completion.
+
+        r_t = −β log(π/π0)(x_t), plus the score at the last token       V_t = u_t + β Σ_{i<t} log(π/π0)(x_i)
+
+    followed by GAE with discount 1. The critic's u_t is a forecast of `score − β Σ_i log(π/π0)(x_i)`, the log-ratios
+    already paid included: those are known, and adding them back gives the usual value V_t, reward to go less KL to go.
+    At the optimum u_t is β log Z for every prefix, so the advantages have no variance there.
+
+    Args:
+        score (`torch.Tensor`): reward of each completion (B,).
+        log_ratios (`torch.Tensor`): log π − log π0 of each token (B, T), in nats. Padding may hold anything.
+        values (`torch.Tensor`): u_t before each token (B, T), in units of the reward.
+        mask (`torch.Tensor`): bool (B, T), right-padded.
+        beta (`float` or scalar `torch.Tensor`): units of the reward per nat.
+        lam (`float`): λ of GAE.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T) and targets for u (B, T), 0 on padding.
+
+    Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 3 and 4; GAE as in [`gae`].
+    """
+    log_ratios = zero_padding(log_ratios, mask)  # (B, T)
+    paid = beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
+    advantages, returns = gae(token_rewards(score, log_ratios, mask, beta), values + paid, mask, lam=lam)
+    return advantages, torch.where(mask, returns - paid, 0.0)

@@ -204,15 +204,17 @@ class RolloutTrainer(RLOOTrainer):
 
     @torch.no_grad()
     def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
-        # sharded heads can be used inside their own forward only
+        # a head that is sharded, or that PEFT switches with the adapter, can be used inside its own forward only
         sharded = self.accelerator.distributed_type == DistributedType.FSDP or self._zero3
+        switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
+        separate = not sharded and not switched
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
         with self.accelerator.autocast(), ExitStack() as stack:
             stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
-            policy = score_completions(self.model, *sequences, hidden_only=not sharded)
+            policy = score_completions(self.model, *sequences, hidden_only=separate)
             with self.reference.active(self.model) as ref_model:
-                ref = score_completions(ref_model, *sequences, hidden_only=not sharded, with_values=False)
-            if sharded:
+                ref = score_completions(ref_model, *sequences, hidden_only=separate, with_values=False)
+            if not separate:
                 token_log_probs, ref_token_log_probs = policy.log_probs, ref.log_probs
                 token_entropy, token_kl = policy.entropy, None
             else:

@@ -14,10 +14,9 @@ from ..numerics import (
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
-    gae,
     k1,
+    kl_penalised_advantages,
     masked_sum,
-    token_rewards,
 )
 from ..rewards import checked
 from ._trl import Rollout, RolloutTrainer
@@ -139,7 +138,6 @@ class PPOTrainer(RolloutTrainer):
             self.optimizer.add_param_group({"params": [p for p in self.critic.parameters() if p.requires_grad]})
 
     def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
-        mask = rollout.mask  # (B, T)
         rewards = combine_rewards(
             rollout.rewards_per_func,
             self.reward_weights,
@@ -147,37 +145,41 @@ class PPOTrainer(RolloutTrainer):
             self.args.missing_eos_penalty,
             rollout.ended,
         )  # (B,), nan where no reward function applies
-        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
-        loss_mask = mask & ~rewards.isnan()[:, None]
-        # what the completion has already paid is known: the critic need not learn it
-        paid = self.beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
-        values = rollout.values + paid
-        advantages, returns = gae(
-            token_rewards(rewards.nan_to_num(0.0), log_ratios, mask, self.beta), values, mask, lam=self.args.lam
-        )
-        if self.args.normalize_advantages:
-            advantages = self._whitened(advantages, loss_mask)
-        self._report_rollout(rollout, rewards, log_ratios, values, returns, loss_mask)
-        return {
-            "loss_mask": loss_mask,
+        batch = {
+            "loss_mask": rollout.mask & ~rewards.isnan()[:, None],
+            "rewards": rewards.nan_to_num(0.0),
             "old_token_log_probs": rollout.token_log_probs,
-            "advantages": advantages,
+            "ref_token_log_probs": rollout.ref_token_log_probs,
             "old_values": rollout.values,
-            "value_targets": returns - paid,
             "token_entropy": rollout.token_entropy,
+            "beta": torch.tensor(self.beta, device=rewards.device),
         }
+        advantages, targets = self._advantages(rollout.token_log_probs, rollout.values, batch)
+        batch["advantage_shift"], batch["advantage_scale"] = self._whitening(advantages, batch["loss_mask"])
+        self.log_metric("ppo/explained_variance", explained_variance(rollout.values, targets, batch["loss_mask"]))
+        self._report_rollout(rollout, rewards)
+        return batch
 
     def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
-        mask, old_values, targets = batch["loss_mask"], batch["old_values"], batch["value_targets"]  # (B, T)
+        mask, old_log_probs = batch["loss_mask"], batch["old_token_log_probs"]  # (B, T)
         if scores is None:
-            scores = CompletionScores(batch["old_token_log_probs"], batch["token_entropy"], old_values, None)
+            scores = CompletionScores(old_log_probs, batch["token_entropy"], batch["old_values"], None)
+        # with the policy and the critic of now: the target does not depend on who drew the completions
+        advantages, targets = self._advantages(scores.log_probs.detach(), scores.values.detach(), batch)
+        advantages = (advantages - batch["advantage_shift"]) / batch["advantage_scale"]
         # where before exp: padding is no token of the policy
-        log_ratio = torch.where(mask, scores.log_probs - batch["old_token_log_probs"], 0.0)
-        policy_loss = clipped_policy_loss(log_ratio, batch["advantages"], self.epsilon_low, self.epsilon_high)
-        value_loss = clipped_value_loss(scores.values, old_values, targets, self.args.cliprange_value)
-        self._report_update(scores, log_ratio, policy_loss, value_loss, batch)
+        log_ratio = torch.where(mask, scores.log_probs - old_log_probs, 0.0)
+        policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
+        value_loss = clipped_value_loss(scores.values, batch["old_values"], targets, self.args.cliprange_value)
+        self._report_update(scores, log_ratio, advantages, policy_loss, value_loss, batch)
         policy_weight = 0.0 if self._critic_warms_up() else 1.0
         return policy_weight * masked_sum(policy_loss, mask) + self.args.vf_coef * masked_sum(value_loss, mask)
+
+    def _advantages(self, log_probs: Tensor, values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        log_ratios = k1(log_probs, batch["ref_token_log_probs"])  # (B, T)
+        return kl_penalised_advantages(
+            batch["rewards"], log_ratios, values, batch["loss_mask"], batch["beta"], self.args.lam
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
@@ -187,15 +189,17 @@ class PPOTrainer(RolloutTrainer):
     def _critic_warms_up(self) -> bool:
         return self.mode == "train" and self.state.global_step < self.args.critic_warmup_steps
 
-    def _whitened(self, advantages: Tensor, mask: Tensor) -> Tensor:
+    def _whitening(self, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.args.normalize_advantages:
+            return advantages.new_tensor(0.0), advantages.new_tensor(1.0)
         # over the tokens of all processes; the constant is that of RLOO
         local = torch.stack([masked_sum(x, mask) for x in (torch.ones_like(advantages), advantages, advantages**2)])
         count, total, squares = self.accelerator.reduce(local, reduction="sum")
         mean = total / count.clamp(min=1.0)
-        std = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt()
-        return torch.where(mask, (advantages - mean) / (std + 1e-4), 0.0)
+        return mean, (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4
 
-    def _report_rollout(self, rollout, rewards, log_ratios, values, returns, loss_mask) -> None:
+    def _report_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
+        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
         kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
         local = torch.stack([rewards, log_ratios.sum(-1), kls.sum(-1), rollout.mask.sum(-1).float()], dim=-1)  # (B, 4)
         rewards, log_ratios, kls, lengths = self.accelerator.gather(local).unbind(-1)  # (B_global,)
@@ -203,13 +207,12 @@ class PPOTrainer(RolloutTrainer):
             self.log_metric(name, value)
         # TRL's `kl`: the mean log-ratio per token
         self.log_metric("kl", log_ratios.sum() / lengths.sum().clamp(min=1.0))
-        self.log_metric("ppo/explained_variance", explained_variance(values, returns, loss_mask))
         self.log_metric("ppo/beta", self.beta)
         if self.mode == "train" and self.args.target_kl is not None:
             self.beta = adapted_beta(self.beta, kls.mean().item(), self.args.target_kl, len(kls), self.args.kl_horizon)
 
-    def _report_update(self, scores, log_ratio, policy_loss, value_loss, batch) -> None:
-        mask, advantages = batch["loss_mask"], batch["advantages"]
+    def _report_update(self, scores, log_ratio, advantages, policy_loss, value_loss, batch) -> None:
+        mask = batch["loss_mask"]
         ratio = log_ratio.detach().exp()
         low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
