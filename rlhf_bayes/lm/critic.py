@@ -162,8 +162,10 @@ def set_trainable(lm: PreTrainedModel, critic: Critic) -> None:
 def active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
     """Run the causal LM under one of its PEFT adapters for a while, whatever is active or disabled around it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [module for module in lm.base_model.modules() if isinstance(module, BaseTunerLayer)]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the latter hold what `modules_to_save` names
+    layers = [module for module in lm.modules() if isinstance(module, kinds)]
     # not `set_adapter`: it freezes the other adapters, whose gradients the same backward pass still needs
     active = [layer._active_adapter for layer in layers]
     disabled = [layer._disable_adapters for layer in layers]
