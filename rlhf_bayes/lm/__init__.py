@@ -7,6 +7,7 @@ from .critic import (
     critic_config,
     detached_critic,
     is_critic_folder,
+    kept_trainable,
     set_trainable,
     split_critic,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "eos_token_ids",
     "first_eos_mask",
     "is_critic_folder",
+    "kept_trainable",
     "raw_generation_config",
     "sampling_config",
     "scatter",

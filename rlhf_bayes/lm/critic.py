@@ -159,6 +159,17 @@ def set_trainable(lm: PreTrainedModel, critic: Critic) -> None:
 
 
 @contextmanager
+def kept_trainable(model: nn.Module) -> Iterator[None]:
+    """Give each parameter its `requires_grad` back: PEFT freezes all adapters but one when it switches them."""
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+
+
+@contextmanager
 def active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
     """Run the causal LM under one of its PEFT adapters for a while, whatever is active or disabled around it."""
     from peft.tuners.tuners_utils import BaseTunerLayer

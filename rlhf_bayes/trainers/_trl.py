@@ -30,6 +30,7 @@ from ..lm import (
     check_prompt_fits,
     detached_critic,
     enable_completion_scoring,
+    kept_trainable,
     raw_generation_config,
     scatter,
     score_completions,
@@ -179,7 +180,9 @@ class RolloutTrainer(RLOOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         self._scored = None
-        output = super()._generate_and_score_completions(inputs)
+        # both the reference pass and RLOO switch adapters, which would leave the critic's frozen
+        with kept_trainable(self.model):
+            output = super()._generate_and_score_completions(inputs)
         rollout = Rollout(
             mask=output["completion_mask"].bool(),
             ended=self._ended,
