@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,6 @@ class CurveCallback(TrainerCallback):
 
 def run_cell(cell: Cell) -> Curve:
     """Train once and measure on the way."""
-    quiet()
     started = time.perf_counter()
     target, curve = Target(cell.prompts), Curve()
     curve.add(0, target.kl(target.new_model()).item())
@@ -147,6 +147,16 @@ def run_cell(cell: Cell) -> Curve:
         train(target, curve, cell)
     curve.seconds = time.perf_counter() - started
     return curve
+
+
+def run_cells(cells: list[Cell], jobs: int) -> Iterator[Curve]:
+    """One after another in this process, or in a few at once."""
+    if jobs == 1:
+        quiet()
+        yield from map(run_cell, cells)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs, quiet) as pool:
+        yield from pool.imap(run_cell, cells)
 
 
 def descend_exactly(target: Target, curve: Curve, learning_rate: float) -> None:
@@ -269,7 +279,7 @@ def plot(summaries: list[Summary], samples: int, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", dest="methods", action="append", help="repeat for several; default: see the table")
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 3e-3, 5e-3])
@@ -281,15 +291,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, default=Path("exact_posterior.png"))
     parser.add_argument("--json", type=Path, help="also write every curve there")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, 256 completions")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.methods = args.methods or list(METHODS)
+    for method in args.methods:
+        if method.partition(":")[0] not in TRAINERS:
+            parser.error(f"--method must be {', '.join(TRAINERS)}, with ':' and JSON after it if any; got {method!r}")
+    if args.samples <= 0 or args.samples % BATCH:
+        parser.error(f"--samples must be a multiple of {BATCH}, got {args.samples}")
     if args.quick:
         args.learning_rates, args.seeds, args.samples = [3e-3], 1, 4 * BATCH
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 170)
     prompts = tuple(args.prompts)
     cells = [
@@ -301,14 +316,13 @@ def main() -> None:
     if not args.no_exact:  # no randomness in it: one seed
         cells += [Cell(EXACT, rate, 0, EXACT_STEPS, prompts) for rate in EXACT_LEARNING_RATES]
     results: dict[Cell, Curve] = {}
-    with multiprocessing.get_context("spawn").Pool(args.jobs) if args.jobs > 1 else _Sequential() as pool:
-        for number, (cell, curve) in enumerate(zip(cells, pool.imap(run_cell, cells), strict=True), start=1):
-            results[cell] = curve
-            console.print(
-                f"{number}/{len(cells)} {cell.method}, learning rate {cell.learning_rate:g}, seed {cell.seed}: "
-                f"{curve.kl[-1]:.4f} nats, {curve.seconds:.1f} s",
-                highlight=False,
-            )
+    for number, (cell, curve) in enumerate(zip(cells, run_cells(cells, args.jobs), strict=True), start=1):
+        results[cell] = curve
+        console.print(
+            f"{number}/{len(cells)} {cell.method}, learning rate {cell.learning_rate:g}, seed {cell.seed}: "
+            f"{curve.kl[-1]:.4f} nats, {curve.seconds:.1f} s",
+            highlight=False,
+        )
     methods = dict.fromkeys(cell.method for cell in results)
     summaries = [Summary.of(method, results) for method in methods]
     console.print(f"Prior: {summaries[0].curves[0].kl[0]:.3f} nats from the posterior.")
@@ -318,18 +332,6 @@ def main() -> None:
     if args.json is not None:
         rows = [vars(cell) | vars(curve) for cell, curve in results.items()]
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
-class _Sequential:
-    """The one method of a pool that is used, in this process."""
-
-    imap = staticmethod(map)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
 
 
 if __name__ == "__main__":
