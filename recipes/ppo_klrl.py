@@ -44,8 +44,8 @@ DEFAULTS = {"output_dir": "runs/ppo_klrl", "use_cpu": ON_CPU, "bf16": not ON_CPU
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "beta": 0.25,
-    "learning_rate": 1e-3,
-    "max_steps": 100,
+    "learning_rate": 3e-4,
+    "max_steps": 300,
     "per_device_train_batch_size": 64,
     "num_generations": 8,
     "max_completion_length": 32,
@@ -76,7 +76,7 @@ class Arguments:
         default=None, metadata={"help": "A sequence-classification model; its reward is added to the functions'."}
     )
     report_prompts: int = field(default=16, metadata={"help": "Prompts in the report before and after; 0: none."})
-    report_samples: int = field(default=64, metadata={"help": "Completions a prompt in the report."})
+    report_samples: int = field(default=128, metadata={"help": "Completions a prompt in the report."})
 
 
 def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
@@ -184,7 +184,8 @@ def report(trainer: PPOTrainer, args: Arguments, model_path: str, reward_funcs: 
     }
 
     console.print(samples_table(prompts[:4], {"prior (before)": before, "policy (after)": after}, title="Samples"))
-    console.print(fit_table(fits, title=f"Distance to the posterior π0·exp(r/β)/Z, β = {trainer.beta:g}"))
+    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {trainer.beta:g}" if trainer.beta else "β = 0: no posterior"
+    console.print(fit_table(fits, title=title))
     if log_z is not None:
         console.print(str(log_z))
     curves = output_dir / "curves.png"

@@ -264,7 +264,7 @@ def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Tab
         "kl_to_prior": "KL to prior (nats)",
         "elbo": "ELBO (nats)",
         "log_z": "log Z (nats)",
-        "gap": "gap = log Z − ELBO = KL to posterior (nats)",
+        "gap": "gap = KL to posterior (nats)",
         "entropy": "entropy (nats)",
     }
     for field, label in rows.items():

@@ -1,0 +1,175 @@
+"""The recipe as a user launches it, in processes of its own, with few steps; and what wrong flags end in."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_bayes import toy
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = ROOT / "recipes" / "ppo_klrl.py"
+SHARED = ROOT.parent / "shared"
+FEW = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--num_generations", "4", "--report_prompts", "2"]
+SMALL = [*FEW, "--report_samples", "32", "--max_completion_length", "24"]
+
+
+def launch(*flags, cwd, launcher=(sys.executable,)):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    done = subprocess.run(
+        [*launcher, str(RECIPE), *map(str, flags)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("ppo_klrl", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ppo_klrl"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["ppo_klrl"]
+
+
+@pytest.fixture
+def run_in_process(recipe, monkeypatch, tmp_path):
+    """Runs main() with flags in an empty folder: a launch is mostly imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["ppo_klrl.py", *map(str, flags)])
+        recipe.main()
+
+    return run
+
+
+def test_without_arguments_trains_the_bundled_model(tmp_path):
+    accelerate = (sys.executable, "-m", "accelerate.commands.launch")
+    output = launch(*FEW, "--report_samples", 32, cwd=tmp_path, launcher=accelerate)
+    for expected in (
+        "Samples",
+        "The movie",
+        "prior (before)",
+        "policy (after)",
+        "distinct-2",
+        "entropy",
+        "draws each",
+    ):
+        assert expected in output
+    for quantity in ("reward", "KL to prior", "ELBO", "log Z", "gap"):
+        assert f"│ {quantity}" in output
+    folder = tmp_path / "runs" / "ppo_klrl"
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    prior = AutoModelForCausalLM.from_pretrained(toy.model_path())
+    assert any((after != before).any() for after, before in zip(policy.parameters(), prior.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+
+
+def test_own_prompts_rewards_and_lora_from_yaml(run_in_process, tmp_path, capsys):
+    rows = [{"question": "The hotel", "bonus": 1.0}, {"question": "I thought the soup", "bonus": 2.0}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completions, bonus, **columns):\n"
+        "    return [b * len(text) / 100 for text, b in zip(completions, bonus, strict=True)]\n"
+    )
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: {toy.model_path()}\ndataset_name: prompts.jsonl\nprompt_column: question\n"
+        "output_dir: out\nlearning_rate: 1.0e-3\nuse_peft: true\nlora_r: 4\n"
+    )
+    rewards = ["--reward_func", "my_rewards:length", "--reward_func", "rlhf_bayes.toy.rewards:sentiment_reward"]
+    run_in_process("--config", "run.yaml", *rewards, *SMALL)
+    assert "I thought the soup" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "out" / "curves.png").exists()
+
+
+def test_without_a_kl_term_there_is_no_posterior_to_report(run_in_process, capsys):
+    run_in_process("--beta", 0, "--output_dir", "out", *SMALL)
+    output = capsys.readouterr().out
+    assert "no posterior" in output
+    (row,) = (line for line in output.splitlines() if "ELBO" in line)
+    assert row.count("–") == 2
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
+def test_stories_with_vader(tmp_path):
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed (extra `recipes`)")
+    output = launch(
+        *("--model_name_or_path", SHARED / "models" / "stories260K"),
+        *("--dataset_name", SHARED / "data" / "tinystories" / "first_sentences.jsonl.gz"),
+        *("--prompt_column", "text", "--max_prompts", 20, "--reward_func", "rlhf_bayes.toy.rewards:vader_reward"),
+        *("--learning_rate", 1e-4, "--beta", 0.2, "--output_dir", tmp_path / "out", *SMALL),
+        cwd=tmp_path,
+    )
+    assert "policy (after)" in output
+    assert (tmp_path / "out" / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (
+            ["--dataset_name", "nowhere.jsonl"],
+            FileNotFoundError,
+            "`dataset_name` must be a file or folder that exists",
+        ),
+        (["--dataset_name", "rows.xyz"], ValueError, "must end in one of"),
+        (
+            ["--dataset_name", "rows.jsonl"],
+            ValueError,
+            r"must be one of the columns of `dataset_name`, \['text'\], got",
+        ),
+        (
+            ["--dataset_name", "rows.jsonl", "--prompt_column", "text", "--max_prompts", 0],
+            ValueError,
+            "at least 1, got 0",
+        ),
+        (["--reward_func", "no_colon"], ValueError, "must have the form `module:function`, got 'no_colon'"),
+        (["--reward_func", "no_such_module:f"], ValueError, "a module that can be imported, got 'no_such_module:f'"),
+        (
+            ["--reward_func", "rlhf_bayes.toy.rewards:sentiment_rewards"],
+            ValueError,
+            "got 'sentiment_rewards'. Is 'sentiment_reward' meant?",
+        ),
+        (["--model_name_or_path", "some/model"], ValueError, "`--dataset_name` must be given"),
+        (["--model_name_or_path", "some/model", "--dataset_name", "rows.jsonl"], ValueError, "`--reward_func"),
+        (["--beta", -1], ValueError, "`beta` must be at least 0"),
+    ],
+)
+def test_wrong_flags_end_before_the_model_is_loaded(
+    recipe, run_in_process, monkeypatch, tmp_path, flags, error, message
+):
+    monkeypatch.setattr(recipe, "PPOTrainer", lambda **arguments: pytest.fail("a model would be loaded"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "The movie"}\n')
+    (tmp_path / "rows.xyz").write_text("")
+    with pytest.raises(error, match=message):
+        run_in_process(*flags, "--output_dir", "out")
+
+
+def test_the_bundled_model_has_defaults_of_its_own(recipe, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo_klrl.py", "--num_generations", "16"])
+    args, training_args, model_args = recipe.parse_arguments()
+    assert model_args.model_name_or_path == toy.model_path()
+    assert (training_args.num_generations, training_args.max_completion_length) == (16, 32)
+    assert training_args.use_cpu != recipe.torch.cuda.is_available()
+
+    own = ["--model_name_or_path", "a/b", "--dataset_name", "c/d", "--reward_func", "e:f", "--reward_func", "g:h"]
+    monkeypatch.setattr(sys, "argv", ["ppo_klrl.py", *own])
+    args, training_args, model_args = recipe.parse_arguments()
+    assert args.reward_func == ["e:f", "g:h"]
+    assert training_args.learning_rate == recipe.PPOConfig("x", bf16=False, use_cpu=True).learning_rate
