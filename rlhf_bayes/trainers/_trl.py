@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
@@ -48,6 +50,7 @@ PRIVATE_NAMES = {
     "_generate_and_score_completions": ("inputs",),
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
+    "_get_train_sampler": ("dataset",),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
@@ -83,6 +86,23 @@ class Rollout:
     """(B, F): what each reward function returned; nan for None."""
     num_generations: int
     """Completions a prompt; rows of a prompt are neighbours in the batch of all processes."""
+
+
+class _SamplerByEpoch(Sampler):
+    """RLOO's sampler, which shuffles by the epoch instead of by how often this process has iterated over it."""
+
+    def __init__(self, sampler, trainer: RLOOTrainer):
+        self.sampler, self.trainer = sampler, trainer
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            args = self.trainer.args
+            steps = len(self) // args.generation_batch_size // args.gradient_accumulation_steps  # an epoch
+            self.sampler.generator.manual_seed(args.seed + self.trainer.state.global_step // max(1, steps))
+        return iter(self.sampler)
+
+    def __len__(self):
+        return len(self.sampler)
 
 
 class RolloutTrainer(RLOOTrainer):
@@ -147,6 +167,10 @@ class RolloutTrainer(RLOOTrainer):
         self._metrics[self.mode][name].append(float(value))
 
     # Rollouts
+
+    def _get_train_sampler(self, dataset=None):
+        # a resumed run must meet the prompts in the order of one that was not interrupted
+        return _SamplerByEpoch(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         for row, ids in enumerate(prompt_ids):
@@ -301,6 +325,9 @@ class RolloutTrainer(RLOOTrainer):
     def _load_critic(self, critic, checkpoint) -> None:
         if critic is not None:
             critic.load(Path(checkpoint) / CRITIC)
+            if critic.adapter is not None:  # Trainer takes only the active adapter back from the best checkpoint
+                weights = load_peft_weights(str(Path(checkpoint) / CRITIC), device=str(self.args.device))
+                set_peft_model_state_dict(self._plain_policy, weights, adapter_name=critic.adapter)
             # `load_adapter` freezes every adapter but the active one
             set_trainable(base_causal_lm(self._plain_policy), critic)
 

@@ -55,10 +55,12 @@ class RecordingTrainer(PPOTrainer):
 
     rollouts: list
     batches: list
+    modes: list[str]
 
     def rollout_batch(self, rollout):
         batch = super().rollout_batch(rollout)
         self.__dict__.setdefault("rollouts", []).append(rollout)
+        self.__dict__.setdefault("modes", []).append(self.mode)
         self.__dict__.setdefault("batches", []).append({name: tensor.clone() for name, tensor in batch.items()})
         return batch
 
