@@ -40,6 +40,7 @@ from ..lm import (
     split_critic,
     token_log_probs_and_exact_kl,
 )
+from .checks import check_tokenizer
 from .reference import Reference
 
 PRIVATE_NAMES = {
@@ -117,6 +118,7 @@ class RolloutTrainer(RLOOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        check_tokenizer(self._tokenizer)
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
                 f"`processing_class` must be a tokenizer, got {type(self.processing_class).__name__}: "
@@ -141,8 +143,7 @@ class RolloutTrainer(RLOOTrainer):
     # Hooks
 
     def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Tensors (B, …) or () to add to the batch; rows are shuffled and split along with it. Defined by the "
-        "objective."""
+        """Tensors (B, …) or () to add to the batch; rows are shuffled and split along. Defined by the objective."""
         raise NotImplementedError(f"{type(self).__name__} must define `rollout_batch`.")
 
     def rollout_loss(self, scores: CompletionScores, batch: dict[str, Tensor]) -> Tensor:

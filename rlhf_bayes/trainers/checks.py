@@ -23,6 +23,20 @@ def check_datasets(**datasets: Any) -> None:
                 _check_dataset(name if key is None else f"{name}['{key}']", part)
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """
+    Refuse tokenizers under which no completion ends.
+
+    Raises:
+        ValueError: if it has no EOS token. A missing padding token is no trouble: EOS takes its place, as in TRL.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"`processing_class` must have an EOS token, got {type(tokenizer).__name__} with `eos_token=None`: no "
+            "completion would ever end. Set `eos_token` to the token that closes a text in the model's training data."
+        )
+
+
 def _check_dataset(name: str, dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and "prompt" not in columns:

@@ -94,7 +94,9 @@ def test_the_expected_gradient_is_that_of_the_objective(tmp_path, temperature):
 
 def test_the_first_advantages_are_the_returns(toy, tmp_path):
     policy = toy.random_policy(noise=0.1, seed=2)
-    trained = trainer(toy, config(tmp_path, lam=1.0), policy, ref_model=toy.random_policy(noise=0.0))
+    args = config(tmp_path, lam=1.0, num_generations=1)
+    several = prompts_of(toy, 8)
+    trained = trainer(toy, args, policy, ref_model=toy.random_policy(noise=0.0), train_dataset=several)
     trained.train()
     rollout = trained.rollouts[0]
     log_ratios = rollout.token_log_probs - rollout.ref_token_log_probs
@@ -240,6 +242,15 @@ def test_in_the_warm_up_only_the_critic_learns(toy, tmp_path, critic, peft):
         assert largest_change(start, snapshot, critic=False) == 0
         assert largest_change(start, snapshot, critic=True) > 0
     assert largest_change(start, snapshots[3], critic=False) > 0
+
+
+@pytest.mark.xfail(reason="AdamW decays weights whose gradient is 0 rather than None")
+def test_weight_decay_waits_for_the_end_of_the_warm_up(toy, tmp_path):
+    changes = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
+    trained = trainer(toy, config(tmp_path, max_steps=2, critic_warmup_steps=2, **changes))
+    start = weights(trained.model)
+    trained.train()
+    assert largest_change(start, weights(trained.model), critic=False) == 0
 
 
 def test_beta_adapts_to_the_target(toy, tmp_path):
