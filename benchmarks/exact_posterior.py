@@ -49,13 +49,15 @@ TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "rloo": (RLOOTrainer, RLOOConfig), "
 METHODS = (
     "ppo",
     'ppo:{"num_iterations": 4}',
+    'ppo:{"num_iterations": 4, "steps_per_generation": 4}',
     "rloo",
     'rloo:{"num_iterations": 4}',
+    'rloo:{"num_iterations": 4, "steps_per_generation": 4}',
     "grpo",
     'grpo:{"scale_rewards": "none"}',
 )
 EXACT = "exact gradient"
-EXACT_STEPS, EXACT_LEARNING_RATES = 100, (1e-3, 2e-3, 3e-3, 5e-3)
+EXACT_STEPS, EXACT_LEARNING_RATES = 100, (5e-4, 1e-3, 2e-3, 4e-3)
 BATCH = 64  # completions a rollout
 POINTS = 20  # of a curve
 
@@ -282,7 +284,7 @@ def plot(summaries: list[Summary], samples: int, path: Path) -> None:
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", dest="methods", action="append", help="repeat for several; default: see the table")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 3e-3, 5e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=6400, help=f"completions, a multiple of {BATCH}")
     parser.add_argument("--prompts", type=int, nargs="+", default=[2], help="which of the toy's prompts, 0 to 2")
