@@ -19,7 +19,6 @@ import torch
 from accelerate.utils import DistributedType
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
@@ -41,7 +40,9 @@ from ..lm import (
     token_log_probs_and_exact_kl,
 )
 from .checks import check_tokenizer
+from .interruption import finished_before_signals
 from .reference import Reference
+from .sampler import SamplerByEpoch
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -52,6 +53,7 @@ PRIVATE_NAMES = {
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": ("dataset",),
+    "_save_checkpoint": ("model", "trial"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
@@ -87,23 +89,6 @@ class Rollout:
     """(B, F): what each reward function returned; nan for None."""
     num_generations: int
     """Completions a prompt; rows of a prompt are neighbours in the batch of all processes."""
-
-
-class _SamplerByEpoch(Sampler):
-    """RLOO's sampler, which shuffles by the epoch instead of by how often this process has iterated over it."""
-
-    def __init__(self, sampler, trainer: RLOOTrainer):
-        self.sampler, self.trainer = sampler, trainer
-
-    def __iter__(self):
-        if self.sampler.shuffle:
-            args = self.trainer.args
-            steps = len(self) // args.generation_batch_size // args.gradient_accumulation_steps  # an epoch
-            self.sampler.generator.manual_seed(args.seed + self.trainer.state.global_step // max(1, steps))
-        return iter(self.sampler)
-
-    def __len__(self):
-        return len(self.sampler)
 
 
 class RolloutTrainer(RLOOTrainer):
@@ -171,7 +156,7 @@ class RolloutTrainer(RLOOTrainer):
 
     def _get_train_sampler(self, dataset=None):
         # a resumed run must meet the prompts in the order of one that was not interrupted
-        return _SamplerByEpoch(super()._get_train_sampler(dataset), self)
+        return SamplerByEpoch(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         for row, ids in enumerate(prompt_ids):
@@ -296,6 +281,10 @@ class RolloutTrainer(RLOOTrainer):
         return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
     # Checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        with finished_before_signals():
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir

@@ -1,0 +1,98 @@
+"""
+A training that is launched as a script, by one process or by several. Not a test module.
+
+    python launched.py FOLDER MODE [NUM_PROCESSES]
+
+MODE `table`: completions by prompt, so that any number of processes sees the same rollouts; writes weights.pt.
+MODE `slow`: a long run with checkpoints, to be interrupted.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+from datasets import Dataset
+
+from rlhf_bayes import PPOConfig, PPOTrainer
+from rlhf_bayes.testing import EnumerableLM, toy_reward
+
+torch.set_num_threads(1)
+QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True}
+PROMPTS = ["a", "b a", "b a b a", "b", "a a", "b b a", "a b", "a a a a b", "b b", "a b a", "a a b", "b a a b"]
+
+
+class TableTrainer(PPOTrainer):
+    """Draws nothing: the completion is a function of the prompt and of the step."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        completions = TOY.completion_ids
+        step = self.state.global_step
+        return [completions[(7 * sum(ids) + 13 * len(ids) + 5 * step) % len(completions)] for ids in prompt_ids]
+
+
+TOY = EnumerableLM(vocab_size=4, max_completion_length=3)
+
+
+def reward(prompts, completions, completion_ids, **kwargs):
+    rewards = toy_reward(prompts, completions, completion_ids)
+    return [None if len(prompt) == 3 else reward for prompt, reward in zip(prompts, rewards, strict=True)]
+
+
+def by_table(folder: Path, num_processes: int) -> None:
+    args = PPOConfig(
+        output_dir=str(folder), save_strategy="no", max_completion_length=3, num_generations=1,
+        per_device_train_batch_size=6 // num_processes, gradient_accumulation_steps=2, max_steps=4, num_iterations=2,
+        learning_rate=0.2, lr_scheduler_type="constant", optim="sgd", beta=0.5, target_kl=0.02, kl_horizon=30,
+        normalize_advantages=True, vf_coef=0.5, logging_steps=1, ddp_find_unused_parameters=False, **QUIET,
+    )  # fmt: skip
+    trainer = TableTrainer(
+        TOY.random_policy(noise=0.05),
+        reward,
+        args,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=TOY.tokenizer,
+        ref_model=TOY.random_policy(noise=0.0),
+    )
+    # several obvious ways to launch end with one process and no error
+    assert trainer.accelerator.num_processes == num_processes, trainer.accelerator.num_processes
+    expected = "NO" if num_processes == 1 else "MULTI_"
+    assert str(trainer.accelerator.distributed_type).split(".")[-1].startswith(expected)
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+        # of the rollout; those of the update are means over micro-batches, as TRL's are
+        names = ("ppo/beta", "posterior/", "kl", "reward")
+        log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
+        torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
+
+
+def slowly(folder: Path) -> None:
+    def slow_reward(prompts, completions, completion_ids, **kwargs):
+        time.sleep(0.3)
+        return toy_reward(prompts, completions, completion_ids)
+
+    args = PPOConfig(
+        output_dir=str(folder), max_completion_length=3, num_generations=4, per_device_train_batch_size=12,
+        max_steps=2000, learning_rate=1e-3, beta=0.5, save_strategy="steps", save_steps=1, save_total_limit=3, **QUIET,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        TOY.random_policy(noise=0.0),
+        slow_reward,
+        args,
+        train_dataset=Dataset.from_dict({"prompt": TOY.prompts * 4}),
+        processing_class=TOY.tokenizer,
+    )
+    trainer.train()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    if sys.argv[2] == "table":
+        by_table(folder, int(sys.argv[3]))
+    else:
+        slowly(folder)
