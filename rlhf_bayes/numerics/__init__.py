@@ -14,6 +14,7 @@ from .ppo import (
     clipped_value_loss,
     explained_variance,
     kl_penalised_advantages,
+    prompt_baseline,
     token_rewards,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "prompt_baseline",
     "reverse_kl",
     "token_rewards",
     "tv",

@@ -167,3 +167,41 @@ def kl_penalised_advantages(
     paid = beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
     advantages, returns = gae(token_rewards(score, log_ratios, mask, beta), values + paid, mask, lam=lam)
     return advantages, torch.where(mask, returns - paid, 0.0)
+
+
+def prompt_baseline(returns: Tensor, forecasts: Tensor, num_generations: int) -> Tensor:
+    """
+    Baseline of each completion from its siblings and the critic, weighed by how much each can be trusted.
+
+        b_i = w · mean_{j ≠ i} G_j + (1 − w) · u,    w = τ² / (τ² + σ² / (n − 1))
+
+    σ² is the variance of the returns G within a prompt, τ² the mean squared error of the critic's forecast u for a
+    prompt, both pooled over the batch: a critic that knows nothing leaves RLOO's baseline, an exact one the critic.
+
+    Args:
+        returns (`torch.Tensor`): return of each completion (B,), the n of a prompt next to each other; nan where there
+        is
+            none, which leaves the completion out.
+        forecasts (`torch.Tensor`): the critic's value of each prompt (B,), in units of the reward.
+        num_generations (`int`): n, which divides B. With 1, the baseline is the forecast.
+
+    Returns:
+        `torch.Tensor`: baselines (B,); the forecast where a completion has no sibling.
+
+    Source: the normal posterior mean with an empirical prior, Efron & Morris 1973; leave-one-out as in RLOO, Ahmadian
+    et al. 2024, arXiv 2402.14740.
+    """
+    if num_generations == 1:
+        return forecasts
+    groups, u = returns.view(-1, num_generations), forecasts.view(-1, num_generations)  # (P, n)
+    known = ~groups.isnan()
+    count = known.sum(-1, keepdim=True)  # (P, 1)
+    total = groups.nansum(-1, keepdim=True)
+    usable = known & (count > 1)  # (P, n)
+    siblings = (total - groups) / (count - 1)  # (P, n)
+    # (G_i − mean of the others)² has variance σ²·(1 + 1/(n − 1)), and (mean of the others − u)² has τ² + σ²/(n − 1)
+    spread = torch.where(usable, (groups - siblings).square() * (count - 1) / count, 0.0).sum() / usable.sum()
+    noise = spread / (count - 1)  # (P, 1)
+    error = torch.where(usable, (siblings - u).square() - noise, 0.0).sum() / usable.sum()
+    weight = error.clamp(min=0.0) / (error.clamp(min=0.0) + noise).clamp(min=torch.finfo(noise.dtype).tiny)
+    return torch.where(usable, weight * siblings + (1 - weight) * u, u).flatten()

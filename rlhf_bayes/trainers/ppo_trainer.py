@@ -17,6 +17,7 @@ from ..numerics import (
     k1,
     kl_penalised_advantages,
     masked_sum,
+    prompt_baseline,
 )
 from ..rewards import checked
 from ._trl import Rollout, RolloutTrainer
@@ -154,6 +155,7 @@ class PPOTrainer(RolloutTrainer):
             "token_entropy": rollout.token_entropy,
             "beta": torch.tensor(self.beta, device=rewards.device),
         }
+        batch["value_shift"] = self._value_shift(rollout, rewards)
         advantages, targets = self._advantages(rollout.token_log_probs, rollout.values, batch)
         batch["advantage_shift"], batch["advantage_scale"] = self._whitening(advantages, batch["loss_mask"])
         self.log_metric("ppo/explained_variance", explained_variance(rollout.values, targets, batch["loss_mask"]))
@@ -177,9 +179,21 @@ class PPOTrainer(RolloutTrainer):
 
     def _advantages(self, log_probs: Tensor, values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         log_ratios = k1(log_probs, batch["ref_token_log_probs"])  # (B, T)
+        values = values + batch["value_shift"][:, None]
         return kl_penalised_advantages(
             batch["rewards"], log_ratios, values, batch["loss_mask"], batch["beta"], self.args.lam
         )
+
+    def _value_shift(self, rollout: Rollout, rewards: Tensor) -> Tensor:
+        # how much a completion's siblings say that the critic misjudges the prompt (B,)
+        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs).sum(-1)  # (B,)
+        forecasts = rollout.values[:, 0]  # (B,): before the first token, a function of the prompt
+        returns, everyones = self.accelerator.gather(
+            torch.stack([rewards - self.beta * log_ratios, forecasts], dim=-1)
+        ).unbind(-1)  # (B_global,)
+        baselines = prompt_baseline(returns, everyones, rollout.num_generations)
+        first = self.accelerator.process_index * len(rewards)
+        return baselines[first : first + len(rewards)] - forecasts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
