@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnop"
 SIZES = {
@@ -38,7 +38,8 @@ def tiny_tokenizer(chat: bool = False, pad_is_eos: bool = False) -> PreTrainedTo
     )
     if chat:
         fast.chat_template = (
-            "{% for message in messages %}a{{ message['content'] }}b{% endfor %}{% if add_generation_prompt %}c{% endif %}"
+            "{% for message in messages %}a{{ message['content'] }}b{% endfor %}"
+            "{% if add_generation_prompt %}c{% endif %}"
         )
     return fast
 

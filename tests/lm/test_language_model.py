@@ -2,11 +2,12 @@ import math
 
 import pytest
 import torch
-from .families import FAMILIES, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
 from rlhf_bayes.lm import LanguageModel
+
+from .families import FAMILIES, tiny_model, tiny_tokenizer
 
 EOS = 16
 

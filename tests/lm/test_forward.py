@@ -1,0 +1,160 @@
+"""One forward that scores: without padding and with it, with a gradient, behind wrappers; and what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.testing import assert_close
+
+from rlhf_bayes.lm import (
+    CRITIC,
+    Critic,
+    base_causal_lm,
+    enable_completion_scoring,
+    scatter,
+    score_completions,
+)
+
+from .families import FAMILIES, tiny_model
+
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+COMPLETIONS = [[7, 8], [9, 10, 11, 12], [13]]
+
+
+def padded(rows, left, value=0):
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, where], mask[row, where] = torch.tensor(tokens), True
+    return ids, mask
+
+
+def batch(value=0):
+    return (*padded(PROMPTS, left=True, value=value), *padded(COMPLETIONS, left=False, value=value))
+
+
+def ready(family="llama", critic=False):
+    model = tiny_model(family)
+    if critic:
+        model.add_module(CRITIC, Critic(16))
+        torch.nn.init.normal_(model.critic.value_head.weight, generator=torch.Generator().manual_seed(0))
+    enable_completion_scoring(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_gradients_are_those_of_unpadded_rows(family):
+    model = ready(family)
+    scores = score_completions(model, *batch(), temperature=1.3)
+    weights = torch.arange(1.0, 5.0)
+    (scores.log_probs * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = 0.0
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        log_probs = (model(torch.tensor([prompt + completion])).logits[0] / 1.3).log_softmax(-1)
+        own = log_probs[range(len(prompt) - 1, len(prompt) + len(completion) - 1)]
+        picked = own[range(len(completion)), completion]
+        assert_close(scores.log_probs[row, : len(completion)], picked, rtol=1e-4, atol=1e-5)
+        assert_close(scores.entropy[row, : len(completion)], -(own.exp() * own).sum(-1), rtol=1e-4, atol=1e-5)
+        total = total + (picked * weights[: len(completion)]).sum()
+    total.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+    model = ready(critic=True)
+    first, second = (score_completions(model, *batch(value)) for value in (0, 16))
+    for ours, theirs in zip(first[:3], second[:3], strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    mask = batch()[3]
+    for column in first[:3]:
+        assert (column[~mask] == 0).all()
+
+
+def test_values_are_those_of_the_prefix_before_each_token():
+    model = ready(critic=True)
+    values = score_completions(model, *batch()).values
+    ids = torch.tensor([PROMPTS[1] + COMPLETIONS[1]])
+    for step in range(4):
+        state = model.base_model(ids[:, : 1 + step]).last_hidden_state[0, -1]
+        assert_close(values[1, step], model.critic.value_head(state)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_parts_are_left_out_on_request():
+    model = ready(critic=True)
+    full = score_completions(model, *batch())
+    bare = score_completions(model, *batch(), hidden_only=True, with_values=False)
+    assert bare.log_probs is bare.entropy is bare.values is None
+    assert bare.hidden.shape == (7, 16)
+    assert full.hidden is None
+    assert score_completions(model, *batch(), hidden_only=True).values is not None
+    assert score_completions(ready(), *batch()).values is None
+
+
+def test_other_calls_are_untouched():
+    plain, model = tiny_model("llama"), ready(critic=True)
+    ids = torch.tensor([[1, 2, 3]])
+    assert_close(model(ids, labels=ids).loss, plain(ids, labels=ids).loss)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).tolist() == (
+        plain.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+    )
+
+
+def test_twice_is_once_and_a_deep_copy_is_its_own():
+    model = ready()
+    forward = model.forward
+    enable_completion_scoring(model)
+    assert model.forward == forward
+    copied = copy.deepcopy(model)
+    expected = score_completions(copied, *batch()).log_probs
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_close(score_completions(copied, *batch()).log_probs, expected)
+
+
+def test_an_adapter_counts():
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    enable_completion_scoring(model)
+    assert base_causal_lm(model)._scores_completions
+    before = score_completions(model, *batch()).log_probs
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    after = score_completions(model, *batch()).log_probs
+    assert (after - before).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert_close(score_completions(model, *batch()).log_probs, before)
+
+
+def test_a_family_whose_logits_are_not_understood_is_refused():
+    model = tiny_model("llama")
+
+    class Shifted(torch.nn.Linear):
+        """Another projection in the model's own forward than in `get_output_embeddings`."""
+
+    shifted = Shifted(16, 18, bias=False)
+    model.get_output_embeddings = lambda: shifted
+    with pytest.raises(ValueError, match=r"`model` \(LlamaForCausalLM\) must compute its logits as softcap"):
+        enable_completion_scoring(model)
+
+
+def test_the_check_leaves_the_mode_alone():
+    model = tiny_model("llama").train()
+    enable_completion_scoring(model)
+    assert model.training
+
+
+def test_scatter_keeps_the_gradient():
+    values = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, True]])
+    out = scatter(values, mask)
+    assert out.tolist() == [[1.0, 0.0], [2.0, 3.0]]
+    (out * torch.tensor([[1.0, 9.0], [3.0, 4.0]])).sum().backward()
+    assert values.grad.tolist() == [1.0, 3.0, 4.0]
