@@ -10,7 +10,6 @@ passed, exact KLs, means over the global token count, and a resume that continue
 """
 
 import logging
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import RLOOTrainer
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed, prepare_fsdp
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from ..lm import (
     CRITIC,
@@ -222,8 +221,7 @@ class RolloutTrainer(RLOOTrainer):
         switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
         separate = not sharded and not switched
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
-        with self.accelerator.autocast(), ExitStack() as stack:
-            stack.enter_context(disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs))
+        with self.accelerator.autocast():
             policy = score_completions(self.model, *sequences, hidden_only=separate)
             with self.reference.active(self.model) as ref_model:
                 ref = score_completions(ref_model, *sequences, hidden_only=separate, with_values=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..likelihoods import combine_rewards
-from ..lm import CompletionScores
+from ..lm import CRITIC, CompletionScores
 from ..numerics import (
     adapted_beta,
     clipped_policy_loss,
@@ -199,6 +199,15 @@ class PPOTrainer(RolloutTrainer):
         # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
         self.critic.detach_trunk = self._critic_warms_up() and self.args.critic == "shared"
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._critic_warms_up():
+            # weight decay moves weights whose gradient is 0
+            for name, parameter in self.model.named_parameters():
+                if f".{CRITIC}." not in f".{name}":
+                    parameter.grad = None
+        return loss
 
     def _critic_warms_up(self) -> bool:
         return self.mode == "train" and self.state.global_step < self.args.critic_warmup_steps

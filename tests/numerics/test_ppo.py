@@ -9,6 +9,8 @@ from rlhf_bayes.numerics import (
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
+    kl_penalised_advantages,
+    prompt_baseline,
     token_rewards,
 )
 
@@ -137,3 +139,102 @@ def test_adapted_beta_settles_where_the_kl_is_the_target():
     for _ in range(200):
         beta = adapted_beta(beta, 1 / (2 * beta**2), target_kl=2.0, episodes=50, horizon=100)
     assert beta == pytest.approx(0.5, rel=1e-3)
+
+
+def test_advantages_by_hand():
+    log_ratios = torch.tensor([[0.2, -0.5, 0.1], [0.4, torch.nan, torch.nan]])
+    values = torch.tensor([[1.0, 0.5, 2.0], [0.3, torch.nan, torch.nan]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    advantages, targets = kl_penalised_advantages(torch.tensor([3.0, -1.0]), log_ratios, values, mask, 0.5, lam=0.9)
+    returns = [3.0 - 0.5 * (0.2 - 0.5 + 0.1), -1.0 - 0.5 * 0.4]
+    # with the KL already paid in the value, each TD error is a step of u, and the last one ends at the whole return
+    last = returns[0] - 2.0
+    middle = (2.0 - 0.5) + 0.9 * last
+    first = (0.5 - 1.0) + 0.9 * middle
+    assert_close(advantages, torch.tensor([[first, middle, last], [returns[1] - 0.3, 0.0, 0.0]]))
+    assert_close(targets, torch.tensor([[1.0 + first, 0.5 + middle, returns[0]], [returns[1], 0.0, 0.0]]))
+
+
+def test_advantages_are_those_of_gae_with_the_usual_value(toy):
+    generator = torch.Generator().manual_seed(0)
+    log_ratios, u = torch.randn(2, 5, 4, generator=generator)
+    score = torch.randn(5, generator=generator)
+    mask = torch.arange(4) < torch.tensor([4, 2, 1, 3, 4])[:, None]
+    advantages, _ = kl_penalised_advantages(score, log_ratios, u, mask, 0.3, lam=1.0)
+    for row in range(5):
+        length = int(mask[row].sum())
+        for t in range(length):
+            to_go = score[row] - 0.3 * log_ratios[row, t:length].sum()  # log-ratios from t on, t included
+            usual_value = u[row, t] + 0.3 * log_ratios[row, :t].sum()
+            assert_close(advantages[row, t], to_go - usual_value)
+
+
+def test_at_the_posterior_an_exact_critic_leaves_no_advantage(toy):
+    """With π = π*, r − β·log(π*/π0) is β·log Z for every completion."""
+    scores = toy.rewards[1]  # (N,)
+    log_ratio = (toy.log_posterior() - toy.log_prior)[1]  # (N,), of whole completions
+    shares = torch.tensor([0.2, 0.5, 0.3])  # however it falls on the tokens
+    log_ratios = log_ratio[:, None] * shares
+    values = torch.full_like(log_ratios, toy.beta * toy.log_z()[1].item())
+    mask = torch.ones_like(log_ratios, dtype=torch.bool)
+    advantages, targets = kl_penalised_advantages(scores, log_ratios, values, mask, toy.beta, lam=0.95)
+    assert advantages.abs().max() < 1e-5
+    assert_close(targets, values, rtol=1e-5, atol=1e-5)
+
+
+def test_one_completion_a_prompt_has_the_critic_alone():
+    forecasts = torch.tensor([0.5, -2.0])
+    assert torch.equal(prompt_baseline(torch.tensor([9.0, 9.0]), forecasts, 1), forecasts)
+
+
+def test_a_critic_that_knows_nothing_leaves_the_siblings():
+    returns = torch.tensor([10.0, 11.0, 12.0, 50.0, 52.0, 51.0])
+    baseline = prompt_baseline(returns, torch.zeros(6), 3)
+    assert_close(baseline, torch.tensor([11.5, 11.0, 10.5, 51.5, 50.5, 51.0]), rtol=2e-3, atol=0.0)
+
+
+def test_an_exact_critic_beats_noisy_siblings():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(200, generator=generator).repeat_interleave(2)
+    returns = means + 3 * torch.randn(400, generator=generator)
+    baseline = prompt_baseline(returns, means, 2)
+    siblings = returns.view(-1, 2).flip(-1).flatten()
+    assert (baseline - means).square().mean() < 0.2 * (siblings - means).square().mean()
+
+
+def test_the_baseline_is_better_than_either_of_its_parts():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(500, generator=generator).repeat_interleave(4)
+    returns = means + 2 * torch.randn(2000, generator=generator)
+    forecasts = means + 0.8 * torch.randn(500, generator=generator).repeat_interleave(4)
+    groups = returns.view(-1, 4)
+    siblings = ((groups.sum(-1, keepdim=True) - groups) / 3).flatten()
+
+    def error(baseline):
+        return (baseline - means).square().mean()
+
+    baseline = prompt_baseline(returns, forecasts, 4)
+    # two independent errors of variance 0.64 and 4/3, weighed by their inverses
+    assert_close(error(baseline), torch.tensor(1 / (1 / 0.64 + 3 / 4)), rtol=0.15, atol=0.0)
+    assert error(baseline) < 0.8 * min(error(siblings), error(forecasts))
+
+
+def test_the_baseline_does_not_depend_on_a_completions_own_return():
+    generator = torch.Generator().manual_seed(0)
+    returns = torch.randn(1000, generator=generator).repeat_interleave(4) + torch.randn(4000, generator=generator)
+    other = returns.clone()
+    other[0] += 5.0
+    forecasts = torch.full((4000,), 0.3)
+    changed = (prompt_baseline(other, forecasts, 4) - prompt_baseline(returns, forecasts, 4)).abs()
+    # only through the weight, which 4,000 completions share; its siblings' baselines move by more
+    assert changed[0] < 0.01 * changed[1:4].min()
+
+
+def test_completions_without_return_are_left_out_of_the_baseline():
+    returns = torch.tensor([10.0, torch.nan, 12.0, 50.0, torch.nan, torch.nan])
+    forecasts = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 2.0])
+    baseline = prompt_baseline(returns, forecasts, 3)
+    assert_close(baseline[[1, 3, 4, 5]], forecasts[[1, 3, 4, 5]])
+    assert_close(baseline[[0, 2]], torch.tensor([12.0, 10.0]), rtol=0.1, atol=0.0)
+    nothing = prompt_baseline(torch.full((4,), torch.nan), torch.arange(4.0), 2)
+    assert_close(nothing, torch.arange(4.0))

@@ -15,7 +15,6 @@ from rlhf_bayes.trainers import _trl
 from .training import config, prompts_of, trainer
 
 HELPERS = {
-    "disable_gradient_checkpointing": ("model", "gradient_checkpointing_kwargs"),
     "prepare_deepspeed": ("model", "accelerator"),
     "prepare_fsdp": ("model", "accelerator"),
 }
