@@ -64,8 +64,8 @@ def by_table(folder: Path, num_processes: int) -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
-        # of the rollout; those of the update are means over micro-batches, as TRL's are
-        names = ("ppo/beta", "posterior/", "kl", "reward")
+        # those that are means over all processes: TRL's own, and those of updates, are over micro-batches
+        names = ("ppo/beta", "posterior/", "reward")
         log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
         torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
 
