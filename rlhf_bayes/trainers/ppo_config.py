@@ -29,7 +29,8 @@ class PPOConfig(RLOOConfig):
         lam (`float`, *optional*, defaults to `0.95`):
             λ of generalised advantage estimation. The discount is 1: another one would move the optimum.
         cliprange_value (`float`, *optional*):
-            Clips the value's change from the rollout, in units of the reward. Default: not clipped.
+            Clips the value's change from the rollout. Default: not clipped, since the range is in units of the reward,
+            which only you know.
         vf_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the value loss.
         critic (`str`, *optional*, defaults to `"shared"`):
