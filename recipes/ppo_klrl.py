@@ -23,6 +23,7 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from rlhf_bayes import LanguageModel, PPOConfig, PPOTrainer, toy
@@ -149,6 +150,7 @@ def main() -> None:
 def report(trainer: PPOTrainer, args: Arguments, model_path: str, reward_funcs: list, dataset: Dataset) -> None:
     """Prior and trained policy side by side: what was saved is what is judged."""
     training_args, console = trainer.args, Console()
+    unset_hf_deepspeed_config()  # under ZeRO-3 models would be loaded in shards, which waits for the other processes
     output_dir = Path(training_args.output_dir)
 
     def language_model(path: str) -> LanguageModel:

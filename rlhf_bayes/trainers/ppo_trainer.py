@@ -41,14 +41,16 @@ class PPOTrainer(RolloutTrainer):
 
     The token reward is −β·log(πθ/π0) of the token, plus the score at the last one; advantages come from GAE with
     discount 1, so the advantage at t holds the log-ratios from t on and is 0 everywhere at the optimum, given an exact
-    critic. Three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593), each measured to come closer to the
+    critic. Three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593), each measured to come closer to
+    the
     posterior (`benchmarks/exact_posterior.py`):
 
     - The critic forecasts the return of the whole completion, u, and the KL already paid is added in closed form:
       V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i). At the optimum u is the constant β·log Z(c).
     - Advantages are recomputed at each update, with the policy and the critic of that moment: the posterior does not
       move, so completions drawn earlier in the batch are judged by what the policy is now.
-    - With several completions a prompt, siblings correct the critic's forecast of the prompt (see [`prompt_baseline`]).
+    - With several completions a prompt, siblings correct the critic's forecast of the prompt (see
+    [`prompt_baseline`]).
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
