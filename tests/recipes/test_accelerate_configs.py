@@ -1,5 +1,8 @@
 """The launch configurations: read by accelerate itself, and none of them a single process in disguise."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,23 @@ def test_deepspeed_takes_the_optimizer_of_the_script(stage):
     assert plugin["zero_stage"] == stage
     assert {plugin["offload_optimizer_device"], plugin["offload_param_device"]} == {"none"}
     assert not {"optimizer", "deepspeed_config_file"} & set(plugin)
+
+
+def test_multi_cpu_starts_two_processes(tmp_path):
+    # some configurations that look right start one, and end with exit status 0
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from accelerate import PartialState\n"
+        "state = PartialState(cpu=True)\n"
+        "print(f'process {state.process_index} of {state.num_processes}, {state.device.type}', flush=True)\n"
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launcher, "--config_file", str(FOLDER / "multi_cpu.yaml"), str(script)],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["process 0 of 2, cpu", "process 1 of 2, cpu"]
