@@ -2,19 +2,18 @@
 
 import copy
 
-from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..lm import CRITIC, Critic, base_causal_lm, critic_config, is_critic_folder, set_trainable
 
 
 def attach_critic(
     policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     kind: str,
     value_model: "str | PreTrainedModel | None",
-    reward_funcs: list,
-    accelerator: Accelerator,
+    reward_models: list[tuple[nn.Module, PreTrainedTokenizerBase]],
 ) -> Critic:
     """
     Put a critic inside the policy's causal LM, so that DDP, FSDP and DeepSpeed see one module with one forward.
@@ -22,14 +21,15 @@ def attach_critic(
     Args:
         policy (`nn.Module`):
             The policy, PEFT-wrapped or not.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The policy's.
         kind (`str`):
             `"shared"` or `"separate"`.
         value_model (`str` or `PreTrainedModel`, *optional*):
             A folder with a saved critic; with `"separate"` also a model, or a path to one, whose trunk is taken.
-        reward_funcs (`list`):
-            Where a separate critic finds a trunk if there is no `value_model`.
-        accelerator (`Accelerator`):
-            Unwraps a prepared reward model.
+        reward_models (`list[tuple[nn.Module, PreTrainedTokenizerBase]]`):
+            Reward models and their tokenizers: a separate critic copies the first one's trunk if there is no
+            `value_model`.
 
     Raises:
         ValueError: if `value_model` does not fit `kind` or the policy.
@@ -45,7 +45,7 @@ def attach_critic(
             )
         critic = Critic(hidden_size)
     else:
-        critic = _separate_critic(policy, value_model, saved, reward_funcs, accelerator)
+        critic = _separate_critic(policy, tokenizer, value_model, saved, reward_models)
     if saved is not None:
         critic.load(saved)
     critic.to(lm.device)
@@ -54,7 +54,7 @@ def attach_critic(
     return critic
 
 
-def _separate_critic(policy, value_model, saved, reward_funcs, accelerator) -> Critic:
+def _separate_critic(policy, tokenizer, value_model, saved, reward_models) -> Critic:
     lm = base_causal_lm(policy)
     if saved is not None:
         config = critic_config(saved)
@@ -62,15 +62,25 @@ def _separate_critic(policy, value_model, saved, reward_funcs, accelerator) -> C
             return Critic.from_pretrained(saved)
         raise ValueError(
             f"`value_model` must be a critic with a trunk of its own when `critic='separate'`, got a "
-            f"{config['trunk']} one in `{saved}`. Set `critic='shared'`, or leave `value_model` out."
+            f"{config['trunk']} one in `{saved}`, which only works inside the policy that it was saved with. Resume "
+            "from that checkpoint, or leave `value_model` out."
         )
     if value_model is not None:
-        trunk = AutoModel.from_pretrained(value_model) if isinstance(value_model, str) else value_model.base_model
+        is_path = isinstance(value_model, str)
+        trunk = AutoModel.from_pretrained(value_model, dtype=lm.dtype) if is_path else value_model.base_model
+    elif hasattr(policy, "peft_config"):
+        return _adapter_critic(policy)
+    elif reward_models:
+        reward_model, reward_tokenizer = reward_models[0]
+        trunk = reward_model.base_model
+        if reward_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"The critic's trunk must share the policy's tokenizer, but that of the reward model "
+                f"{_described(reward_model)} has another vocabulary: the critic reads the policy's token ids. Pass a "
+                "`value_model` with the policy's tokenizer, or set `critic='shared'`."
+            )
     else:
-        reward_models = [accelerator.unwrap_model(func) for func in reward_funcs if isinstance(func, nn.Module)]
-        if hasattr(policy, "peft_config"):
-            return _adapter_critic(policy)
-        trunk = (reward_models or [lm])[0].base_model
+        trunk = lm.base_model
     sizes = [model.config.get_text_config().vocab_size for model in (lm, trunk)]
     if sizes[0] != sizes[1]:
         raise ValueError(

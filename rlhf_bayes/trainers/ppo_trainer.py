@@ -5,7 +5,7 @@ import textwrap
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..likelihoods import combine_rewards
 from ..lm import CRITIC, CompletionScores
@@ -142,9 +142,17 @@ class PPOTrainer(RolloutTrainer):
             peft_config=peft_config,
             **quantization,
         )
-        self.critic = attach_critic(self.model, args.critic, value_model, self.reward_funcs, self.accelerator)
+        reward_models = [
+            (self.accelerator.unwrap_model(func), tokenizer)
+            for func, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True)
+            if isinstance(func, nn.Module)
+        ]
+        self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, reward_models)
         if optimizers[0] is not None:
-            self.optimizer.add_param_group({"params": [p for p in self.critic.parameters() if p.requires_grad]})
+            # into a group that is there: a scheduler made before knows no other
+            self.optimizer.param_groups[-1]["params"].extend(
+                parameter for parameter in self._critic_parameters() if parameter.requires_grad
+            )
 
     def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
         rewards = combine_rewards(
@@ -166,7 +174,10 @@ class PPOTrainer(RolloutTrainer):
         batch["value_shift"] = self._value_shift(rollout, rewards)
         advantages, targets = self._advantages(rollout.token_log_probs, rollout.values, batch)
         batch["advantage_shift"], batch["advantage_scale"] = self._whitening(advantages, batch["loss_mask"])
-        self.log_metric("ppo/explained_variance", explained_variance(rollout.values, targets, batch["loss_mask"]))
+        columns = torch.stack([rollout.values, targets, batch["loss_mask"].float()])  # (3, B, T)
+        columns = self.accelerator.pad_across_processes(columns, dim=2).transpose(0, 1)
+        everyones_values, everyones_targets, mask = self.accelerator.gather(columns.contiguous()).unbind(1)
+        self.log_metric("ppo/explained_variance", explained_variance(everyones_values, everyones_targets, mask.bool()))
         self._report_rollout(rollout, rewards)
         return batch
 
@@ -212,10 +223,15 @@ class PPOTrainer(RolloutTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._critic_warms_up():
             # weight decay moves weights whose gradient is 0
-            for name, parameter in self.model.named_parameters():
-                if f".{CRITIC}." not in f".{name}":
+            critic = {id(parameter) for parameter in self._critic_parameters()}
+            for parameter in self.model.parameters():
+                if id(parameter) not in critic:
                     parameter.grad = None
         return loss
+
+    def _critic_parameters(self) -> list[nn.Parameter]:
+        # the critic's own, and its adapter's in the policy
+        return [parameter for name, parameter in self.model.named_parameters() if f".{CRITIC}." in f".{name}"]
 
     def _critic_warms_up(self) -> bool:
         return self.mode == "train" and self.state.global_step < self.args.critic_warmup_steps
@@ -232,12 +248,10 @@ class PPOTrainer(RolloutTrainer):
     def _report_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
         kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
-        local = torch.stack([rewards, log_ratios.sum(-1), kls.sum(-1), rollout.mask.sum(-1).float()], dim=-1)  # (B, 4)
-        rewards, log_ratios, kls, lengths = self.accelerator.gather(local).unbind(-1)  # (B_global,)
+        local = torch.stack([rewards, log_ratios.sum(-1), kls.sum(-1)], dim=-1)  # (B, 3)
+        rewards, log_ratios, kls = self.accelerator.gather(local).unbind(-1)  # (B_global,)
         for name, value in posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations).items():
             self.log_metric(name, value)
-        # TRL's `kl`: the mean log-ratio per token
-        self.log_metric("kl", log_ratios.sum() / lengths.sum().clamp(min=1.0))
         self.log_metric("ppo/beta", self.beta)
         if self.mode == "train" and self.args.target_kl is not None:
             self.beta = adapted_beta(self.beta, kls.mean().item(), self.args.target_kl, len(kls), self.args.kl_horizon)

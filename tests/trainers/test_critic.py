@@ -1,3 +1,5 @@
+import copy
+
 """Every critic a policy can get: where its trunk comes from, that it learns, and that it is saved."""
 
 import json
@@ -42,6 +44,13 @@ def letter_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="?", eos_token="?")
 
 
+def words(toy):
+    """The toy's tokenizer, forgiving: a prompt and a completion joined without a space make a word it does not know."""
+    tokenizer = copy.deepcopy(toy.tokenizer)
+    tokenizer.backend_tokenizer.model.unk_token = "a"
+    return tokenizer
+
+
 def make(toy, tmp_path, critic, source=None, peft=False, **changes):
     arguments = {"peft_config": LORA} if peft else {}
     reward_funcs = toy_reward
@@ -52,7 +61,8 @@ def make(toy, tmp_path, critic, source=None, peft=False, **changes):
         arguments["value_model"] = str(tmp_path / "value")
     elif source == "reward":
         reward_funcs = [toy_reward, reward_model(toy)]
-        arguments["reward_processing_classes"] = [None, letter_tokenizer()]
+        # a shared critic takes no trunk, so there the reward model may read other tokens
+        arguments["reward_processing_classes"] = [None, letter_tokenizer() if critic == "shared" else words(toy)]
     args = config(tmp_path / "out", critic=critic, **changes)
     return trainer(toy, args, None, reward_funcs, **arguments)
 
@@ -203,6 +213,16 @@ def test_a_trunk_with_another_vocabulary_is_refused(toy, tmp_path):
             config(tmp_path, critic="separate"),
             reward_funcs=reward_model(toy, vocab_size=7),
             reward_processing_classes=toy.tokenizer,
+        )
+
+
+def test_the_trunk_of_a_reward_model_that_reads_other_tokens_is_refused(toy, tmp_path):
+    with pytest.raises(ValueError, match="LlamaForSequenceClassification has another vocabulary"):
+        trainer(
+            toy,
+            config(tmp_path, critic="separate"),
+            reward_funcs=reward_model(toy),
+            reward_processing_classes=letter_tokenizer(),  # of the same size
         )
 
 

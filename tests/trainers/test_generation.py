@@ -112,19 +112,15 @@ def test_a_critic_adapter_is_sent_as_lora_only(toy, tmp_path):
     assert not [name for name in server.sent[0] if "critic" in name and "lora_" not in name]
 
 
-_SCHEDULER = pytest.mark.xfail(reason="the critic's parameter group is unknown to a scheduler made before it")
-_ADAPTER = pytest.mark.xfail(reason="the critic's adapter is not among `self.critic.parameters()`")
-
-
 @pytest.mark.parametrize(
     ("critic", "peft", "with_scheduler"),
     [
         ("shared", False, False),
         ("separate", False, False),
         ("shared", True, False),
-        pytest.param("separate", True, False, marks=_ADAPTER),
-        pytest.param("shared", False, True, marks=_SCHEDULER),
-        pytest.param("separate", True, True, marks=_SCHEDULER),
+        ("separate", True, False),
+        ("shared", False, True),
+        ("separate", True, True),
     ],
 )
 def test_a_users_optimizer_trains_the_critic_too(toy, tmp_path, critic, peft, with_scheduler):
