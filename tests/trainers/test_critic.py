@@ -1,7 +1,6 @@
-import copy
-
 """Every critic a policy can get: where its trunk comes from, that it learns, and that it is saved."""
 
+import copy
 import json
 
 import pytest
@@ -45,7 +44,7 @@ def letter_tokenizer():
 
 
 def words(toy):
-    """The toy's tokenizer, forgiving: a prompt and a completion joined without a space make a word it does not know."""
+    """The toy's tokenizer, forgiving: prompt and completion joined without a space make a word it does not know."""
     tokenizer = copy.deepcopy(toy.tokenizer)
     tokenizer.backend_tokenizer.model.unk_token = "a"
     return tokenizer
