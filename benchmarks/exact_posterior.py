@@ -46,6 +46,7 @@ from rlhf_bayes.numerics import reverse_kl
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
+LINE_STYLES = {"ppo": "-", "rloo": "--", "grpo": "-."}
 METHODS = (
     "ppo",
     'ppo:{"critic": "separate"}',
@@ -270,19 +271,20 @@ def plot(summaries: list[Summary], samples: int, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 7), layout="constrained")
     for summary in summaries:
         kls = torch.tensor([curve.kl for curve in summary.curves])  # (seeds, points)
         if summary.method == EXACT:
             axes.axhline(summary.median, color="black", linestyle=":", label=f"{EXACT}, {EXACT_STEPS} Adam steps")
             continue
+        samples_drawn, style = summary.curves[0].samples, LINE_STYLES[summary.method.partition(":")[0]]
         label = f"{summary.method}, learning rate {summary.learning_rate:g}"
-        (line,) = axes.plot(summary.curves[0].samples, kls.median(0).values, label=label)
+        (line,) = axes.plot(samples_drawn, kls.quantile(0.5, dim=0), linestyle=style, label=label)
         axes.fill_between(
-            summary.curves[0].samples, kls.min(0).values, kls.max(0).values, alpha=0.15, color=line.get_color()
+            samples_drawn, kls.min(0).values, kls.max(0).values, alpha=0.15, linewidth=0, color=line.get_color()
         )
     axes.set(xlabel="completions drawn", ylabel="exact KL(π‖π*), nats", yscale="log", xlim=(0, samples))
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
