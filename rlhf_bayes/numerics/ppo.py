@@ -148,7 +148,8 @@ def kl_penalised_advantages(
 
     followed by GAE with discount 1. The critic's u_t is a forecast of `score − β Σ_i log(π/π0)(x_i)`, the log-ratios
     already paid included: those are known, and adding them back gives the usual value V_t, reward to go less KL to go.
-    At the optimum u_t is β log Z for every prefix, so the advantages have no variance there.
+    At the optimum u_t is β log Z for every prefix, so the advantages have no variance there. With λ < 1 a token feels
+    the KL that it pays through u_{t+1} more than through the return: that wants a critic that has learnt.
 
     Args:
         score (`torch.Tensor`): reward of each completion (B,).
@@ -159,14 +160,17 @@ def kl_penalised_advantages(
         lam (`float`): λ of GAE.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T) and targets for u (B, T), 0 on padding.
+        `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T), and targets for u (B, T): the return itself, whatever
+        λ,
+            so that the critic never learns from its own errors. 0 on padding.
 
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 3 and 4; GAE as in [`gae`].
     """
     log_ratios = zero_padding(log_ratios, mask)  # (B, T)
     paid = beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
-    advantages, returns = gae(token_rewards(score, log_ratios, mask, beta), values + paid, mask, lam=lam)
-    return advantages, torch.where(mask, returns - paid, 0.0)
+    rewards = token_rewards(score, log_ratios, mask, beta)  # (B, T)
+    advantages, _ = gae(rewards, values + paid, mask, lam=lam)
+    return advantages, torch.where(mask, rewards.sum(-1, keepdim=True), 0.0)
 
 
 def prompt_baseline(returns: Tensor, forecasts: Tensor, num_generations: int) -> Tensor:

@@ -26,8 +26,10 @@ class PPOConfig(RLOOConfig):
     Parameters:
         kl_estimator (`str`, *optional*, defaults to `"k1"`):
             Per-token KL estimate in the reward, log π(x_t) − log π0(x_t). Others are refused with the reason.
-        lam (`float`, *optional*, defaults to `0.95`):
-            λ of generalised advantage estimation. The discount is 1: another one would move the optimum.
+        lam (`float`, *optional*, defaults to `1.0`):
+            λ of generalised advantage estimation. With 1 the gradient is unbiased however bad the critic is. Below 1
+            the KL of early tokens is felt only through the critic: worth trying with a trained one (`value_model`).
+            The discount is 1: another one would move the optimum.
         cliprange_value (`float`, *optional*):
             Clips the value's change from the rollout. Default: not clipped, since the range is in units of the reward,
             which only you know.
@@ -57,8 +59,11 @@ class PPOConfig(RLOOConfig):
         },
     )
     lam: float = field(
-        default=0.95,
-        metadata={"help": "Lambda of generalised advantage estimation, in [0, 1]. The discount is 1."},
+        default=1.0,
+        metadata={
+            "help": "Lambda of generalised advantage estimation, in [0, 1]. Below 1 the gradient is only as good as "
+            "the critic. The discount is 1."
+        },
     )
     cliprange_value: float | None = field(
         default=None,

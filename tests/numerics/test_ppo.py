@@ -152,7 +152,7 @@ def test_advantages_by_hand():
     middle = (2.0 - 0.5) + 0.9 * last
     first = (0.5 - 1.0) + 0.9 * middle
     assert_close(advantages, torch.tensor([[first, middle, last], [returns[1] - 0.3, 0.0, 0.0]]))
-    assert_close(targets, torch.tensor([[1.0 + first, 0.5 + middle, returns[0]], [returns[1], 0.0, 0.0]]))
+    assert_close(targets, torch.tensor([[returns[0]] * 3, [returns[1], 0.0, 0.0]]))
 
 
 def test_advantages_are_those_of_gae_with_the_usual_value(toy):
