@@ -205,10 +205,10 @@ class RolloutTrainer(RLOOTrainer):
     def _score_under_both(self, input_ids, attention_mask, length, batch_size) -> dict[str, Tensor]:
         prompt_ids, completion_ids = input_ids[:, :-length], input_ids[:, -length:]
         prompt_mask, mask = attention_mask[:, :-length], attention_mask[:, -length:].bool()
-        rows = slice(None, batch_size or len(input_ids))
+        batch_size = batch_size or len(input_ids)
         parts = []
-        for start in range(0, len(input_ids), rows.stop):
-            part = slice(start, start + rows.stop)
+        for start in range(0, len(input_ids), batch_size):
+            part = slice(start, start + batch_size)
             parts.append(self._score_rows(prompt_ids[part], prompt_mask[part], completion_ids[part], mask[part]))
         return {
             name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in parts[0]
