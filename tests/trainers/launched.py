@@ -8,6 +8,7 @@ MODE `slow`: a long run with checkpoints, to be interrupted.
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,8 @@ def slowly(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    # a shell that runs the tests in the background has children ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     if sys.argv[2] == "table":
