@@ -145,6 +145,7 @@ def main() -> None:
     if args.report_prompts > 0 and trainer.is_world_process_zero():
         report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
 
 
 def report(trainer: PPOTrainer, args: Arguments, model_path: str, reward_funcs: list, dataset: Dataset) -> None:

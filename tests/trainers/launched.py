@@ -71,6 +71,9 @@ def by_table(folder: Path, num_processes: int) -> None:
         names = ("ppo/beta", "posterior/", "reward")
         log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
         torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
+    # a process that leaves while its group is up may abort
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def slowly(folder: Path) -> None:
