@@ -71,9 +71,12 @@ def by_table(folder: Path, num_processes: int) -> None:
         names = ("ppo/beta", "posterior/", "reward")
         log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
         torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
-    # a process that leaves while its group is up may abort
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    # one launch in some thirty aborts after all is done, as gloo's threads meet an interpreter that is gone
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def slowly(folder: Path) -> None:
