@@ -1,6 +1,12 @@
-"""A tiny language model of one-sentence reviews, prompts for it and a reward: all that a first run needs."""
+"""A tiny language model of one-sentence reviews, prompts, a reward and preferences: all that a first run needs."""
 
+import gzip
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def model_path() -> str:
@@ -11,6 +17,37 @@ def model_path() -> str:
 def prompts() -> list[str]:
     """Openings of reviews that say nothing good or bad yet."""
     return list(PROMPTS)
+
+
+def preferences(split: str = "train") -> "Dataset":
+    """
+    Pairs of completions of the bundled prompts, each judged by three simulated annotators of different reliability.
+
+    Columns: `prompt`, `chosen`, `rejected` (texts; completions begin with a space), `annotators` (names, three a row),
+    `annotator_votes` ("chosen", "rejected" or "tie", in the same order), `votes` (counts of these three). `chosen` has
+    at least as many votes as `rejected`. The gold reward behind the votes is `rlhf_bayes.toy.rewards.sentiment`.
+
+    Args:
+        split (`str`, defaults to `"train"`): `"train"` (3,008 pairs) or `"test"` (608 other pairs, same prompts).
+
+    Written by `rlhf_bayes.toy.annotate`, which says how the annotators vote.
+    """
+    from datasets import Dataset
+
+    with gzip.open(preferences_path(split), "rt", encoding="utf-8") as file:
+        return Dataset.from_list([json.loads(line) for line in file])
+
+
+def preferences_path(split: str = "train") -> Path:
+    """
+    File of the bundled preferences, compressed JSON lines.
+
+    Raises:
+        ValueError: if `split` is neither `"train"` nor `"test"`.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"`split` must be 'train' or 'test', got {split!r}.")
+    return Path(__file__).parent / "preferences" / f"{split}.jsonl.gz"
 
 
 PROMPTS = (
