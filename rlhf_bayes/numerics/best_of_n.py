@@ -1,0 +1,88 @@
+"""Best-of-n as a measure: what the best of n completions by a proxy reward is worth under another score."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def expected_best_of_n(proxy: Tensor, scores: Tensor, ns: Sequence[int]) -> Tensor:
+    r"""
+    Expected score of the best of n completions by a proxy, for each n, from N ≥ n draws a prompt.
+
+        E[s of the best of n] ≈ Σ_i C(i−1, n−1) / C(N, n) · s_(i),    s_(i): score of the draw of i-th lowest proxy
+
+    The average over all subsets of n of the N draws: unbiased, with less noise than any one of them. Draws whose
+    proxies are equal share their weights: among the best of a subset, one is taken at random.
+
+    Args:
+        proxy (`torch.Tensor`): (P, N), what the best is chosen by; N independent draws for each of P prompts.
+        scores (`torch.Tensor`): (P, N), what it is worth; the gold reward, or `proxy` itself.
+        ns (`Sequence[int]`): sizes n, each from 1 to N.
+
+    Returns:
+        `torch.Tensor`: (len(ns),) fp32, the mean over prompts, in the unit of `scores`.
+
+    Raises:
+        ValueError: if the shapes differ, there are no draws, a value is not finite, or an n is outside 1 … N.
+
+    Source: Nakano et al. 2021, arXiv 2112.09332, appendix I; as used in Gao et al. 2023, arXiv 2210.10760.
+    """
+    if proxy.shape != scores.shape or proxy.dim() != 2 or proxy.numel() == 0:
+        raise ValueError(
+            f"`proxy` and `scores` must have the same shape (prompts, draws), got {tuple(proxy.shape)} and "
+            f"{tuple(scores.shape)}."
+        )
+    for name, values in (("proxy", proxy), ("scores", scores)):
+        if not values.isfinite().all():
+            raise ValueError(f"`{name}` must be finite, got nan or inf in {int((~values.isfinite()).sum())} places.")
+    num_draws = proxy.size(1)
+    if len(ns) == 0:
+        raise ValueError(f"`ns` must hold at least one n, got {ns!r}.")
+    for n in ns:
+        if not isinstance(n, int) or not 1 <= n <= num_draws:
+            raise ValueError(
+                f"`ns` must be integers from 1 to the number of draws a prompt, {num_draws}, got {n!r}. Draw more "
+                "completions, or ask for a smaller n."
+            )
+    order = proxy.argsort(dim=1)
+    ascending = proxy.gather(1, order)  # (P, N)
+    ranked = _tie_means(scores.double().gather(1, order), ascending)  # (P, N)
+    weights = torch.stack([_rank_weights(num_draws, n) for n in ns]).to(ranked.device)  # (len(ns), N)
+    return (weights @ ranked.mean(0)).float()
+
+
+def _tie_means(ranked: Tensor, ascending: Tensor) -> Tensor:
+    """Scores (P, N) in the order of their proxies, those of equal proxies replaced by their mean."""
+    starts = torch.ones_like(ascending, dtype=torch.bool)
+    starts[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+    group = starts.cumsum(1) - 1  # (P, N)
+    sums = torch.zeros_like(ranked).scatter_add_(1, group, ranked)
+    counts = torch.zeros_like(ranked).scatter_add_(1, group, torch.ones_like(ranked))
+    return (sums / counts.clamp(min=1)).gather(1, group)
+
+
+def _rank_weights(num_draws: int, n: int) -> Tensor:
+    """Probability (N,) that the i-th lowest of N is the highest of n drawn from them without replacement. fp64."""
+    total = math.comb(num_draws, n)
+    # exact integers: a quotient of gamma functions loses its digits at large N
+    return torch.tensor([math.comb(rank, n - 1) / total for rank in range(num_draws)], dtype=torch.float64)
+
+
+def best_of_n_kl_bound(n: int) -> float:
+    """
+    Bound on KL(best of n‖prior), in nats: `log n − (n−1)/n`. Reached where no two completions have the same reward.
+
+    Args:
+        n (`int`): completions of which the best is taken, at least 1.
+
+    Raises:
+        ValueError: if n is not an integer of at least 1.
+
+    Source: Stiennon et al. 2020, arXiv 2009.01325, appendix G.3; that it is a bound: Beirami et al. 2024,
+    arXiv 2401.01879.
+    """
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+    return math.log(n) - (n - 1) / n
