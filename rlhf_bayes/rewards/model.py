@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_bayes.rewards.classifier import TextClassifier
+from rlhf_bayes.rewards.index import RewardIndex
+from rlhf_bayes.rewards.normalization import Normalization
 
 
 @final
@@ -14,25 +18,26 @@ class RewardModel:
     """
     A sequence-classification model as a reward function of TRL's protocol: its first logit, on prompt and completion.
 
-    The text is tokenised anew with the reward model's own tokenizer, which need not be the policy's, as TRL's
-    `RLOOTrainer._calculate_rewards` does it: prompt and completion joined (through the chat template, for chats), no
-    special tokens added, padded on the right. Where the tokenizer has no padding token, its EOS is used, and the model
-    is told.
+    The text is tokenised with the reward model's own tokenizer, as [`TextClassifier`] says. An index beside a model
+    that is loaded from a path (see [`RewardIndex`]) is applied: its normalization, and whether EOS is appended.
 
     Args:
         model (`torch.nn.Module` or `str` or `Path`):
             The classifier, with a `config`; put in evaluation mode, since dropout would make the reward random. Or
-            where to load one with `num_labels=1` from.
+            where to load one with one label from: a whole model, or a PEFT adapter.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The model's tokenizer. Default: the one saved beside the model.
         device (`torch.device`, *optional*):
             Where to put a model that is loaded from a path. A model passed as an instance stays where it is.
         batch_size (`int`, *optional*, defaults to `64`):
             Texts in one forward pass; changes memory, and results by rounding only.
+        index ([`RewardIndex`], *optional*):
+            How to read a model. Default: the index beside a path, or none.
 
     Raises:
         `TypeError`: `model` has no `config`.
-        `ValueError`: the checkpoint has no classification head, or no tokenizer or padding token is found.
+        `ValueError`: the checkpoint has no classification head, is an ensemble, or no tokenizer or padding token is
+            found.
     """
 
     def __init__(
@@ -41,99 +46,67 @@ class RewardModel:
         tokenizer: PreTrainedTokenizerBase | None = None,
         device: torch.device | str | None = None,
         batch_size: int = 64,
+        index: RewardIndex | None = None,
     ):
-        if isinstance(model, (str, Path)):
-            model = _load_classifier(str(model)).to(device or "cpu")
-        config: Any = getattr(model, "config", None)
-        if config is None:
-            raise TypeError(
-                "A module in `reward_funcs` must be a sequence-classification model with a `config`, got "
-                f"{type(model).__name__}. Wrap it in a function `f(prompts, completions, **kwargs)` that returns a "
-                "list of numbers."
+        is_path = isinstance(model, (str, Path))
+        if index is None:
+            index = (RewardIndex.load(model) if is_path else None) or RewardIndex()
+        if index.kind != "single":
+            raise ValueError(
+                f"`model` must be a single reward model, got an ensemble of {index.num_members} members ({index.kind})"
+                f"{f' in {model!s}' if is_path else ''}. Load it with `RewardEnsemble.from_pretrained` or "
+                "`load_reward`."
             )
-        path = getattr(config, "_name_or_path", "")
-        self.__name__ = path.rstrip("/").split("/")[-1] or type(model).__name__
-        if getattr(config, "num_labels", 1) != 1:
+        self.classifier = TextClassifier(model, tokenizer, device, batch_size, 1, index.append_eos)
+        self.__name__ = self.classifier.name
+        if self.classifier.num_labels != 1:
             warnings.warn(
-                f"The reward model '{self.__name__}' has {config.num_labels} labels; as in TRL, the first logit is "
-                "the reward. Wrap the model in a function if another label is meant.",
+                f"The reward model '{self.__name__}' has {self.classifier.num_labels} labels; as in TRL, the first "
+                "logit is the reward. Wrap the model in a function if another label is meant.",
                 stacklevel=2,
             )
-        self.model = model.eval()
-        self.tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(path, self.__name__)
-        self.batch_size = batch_size
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"The tokenizer of the reward model '{self.__name__}' must have a padding or an EOS token, got "
-                "neither. Set `tokenizer.pad_token` and pass the tokenizer in `reward_processing_classes`."
-            )
-        self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        # the head reads the last token that is not padding: it must know which that is
-        self._config.pad_token_id = self.tokenizer.pad_token_id
+        self.normalization = index.normalization
+
+    @property
+    def model(self) -> nn.Module:
+        """The classifier."""
+        return self.classifier.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The classifier's tokenizer."""
+        return self.classifier.tokenizer
+
+    @property
+    def index(self) -> RewardIndex:
+        """How the model is read, as `save_pretrained` stores it."""
+        return RewardIndex("single", append_eos=self.classifier.append_eos, normalization=self.normalization)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """Reward of each completion. `columns` are TRL's other arguments, which a classifier has no use for."""
-        texts = [self.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        rewards: list[float] = []
-        for start in range(0, len(texts), self.batch_size):
-            rewards += self._forward(texts[start : start + self.batch_size])
-        return rewards
+        return self.rewards(prompts, completions).tolist()
+
+    def rewards(self, prompts: list, completions: list) -> Tensor:
+        """Reward of each completion, normalised: (B,), fp32, on the CPU."""
+        raw = self.classifier.logits(prompts, completions)[:, :1].T  # (1, B)
+        return (raw if self.normalization is None else self.normalization.apply(raw))[0]
+
+    def normalize(self, prompts: list, completions: list, reference: str = "reference completions") -> None:
+        """
+        Fit and keep gain and bias, so that the reward has mean 0 and standard deviation 1 on these completions.
+
+        Raises:
+            `ValueError`: fewer than two completions, or a reward that does not vary.
+        """
+        self.normalization = Normalization.fit(self.classifier.logits(prompts, completions)[:, :1].T, reference)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, tokenizer and index."""
+        model: Any = self.model
+        model.save_pretrained(str(folder))
+        self.tokenizer.save_pretrained(str(folder))
+        self.index.save(folder)
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
-        """What the model reads: prompt and completion joined, or the whole chat through the chat template."""
-        if isinstance(prompt, str):
-            return prompt + completion  # pyright: ignore[reportOperatorIssue]
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                f"The tokenizer of the reward model '{self.__name__}' must have a `chat_template`, since prompts are "
-                "chats; got None. Set it, or pass another tokenizer in `reward_processing_classes`."
-            )
-        return self.tokenizer.apply_chat_template(list(prompt) + list(completion), tokenize=False)  # pyright: ignore
-
-    @torch.inference_mode()
-    def _forward(self, texts: list[str]) -> list[float]:
-        inputs = self.tokenizer(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-        )
-        self._check_fits(inputs["input_ids"])
-        inputs = inputs.to(next(self.model.parameters()).device)
-        return self.model(**inputs).logits[:, 0].float().tolist()  # (B, L) -> (B,)
-
-    def _check_fits(self, input_ids: Any) -> None:
-        vocab_size = getattr(self._config, "vocab_size", None)
-        if vocab_size is not None and input_ids.numel() and int(input_ids.max()) >= vocab_size:
-            raise ValueError(
-                f"The tokenizer of the reward model '{self.__name__}' must be the one that it was trained with: it "
-                f"gave token {int(input_ids.max())}, and the model's vocabulary has {vocab_size}. Pass the model's "
-                "own tokenizer in `reward_processing_classes`."
-            )
-        context = getattr(self._config, "max_position_embeddings", None)
-        if context is not None and input_ids.shape[1] > context:
-            raise ValueError(
-                f"Prompt and completion must fit the context of the reward model '{self.__name__}', {context} tokens; "
-                f"got {input_ids.shape[1]} with its tokenizer. Drop longer prompts, or shorten the completions."
-            )
-
-
-def _load_classifier(path: str) -> nn.Module:
-    model, info = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, output_loading_info=True)
-    # a head that the checkpoint lacks is drawn at random, with a warning only: the reward would be noise
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"`reward_funcs` must name sequence-classification models, got '{path}', whose checkpoint lacks "
-            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}: these would be drawn at random. Train a "
-            "reward model on it first (TRL's `RewardTrainer`), or pass a model instance if random weights are meant."
-        )
-    return model
-
-
-def _load_tokenizer(path: str, name: str) -> PreTrainedTokenizerBase:
-    if not path:
-        raise ValueError(
-            f"`reward_processing_classes` must hold the tokenizer of the reward model '{name}', got None: the model "
-            "was not loaded from a path, where one could be found. Pass its tokenizer."
-        )
-    return AutoTokenizer.from_pretrained(path)
+        """What the model reads: see [`TextClassifier.text`]."""
+        return self.classifier.text(prompt, completion)
