@@ -1,8 +1,10 @@
-"""Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO.
+"""Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
+preferences and their calibration.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
 
+from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
 from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
@@ -17,12 +19,27 @@ from .ppo import (
     prompt_baseline,
     token_rewards,
 )
+from .preferences import (
+    agreement,
+    bradley_terry_loss,
+    noise_from_agreement,
+    noisy_vote_loss,
+    preference_metrics,
+    smoothed,
+    vote_error_prob,
+    votes_to_prob,
+)
 
 __all__ = [
+    "ReliabilityBins",
     "adapted_beta",
+    "agreement",
+    "bradley_terry_loss",
+    "brier_score",
     "clipped_policy_loss",
     "clipped_value_loss",
     "exact_token_kl",
+    "expected_calibration_error",
     "explained_variance",
     "forward_kl",
     "gae",
@@ -42,8 +59,15 @@ __all__ = [
     "masked_sum",
     "masked_var",
     "masked_whiten",
+    "noise_from_agreement",
+    "noisy_vote_loss",
+    "preference_metrics",
     "prompt_baseline",
+    "reliability_bins",
     "reverse_kl",
+    "smoothed",
     "token_rewards",
     "tv",
+    "vote_error_prob",
+    "votes_to_prob",
 ]
