@@ -1,15 +1,17 @@
 """Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
-preferences and their calibration.
+preferences and their calibration, pooled rewards, best of n.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
 
+from .best_of_n import best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
 from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
+from .pooling import POOLING_RULES, pool
 from .ppo import (
     adapted_beta,
     clipped_policy_loss,
@@ -31,14 +33,17 @@ from .preferences import (
 )
 
 __all__ = [
+    "POOLING_RULES",
     "ReliabilityBins",
     "adapted_beta",
     "agreement",
+    "best_of_n_kl_bound",
     "bradley_terry_loss",
     "brier_score",
     "clipped_policy_loss",
     "clipped_value_loss",
     "exact_token_kl",
+    "expected_best_of_n",
     "expected_calibration_error",
     "explained_variance",
     "forward_kl",
@@ -61,6 +66,7 @@ __all__ = [
     "masked_whiten",
     "noise_from_agreement",
     "noisy_vote_loss",
+    "pool",
     "preference_metrics",
     "prompt_baseline",
     "reliability_bins",
