@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .lm import Completions, LanguageModel
     from .posterior import Posterior
-    from .trainers import PPOConfig, PPOTrainer
+    from .trainers import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
 # trl takes seconds to import: the layers below it do not wait for it
 _HOMES = {
@@ -14,9 +14,11 @@ _HOMES = {
     "PPOConfig": "trainers",
     "PPOTrainer": "trainers",
     "Posterior": "posterior",
+    "RewardConfig": "trainers",
+    "RewardTrainer": "trainers",
 }
 
-__all__ = ["Completions", "LanguageModel", "PPOConfig", "PPOTrainer", "Posterior"]
+__all__ = ["Completions", "LanguageModel", "PPOConfig", "PPOTrainer", "Posterior", "RewardConfig", "RewardTrainer"]
 
 
 def __getattr__(name: str):

@@ -3,5 +3,7 @@
 from .metrics import posterior_metrics
 from .ppo_config import PPOConfig
 from .ppo_trainer import PPOTrainer
+from .reward_config import RewardConfig
+from .reward_trainer import RewardTrainer
 
-__all__ = ["PPOConfig", "PPOTrainer", "posterior_metrics"]
+__all__ = ["PPOConfig", "PPOTrainer", "RewardConfig", "RewardTrainer", "posterior_metrics"]

@@ -1,12 +1,12 @@
 """
-All contact with TRL's private names: a trainer that generates and scores as `RLOOTrainer` does, and keeps what it saw.
+Contact with `RLOOTrainer`: a trainer that generates and scores as `RLOOTrainer` does, and keeps what it saw.
 
 `RLOOTrainer` prepares data, generates and calls the reward functions; per-token log-probabilities and raw rewards stay
 local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], gives the two hooks that
 an objective needs (`rollout_batch`, `rollout_loss`), and adds what RLOO lacks: a reference copied from the weights as
 passed, exact KLs, means over the global token count, and a resume that continues in the middle of a rollout.
 
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/test__trl.py` fails by name when a TRL release moves one.
+`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rollouts.py` fails by name when a TRL release moves one.
 """
 
 import logging
@@ -22,7 +22,7 @@ from transformers import ProcessorMixin
 from trl import RLOOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from ..lm import (
+from ...lm import (
     CRITIC,
     CompletionScores,
     LMHead,
@@ -38,10 +38,10 @@ from ..lm import (
     split_critic,
     token_log_probs_and_exact_kl,
 )
-from .checks import check_tokenizer
-from .interruption import finished_before_signals
-from .reference import Reference
-from .sampler import SamplerByEpoch
+from ..checks import check_tokenizer
+from ..interruption import finished_before_signals
+from ..reference import Reference
+from ..sampler import SamplerByEpoch
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters

@@ -1,4 +1,4 @@
-"""What `_trl.py` relies on in TRL, by name: a release that moves a name fails here, and says which."""
+"""What `_trl/rollouts.py` relies on in TRL, by name: a release that moves a name fails here, and says which."""
 
 import ast
 import inspect
@@ -10,9 +10,9 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers import _trl
+from rlhf_bayes.trainers._trl import rollouts
 
-from .training import config, prompts_of, trainer
+from ..training import config, prompts_of, trainer
 
 HELPERS = {
     "prepare_deepspeed": ("model", "accelerator"),
@@ -44,8 +44,8 @@ def moved(owner, names: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def names_used() -> set[str]:
-    """Attributes of the trainer that `_trl.py` uses and does not define."""
-    tree = ast.parse(Path(_trl.__file__).read_text(encoding="utf-8"))
+    """Attributes of the trainer that `_trl/rollouts.py` uses and does not define."""
+    tree = ast.parse(Path(rollouts.__file__).read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RolloutTrainer"]
     used, own = set(), set()
     for node in ast.walk(classes[0]):
@@ -107,7 +107,7 @@ def rloo(toy, tmp_path_factory):
 
 
 def test_methods_that_are_overridden():
-    assert moved(RLOOTrainer, _trl.PRIVATE_NAMES) == []
+    assert moved(RLOOTrainer, rollouts.PRIVATE_NAMES) == []
     assert moved(Trainer, TRAINER_NAMES) == []
 
 
@@ -116,7 +116,7 @@ def test_functions_that_are_imported():
 
 
 def test_attributes(rloo):
-    assert lost(rloo, _trl.PRIVATE_ATTRIBUTES) == []
+    assert lost(rloo, rollouts.PRIVATE_ATTRIBUTES) == []
 
 
 def test_every_name_that_is_used(rloo):
@@ -127,10 +127,10 @@ def test_every_name_that_is_used(rloo):
 
 def test_the_list_is_complete(rloo):
     private = {name for name in names_used() if name.startswith("_")}
-    missing = private - _trl.PRIVATE_NAMES.keys() - set(_trl.PRIVATE_ATTRIBUTES) - TRAINER_NAMES.keys()
+    missing = private - rollouts.PRIVATE_NAMES.keys() - set(rollouts.PRIVATE_ATTRIBUTES) - TRAINER_NAMES.keys()
     assert missing == set(), "name them in PRIVATE_NAMES or PRIVATE_ATTRIBUTES"
-    overridden = {name for name in vars(_trl.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")}
-    assert overridden - {"__init__", "__doc__", "__module__"} <= _trl.PRIVATE_NAMES.keys()
+    overridden = {name for name in vars(rollouts.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")}
+    assert overridden - {"__init__", "__doc__", "__module__"} <= rollouts.PRIVATE_NAMES.keys()
 
 
 def test_policy_is_scored_before_the_reference_and_rewards_come_last(rloo):
@@ -151,31 +151,31 @@ def test_vllm_sends_weights_through_one_method():
     assert "self.vllm_generation.sync_weights()" in inspect.getsource(RLOOTrainer)
 
 
-@pytest.mark.parametrize("name", _trl.PRIVATE_NAMES)
+@pytest.mark.parametrize("name", rollouts.PRIVATE_NAMES)
 def test_a_moved_method_is_named(name, monkeypatch):
     def renamed(self, other):
         pass
 
     with monkeypatch.context() as patch:
         patch.setattr(RLOOTrainer, name, renamed)
-        assert moved(RLOOTrainer, _trl.PRIVATE_NAMES)[0].startswith(f"RLOOTrainer.{name} takes ['other']")
+        assert moved(RLOOTrainer, rollouts.PRIVATE_NAMES)[0].startswith(f"RLOOTrainer.{name} takes ['other']")
     with monkeypatch.context() as patch:
         patch.delattr(RLOOTrainer, name)
-        assert moved(RLOOTrainer, _trl.PRIVATE_NAMES) == [f"RLOOTrainer.{name} is gone"]
+        assert moved(RLOOTrainer, rollouts.PRIVATE_NAMES) == [f"RLOOTrainer.{name} is gone"]
     with monkeypatch.context() as patch:
         patch.delattr(trl.models.utils, "prepare_fsdp")
         assert moved(trl.models.utils, HELPERS) == ["trl.models.utils.prepare_fsdp is gone"]
 
 
-@pytest.mark.parametrize("name", _trl.PRIVATE_ATTRIBUTES)
+@pytest.mark.parametrize("name", rollouts.PRIVATE_ATTRIBUTES)
 def test_a_moved_attribute_is_named(name, rloo, monkeypatch):
     monkeypatch.delattr(rloo, name)
-    assert lost(rloo, _trl.PRIVATE_ATTRIBUTES) == [f"RLOOTrainer has no `{name}`"]
+    assert lost(rloo, rollouts.PRIVATE_ATTRIBUTES) == [f"RLOOTrainer has no `{name}`"]
 
 
 def test_an_objective_must_define_both_hooks(toy, tmp_path):
     args = config(tmp_path)
-    base = _trl.RolloutTrainer(
+    base = rollouts.RolloutTrainer(
         toy.random_policy(0.0), [toy_reward], args, train_dataset=prompts_of(toy), processing_class=toy.tokenizer
     )
     with pytest.raises(NotImplementedError, match="RolloutTrainer must define `rollout_batch`"):

@@ -1,0 +1,94 @@
+"""How often each annotator errs, learnt along with the reward."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+
+@final
+class AnnotatorReliability:
+    r"""
+    Error rates of annotators, by stochastic expectation–maximisation.
+
+    A vote for chosen has the probability (1−ε_a)·σ(Δ) + ε_a·σ(−Δ) (Chen et al. 2013, "Pairwise ranking aggregation in
+    a crowdsourced setting", equation 4, with the annotator's η = 1 − ε). The expected number of errors of each
+    annotator under the current reward is summed over a window of one pass through the votes; with the prior Beta(1, 4)
+    the rate is
+
+        ε_a = (errors_a + 1) / (votes_a + 5)
+
+    so that an annotator with no votes yet is taken to err in one vote of five.
+
+    Args:
+        annotators (`Sequence[str]`):
+            Their ids.
+        num_votes (`int`):
+            Votes in one pass through the data: the window.
+
+    Raises:
+        `ValueError`: fewer than two annotators: the errors of one cannot be told from a flat reward.
+    """
+
+    PRIOR_ERRORS, PRIOR_VOTES = 1.0, 5.0
+
+    def __init__(self, annotators: Sequence[str], num_votes: int, device: torch.device | str = "cpu"):
+        if len(annotators) < 2:
+            raise ValueError(
+                f"`annotator_reliability` needs at least two annotators, got {list(annotators)}: the errors of one "
+                "cannot be told from a flat reward. Use `label_smoothing` instead."
+            )
+        self.annotators = list(annotators)
+        self.num_votes = num_votes
+        # rows: errors, votes; the second pair collects what is not yet reduced over processes
+        self._sums = torch.zeros(2, len(annotators), device=device)  # (2, A)
+        self._fresh = torch.zeros_like(self._sums)  # (2, A)
+
+    @property
+    def error_rate(self) -> Tensor:
+        """(A,): probability that a vote is an error."""
+        errors, votes = self._sums
+        return (errors + self.PRIOR_ERRORS) / (votes + self.PRIOR_VOTES)
+
+    def add(self, annotator_ids: Tensor, error_prob: Tensor, mask: Tensor) -> None:
+        """
+        Note votes of a micro-batch.
+
+        Args:
+            annotator_ids (`torch.Tensor` of shape `(B, A)`, int): who voted.
+            error_prob (`torch.Tensor` of shape `(B, A)`): probability that the vote was an error.
+            mask (`torch.Tensor` of shape `(B, A)`, bool): which entries are votes.
+        """
+        ids = annotator_ids[mask]
+        self._fresh[0].index_add_(0, ids, error_prob[mask].float())
+        self._fresh[1].index_add_(0, ids, torch.ones_like(ids, dtype=torch.float))
+
+    def step(self, accelerator: Any) -> None:
+        """Take what was noted since the last optimizer step, on all processes, into the rates."""
+        fresh = accelerator.reduce(self._fresh, reduction="sum")
+        self._sums = self._sums * math.exp(-float(fresh[1].sum()) / self.num_votes) + fresh
+        self._fresh = torch.zeros_like(self._fresh)
+
+    def rates(self) -> dict[str, float]:
+        """Error rate by annotator."""
+        return dict(zip(self.annotators, self.error_rate.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between optimizer steps; see `load_state_dict`."""
+        return {"annotators": self.annotators, "sums": self._sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Continue from `state_dict`.
+
+        Raises:
+            `ValueError`: other annotators.
+        """
+        if state["annotators"] != self.annotators:
+            raise ValueError(
+                f"A checkpoint must be resumed with the annotators of its data, {len(state['annotators'])} in number; "
+                f"got {len(self.annotators)}, or others. Pass the same `train_dataset`."
+            )
+        self._sums = state["sums"].to(self._sums.device)

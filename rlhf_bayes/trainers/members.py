@@ -1,0 +1,107 @@
+"""The members of a reward ensemble, in the model that is trained."""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+HEADS = ("score", "classifier")
+
+
+def member_names(num_members: int) -> list[str]:
+    """Names of LoRA members: PEFT saves "default" at the root of a folder, and the others in subfolders."""
+    return ["default", *(f"member_{index}" for index in range(1, num_members))]
+
+
+def widen_head(model: nn.Module, num_members: int, seed: int) -> None:
+    """
+    Give a classifier of one label K labels, one for each member: the first keeps its weights, the others draw theirs.
+
+    Raises:
+        `ValueError`: the model has no linear head `score` or `classifier`, or PEFT keeps it frozen.
+    """
+    places = list(_heads(model))
+    if not any(owner._modules[name].weight.requires_grad for owner, name in places):
+        raise ValueError(
+            "`num_members` with `ensemble='heads'` needs a head that learns, got one that PEFT keeps frozen. Set "
+            "`modules_to_save=['score']`, or `task_type='SEQ_CLS'`, in `peft_config`."
+        )
+    first = places[0][0]._modules[places[0][1]]
+    rows = _initial_weights((num_members - 1, first.in_features), model, torch.Generator().manual_seed(seed))
+    for owner, name in places:
+        head = owner._modules[name]
+        wide = nn.Linear(head.in_features, num_members, bias=head.bias is not None).to(head.weight)
+        with torch.no_grad():
+            wide.weight.copy_(torch.cat([head.weight, rows.to(head.weight)]))
+            if head.bias is not None:
+                wide.bias.copy_(head.bias.expand(num_members))
+        owner._modules[name] = wide.requires_grad_(head.weight.requires_grad)
+    model.config.num_labels = num_members
+
+
+def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
+    """
+    Add LoRA adapters to a PEFT model until it has one for each of K members, each with weights and a head of its own.
+
+    Returns:
+        `list[str]`: their names.
+
+    Raises:
+        `ValueError`: the model has no adapter, or adapters do not bring their own head.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"`ensemble='lora'` needs a `peft_config`, or a PeftModel, got {type(model).__name__}. Pass "
+            "`peft_config=LoraConfig(task_type='SEQ_CLS')`, or set `ensemble='heads'`."
+        )
+    config = model.peft_config["default"]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not any(".modules_to_save.default." in name for name in trained):
+        raise ValueError(
+            f"`ensemble='lora'` needs adapters that bring their own head, got `modules_to_save={config.modules_to_save}`"
+            ". Set `modules_to_save=['score']`, or `task_type='SEQ_CLS'`, in `peft_config`."
+        )
+    names = member_names(num_members)
+    for index, name in enumerate(names[1:], start=1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + index)
+            model.add_adapter(name, copy.deepcopy(config))
+    model.set_adapter("default")
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        member = next((member for member in names[1:] if f".{member}." in name), None)
+        first = trained.get(name if member is None else name.replace(f".{member}.", ".default."))
+        # `set_adapter` freezes what is not active
+        parameter.requires_grad_(first is not None)
+        if member is None or first is None:
+            continue
+        parameter.data = parameter.data.to(first.dtype)
+        if ".modules_to_save." in name and parameter.dim() == 2:
+            # PEFT copies the head: the members would start from the same one
+            parameter.data.copy_(_initial_weights(parameter.shape, model, generator))
+    return names
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where the model's head hangs: the module that holds it, and its name there. Several where PEFT keeps copies."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = next((name for name in HEADS if hasattr(base, name)), "score")
+    head = getattr(base, name, None)
+    places = [(base, name)]
+    if isinstance(head, ModulesToSaveWrapper):
+        places = [(head, "original_module"), *((head.modules_to_save, adapter) for adapter in head.modules_to_save)]
+    for owner, key in places:
+        if not isinstance(owner._modules.get(key), nn.Linear):
+            raise ValueError(
+                "`num_members` with `ensemble='heads'` needs a model with a linear head named `score` or "
+                f"`classifier`, got {type(base).__name__}. Set `ensemble='lora'`."
+            )
+        yield owner, key
+
+
+def _initial_weights(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:
+    std = getattr(model.config, "initializer_range", None) or 0.02
+    return torch.randn(shape, generator=generator) * std  # on the CPU: the same on every device
