@@ -1,14 +1,20 @@
 """Reward functions in TRL's protocol: checked, and run on completions."""
 
 from rlhf_bayes.rewards.classifier import TextClassifier
+from rlhf_bayes.rewards.ensemble import EnsembleMember, RewardEnsemble, load_reward
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.model import RewardModel
 from rlhf_bayes.rewards.normalization import Normalization
+from rlhf_bayes.rewards.pooling import PooledReward, PromptCenters, prompt_centers
 from rlhf_bayes.rewards.scoring import RewardFunc, RewardScorer, check_rows, score
 from rlhf_bayes.rewards.validation import checked
 
 __all__ = [
+    "EnsembleMember",
     "Normalization",
+    "PooledReward",
+    "PromptCenters",
+    "RewardEnsemble",
     "RewardFunc",
     "RewardIndex",
     "RewardModel",
@@ -16,5 +22,7 @@ __all__ = [
     "TextClassifier",
     "check_rows",
     "checked",
+    "load_reward",
+    "prompt_centers",
     "score",
 ]

@@ -116,9 +116,16 @@ class TextClassifier:
             yield self._encoded(pairs[start : start + size], start).to(self.device)
 
     @torch.no_grad()
-    def forward(self, inputs: Any, **options: Any) -> Tensor:
-        """One forward pass on one of the `batches`: (b, L), fp32, on the CPU. `options` are the model's own."""
-        return self.model(**inputs, **self._options, **options).logits.float().cpu()
+    def forward(self, inputs: Any) -> Tensor:
+        """One forward pass on one of the `batches`: (b, L), fp32, on the CPU."""
+        training = self.model.training  # a model may be scored between the steps of its training
+        if training:
+            self.model.eval()
+        try:
+            return self.model(**inputs, **self._options).logits.float().cpu()
+        finally:
+            if training:
+                self.model.train()
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
         """What the model reads: prompt and completion joined, or the whole chat through the chat template."""

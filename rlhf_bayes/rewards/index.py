@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from rlhf_bayes.rewards.normalization import Normalization
 

@@ -1,13 +1,16 @@
 """Classifiers and tokenizers from disk or the hub: nothing in them may be left to chance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 
 ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT_ADAPTER = "default"
@@ -32,6 +35,14 @@ def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Modul
     if is_adapter(path):
         return load_adapters(path, [DEFAULT_ADAPTER], num_labels)
     model, info = _load(str(path), num_labels)
+    mismatched = _names(info["mismatched_keys"])
+    if mismatched:
+        saved = AutoConfig.from_pretrained(path).num_labels
+        raise ValueError(
+            f"'{path}' must have {num_labels} label{'s' if num_labels != 1 else ''} here, but its checkpoint has "
+            f"{saved}: {_shown(mismatched)} has another shape. Take each label as a member with "
+            "`RewardEnsemble.from_pretrained`, or one of them as a class with `ClassifierLikelihood`."
+        )
     # a head that the checkpoint lacks is drawn at random, with a warning only: the reward would be noise
     missing = sorted(info["missing_keys"])
     if missing:
@@ -49,43 +60,122 @@ def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int |
     in folders of their name. The base is the one that the adapters name; it may be a causal LM, since each adapter
     brings a classification head.
 
+    Args:
+        folder (`str` or `Path`): Where the adapters were saved.
+        adapters (`Sequence[str]`): Their names.
+        num_labels (`int`, *optional*, defaults to `1`): Labels of each head. `None`: as many as the heads have.
+
     Raises:
-        `ValueError`: an adapter is not there, has no head of its own, or belongs to another base.
+        `ValueError`: an adapter is not there, has no head of its own or one of other labels, or names another base.
     """
     folders = [Path(folder) if name == DEFAULT_ADAPTER else Path(folder) / name for name in adapters]
-    bases = []
     for adapter, place in zip(adapters, folders, strict=True):
         if not is_adapter(place):
             raise ValueError(
                 f"'{folder}' must hold the adapter '{adapter}' in '{place}', where there is no {ADAPTER_CONFIG}. Copy "
                 "the whole folder that was saved."
             )
-        bases.append(PeftConfig.from_pretrained(str(place)).base_model_name_or_path)
-        heads = [key for key in load_peft_weights(str(place), device="cpu") if _is_head(key)]
-        if not heads:
+    labels = [_head_labels(place, adapter) for adapter, place in zip(adapters, folders, strict=True)]
+    num_labels = labels[0] if num_labels is None else num_labels
+    for adapter, count in zip(adapters, labels, strict=True):
+        if count != num_labels:
             raise ValueError(
-                f"The adapter '{adapter}' in '{folder}' must bring its own classification head, and its weights have "
-                "none: the reward would be that of a head that it was not trained with. Train it with "
-                '`modules_to_save=["score"]`.'
+                f"The adapter '{adapter}' in '{folder}' must have {num_labels} label"
+                f"{'s' if num_labels != 1 else ''} here, but its head has {count}. Correct {INDEX_NAME} there, or "
+                "save the model again."
             )
-    named = sorted({str(base) for base in bases})
-    if bases[0] is None or len(named) > 1:
-        raise ValueError(
-            f"The adapters in '{folder}' must name one base model, got {', '.join(named)}. "
-            f"Set `base_model_name_or_path` in each {ADAPTER_CONFIG}, or combine whole models instead."
-        )
-    base, info = _load(bases[0], num_labels)
-    missing = [key for key in sorted(info["missing_keys"]) if not _is_head(key)]
-    if missing:
-        raise ValueError(
-            f"'{bases[0]}', the base of the adapters in '{folder}', must hold all weights but the classification "
-            f"head, and lacks {_shown(missing)}: these would be drawn at random. Point `base_model_name_or_path` to "
-            "the model that the adapters were trained on."
-        )
+    bases = [PeftConfig.from_pretrained(str(place)).base_model_name_or_path for place in folders]
+    base = _load_base(folder, bases, num_labels)
     model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=adapters[0])
     for adapter, place in zip(adapters[1:], folders[1:], strict=True):
         model.load_adapter(str(place), adapter_name=adapter)
     return model
+
+
+def head_labels(folder: str | Path) -> int:
+    """
+    Labels of the classification head in a folder: of its PEFT adapter, or of its model.
+
+    Raises:
+        `ValueError`: an adapter without a head.
+    """
+    if is_adapter(folder):
+        return _head_labels(Path(folder), DEFAULT_ADAPTER)
+    return AutoConfig.from_pretrained(folder).num_labels or 1
+
+
+def _head_labels(folder: Path, adapter: str) -> int:
+    weights = load_peft_weights(str(folder), device="cpu")
+    heads = [key for key in weights if _is_head(key)]
+    if not heads:
+        raise ValueError(
+            f"The adapter '{adapter}' in '{folder}' must bring its own classification head, and its weights have "
+            "none: the reward would be that of a head that it was not trained with. Train it with "
+            '`modules_to_save=["score"]`.'
+        )
+    # the last layer of a head of several comes last in the order of the names: dense, out_proj
+    return weights[max(key for key in heads if key.endswith("weight"))].shape[0]
+
+
+def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int) -> nn.Module:
+    named = sorted({str(path) for path in paths})
+    if not paths[0] or len(named) > 1:
+        raise ValueError(
+            f"The adapters in '{folder}' must name one base model, got {', '.join(named)}. Set "
+            f"`base_model_name_or_path` in each {ADAPTER_CONFIG}, or combine whole models instead."
+        )
+    base, info = _load(paths[0], num_labels)
+    missing = [key for key in _names([*info["missing_keys"], *info["mismatched_keys"]]) if not _is_head(key)]
+    if missing:
+        raise ValueError(
+            f"'{paths[0]}', the base of the adapters in '{folder}', must hold all weights but the classification "
+            f"head, and lacks {_shown(missing)}: these would be drawn at random. Point `base_model_name_or_path` to "
+            "the model that the adapters were trained on."
+        )
+    return base
+
+
+def local_folder(path: str | Path) -> Path:
+    """A folder as it is; a repository of the hub, downloaded whole."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+
+
+def found_index(folder: Path) -> RewardIndex:
+    """
+    The index of a folder, or what its files say where there is none.
+
+    Raises:
+        `ValueError`: members in the folder that the index does not know.
+    """
+    index = RewardIndex.load(folder)
+    found = _guessed_index(folder)
+    if index is None:
+        return found
+    unknown = sorted(set(found.members) - set(index.members)) if index.kind in ("lora", "models") else []
+    if unknown and found.kind == index.kind:
+        raise ValueError(
+            f"{INDEX_NAME} in '{folder}' must name all members, and does not know {', '.join(unknown)}. Correct the "
+            "file, or remove what was left there by an earlier run."
+        )
+    return index
+
+
+def _guessed_index(folder: Path) -> RewardIndex:
+    places = [place for place in folder.glob("member_*") if place.name.removeprefix("member_").isdecimal()]
+    names = [place.name for place in sorted(places, key=lambda place: int(place.name.removeprefix("member_")))]
+    if is_adapter(folder):
+        adapters = [name for name in names if is_adapter(folder / name)]
+        if adapters:
+            return RewardIndex("lora", [DEFAULT_ADAPTER, *adapters])
+    elif not (folder / "config.json").is_file():
+        if names:
+            return RewardIndex("models", names)
+        raise ValueError(
+            f"'{folder}' must hold a model (config.json), an adapter ({ADAPTER_CONFIG}) or members (member_0, …), and "
+            "has none of them. Pass the folder that the model was saved in."
+        )
+    labels = head_labels(folder)
+    return RewardIndex("heads", [f"head_{label}" for label in range(labels)]) if labels > 1 else RewardIndex()
 
 
 def load_tokenizer(path: str | Path, name: str) -> PreTrainedTokenizerBase:
@@ -110,15 +200,11 @@ def _load(path: str, num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]
     model, info = AutoModelForSequenceClassification.from_pretrained(
         path, output_loading_info=True, ignore_mismatched_sizes=True, **labels
     )
-    mismatched = sorted(str(item[0] if isinstance(item, tuple) else item) for item in info["mismatched_keys"])
-    if mismatched:
-        saved = AutoConfig.from_pretrained(path).num_labels
-        raise ValueError(
-            f"'{path}' must have {num_labels} label{'s' if num_labels != 1 else ''} here, but its checkpoint has "
-            f"{saved} ({_shown(mismatched)} differ in shape). Take each label as a member with "
-            "`RewardEnsemble.from_pretrained`, or one of them as a class with `ClassifierLikelihood`."
-        )
     return model, info
+
+
+def _names(keys: Iterable[Any]) -> list[str]:
+    return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
 def _is_head(key: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from rlhf_bayes.rewards.ensemble import load_reward
 from rlhf_bayes.rewards.model import RewardModel
 from rlhf_bayes.rewards.validation import callable_name, checked, is_async_callable
 
@@ -27,7 +28,7 @@ class RewardScorer:
     Args:
         reward_funcs (`Callable`, `torch.nn.Module`, `str`, or a list of these):
             Sync or async functions `f(prompts=, completions=, completion_ids=, **columns, trainer_state=, log_extra=,
-            log_metric=)`, sequence-classification models, or paths to such models.
+            log_metric=)`, sequence-classification models, or paths to such models or to ensembles of them.
         reward_processing_classes (`PreTrainedTokenizerBase` or list, *optional*):
             Tokenizers of the models, in the order of `reward_funcs`, with `None` for functions. Default: the one saved
             beside each model.
@@ -61,10 +62,7 @@ class RewardScorer:
                 f"`reward_processing_classes` must hold one tokenizer for each of the {len(funcs)} reward functions, "
                 f"got {len(tokenizers)}. Put None where the function needs none."
             )
-        funcs = [
-            RewardModel(func, tokenizer, device) if isinstance(func, (str, Path, nn.Module)) else func
-            for func, tokenizer in zip(funcs, tokenizers, strict=True)
-        ]
+        funcs = [_loaded(func, tokenizer, device) for func, tokenizer in zip(funcs, tokenizers, strict=True)]
         self._functions = [checked(func, allow_forbidden) for func in funcs]
         self.names = [callable_name(func) for func in self._functions]
 
@@ -150,6 +148,12 @@ def check_rows(prompts: Sequence, completions: Sequence, completion_ids: Sequenc
                 f"{row} has a {type(prompt).__name__} and a {type(completion).__name__}. For a chat, pass "
                 '`[{"role": "assistant", "content": text}]`.'
             )
+
+
+def _loaded(func: Any, tokenizer: Any, device: torch.device | str | None) -> Any:
+    if isinstance(func, (str, Path)):
+        return load_reward(func, tokenizer, device)
+    return RewardModel(func, tokenizer, device) if isinstance(func, nn.Module) else func
 
 
 def _checked_columns(columns: Mapping[str, Sequence], num_rows: int) -> dict[str, Any]:
