@@ -11,7 +11,7 @@ from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
-from .pooling import POOLING_RULES, pool, recentered
+from .pooling import POOLING_RULES, pool
 from .ppo import (
     adapted_beta,
     clipped_policy_loss,
@@ -70,7 +70,6 @@ __all__ = [
     "preference_metrics",
     "prompt_baseline",
     "reliability_bins",
-    "recentered",
     "reverse_kl",
     "smoothed",
     "token_rewards",

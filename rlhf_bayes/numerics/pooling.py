@@ -53,36 +53,6 @@ def pool(member_rewards: Tensor, rule: str, beta: float | None = None, penalty: 
     return mean
 
 
-def recentered(member_rewards: Tensor, centers: Tensor) -> Tensor:
-    """
-    Members on a common zero for each prompt: `r_k(c, x) − center_k(c) + 1/K Σ_j center_j(c)`.
-
-    The mean over members stays as it is, and so does each member's posterior; every rule of [`pool`] then forgets the
-    constants that comparisons leave open.
-
-    Args:
-        member_rewards (`torch.Tensor`): r_k (K, B).
-        centers (`torch.Tensor`): mean of r_k over the prior's completions of the row's prompt, (K, B).
-
-    Returns:
-        `torch.Tensor`: rewards (K, B).
-
-    Raises:
-        ValueError: if the shapes differ, or a center is not finite.
-    """
-    if member_rewards.shape != centers.shape:
-        raise ValueError(
-            f"`centers` must have the shape of `member_rewards`, got {tuple(centers.shape)} and "
-            f"{tuple(member_rewards.shape)}: one number for each member and prompt, of the same members."
-        )
-    if not centers.isfinite().all():
-        raise ValueError(
-            "`centers` must be finite, got nan or infinity: a member forbids part of the prior's completions. Center "
-            "on those that it allows."
-        )
-    return member_rewards - (centers - centers.mean(0)).to(member_rewards.device)
-
-
 def _checked_scales(rule: str, beta: float | None, penalty: float | None) -> tuple[float | None, float | None]:
     """What the rule uses: β for the log-means, the penalty for the variance, neither otherwise."""
     if rule not in POOLING_RULES:

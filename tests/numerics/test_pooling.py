@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import POOLING_RULES, pool, recentered
+from rlhf_bayes.numerics import POOLING_RULES, pool
 
 REWARDS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 0.5]])  # (K, B)
 SCALES = {
@@ -63,25 +63,6 @@ def test_only_the_mean_moves_alike_for_all_completions_with_a_members_constant()
         assert (moved.max() - moved.min() < 1e-6) == (rule == "mean"), rule
         # a constant that members share is harmless
         assert_close(pool(REWARDS + 5.0, rule, **scale), pool(REWARDS, rule, **scale) + 5.0)
-
-
-def test_recentered_members_forget_their_constants():
-    centers = torch.tensor([[0.3, 0.3, -1.0], [0.1, 0.1, 2.0]])  # rows 0 and 1 are of one prompt
-    expected = [
-        [1.0 - 0.3 + 0.2, -2.0 - 0.3 + 0.2, 0.5 + 1.0 + 0.5],
-        [0.0 - 0.1 + 0.2, 3.0 - 0.1 + 0.2, 0.5 - 2 + 0.5],
-    ]
-    moved = recentered(REWARDS, centers)
-    assert_close(moved, torch.tensor(expected))
-    constants = torch.tensor([[4.0, 4.0, -2.0], [0.0, 0.0, 1.0]])
-    for rule, scale in SCALES.items():
-        # what is left is the mean constant of the prompt, which no posterior sees
-        again = pool(recentered(REWARDS + constants, centers + constants), rule, **scale)
-        assert_close(again, pool(moved, rule, **scale) + torch.tensor([2.0, 2.0, -0.5]), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"`centers` must have the shape.*got \(2, 1\) and \(2, 3\)"):
-        recentered(REWARDS, centers[:, :1])
-    with pytest.raises(ValueError, match="`centers` must be finite"):
-        recentered(REWARDS, centers * math.inf)
 
 
 def test_forbidden_by_one_member():
