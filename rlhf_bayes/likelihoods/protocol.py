@@ -8,7 +8,12 @@ from torch import Tensor
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """Evidence of completions. Any object with this method makes a posterior, `Posterior(prior, likelihood)`."""
+    """
+    Evidence of completions. Any object with this method makes a posterior, `Posterior(prior, likelihood)`.
+
+    It may also have an attribute `bound` (`float` or `None`), in nats, that `log_likelihood` never exceeds for any
+    prompt and completion: what exact sampling by rejection needs. Without one, no bound is known.
+    """
 
     def log_likelihood(
         self,

@@ -1,0 +1,117 @@
+"""A classifier as evidence: the probability of what is wanted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_bayes.rewards import TextClassifier
+
+
+@final
+class ClassifierLikelihood:
+    r"""
+    Evidence of a sequence classifier, with no temperature to choose:
+
+        log_likelihood(c, x)  =  log p(O = label | c, x)
+
+    The posterior π0(x | c) p(O = label | c, x) / Z(c) is what the prior writes, given that a reader would answer
+    `label`; Z(c) = p(O = label | c) is how often the prior meets it. With one logit, p is σ(logit) for label 1 and
+    σ(−logit) for label 0; with L of them, a softmax, or a sigmoid for each label where the model's `problem_type` is
+    `"multi_label_classification"`.
+
+    Args:
+        model (`torch.nn.Module` or `str` or `Path`):
+            The classifier, with a `config`; or where to load one from. Its probabilities are taken at their word: see
+            [`~rlhf_bayes.numerics.reliability_bins`] for whether they come true.
+        label (`int` or `str`):
+            What is observed: the index of a logit, or a name in `model.config.label2id`; 0 or 1 with one logit.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The model's tokenizer. Default: the one saved beside the model.
+        device (`torch.device`, *optional*):
+            Where to put a model that is loaded from a path.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Texts in one forward pass.
+
+    Attributes:
+        bound (`float`): 0 nats; no completion is more than certain. A draw from the prior that is kept with
+            probability exp(log_likelihood) is an exact draw from the posterior.
+
+    Raises:
+        `TypeError` or `ValueError`: no classifier, a regression, a reward model of `RewardTrainer`, or a label that
+        it does not have.
+
+    Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equation 8.
+    """
+
+    bound: float | None = 0.0
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        label: int | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str | None = None,
+        batch_size: int = 64,
+    ):
+        self.classifier = TextClassifier(model, tokenizer, device, batch_size)
+        if self.classifier.index is not None:
+            # its zero means nothing: comparisons leave a constant per prompt open
+            raise ValueError(
+                f"`model` must give probabilities, and '{self.classifier.name}' is a reward model, learnt from "
+                "comparisons. Use it as a reward: `RewardLikelihood(model, beta)`."
+            )
+        config: Any = self.classifier.model.config
+        problem_type = getattr(config, "problem_type", None)
+        if problem_type == "regression":
+            raise ValueError(
+                f"`model` must give probabilities, and the `problem_type` of '{self.classifier.name}' is "
+                "'regression'. Use it as a reward: `RewardLikelihood(model, beta)`."
+            )
+        self._each_label = problem_type == "multi_label_classification" and self.classifier.num_labels > 1
+        self.label = _checked_label(label, self.classifier.num_labels, getattr(config, "label2id", None) or {})
+
+    def log_likelihood(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        log p(O = label | c, x) of each completion, nats, at most 0: (B,), fp32. `completion_ids` and `columns` are not
+        read: the classifier has its own tokenizer.
+
+        Raises:
+            `ValueError`: a text that the classifier cannot read, or logits that are not finite.
+        """
+        logits = self.classifier.logits(prompts, completions)  # (B, L)
+        if logits.shape[-1] == 1:
+            return F.logsigmoid(logits[:, 0] if self.label == 1 else -logits[:, 0])
+        log_prob = F.logsigmoid(logits) if self._each_label else logits.log_softmax(-1)  # (B, L)
+        return log_prob[:, self.label]
+
+
+def _checked_label(label: int | str, num_labels: int, label2id: Mapping[str, int]) -> int:
+    if isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise TypeError(
+            f"`label` must be an index or a name of a label, got {label!r} of type {type(label).__name__}. Pass 1 for "
+            "the positive answer of a classifier with one logit."
+        )
+    # one logit has two answers
+    num_answers = max(num_labels, 2)
+    if isinstance(label, str):
+        if label not in label2id or num_labels == 1:
+            named = ", ".join(repr(name) for name in label2id) if num_labels > 1 else "none with one logit"
+            raise ValueError(f"`label` must be a name in `config.label2id` ({named}) or an index, got {label!r}.")
+        label = int(label2id[label])
+    if not 0 <= label < num_answers:
+        raise ValueError(
+            f"`label` must be between 0 and {num_answers - 1} for a classifier with {num_labels} "
+            f"{'logit' if num_labels == 1 else 'logits'}, got {label}."
+        )
+    return label
