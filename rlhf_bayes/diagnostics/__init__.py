@@ -1,5 +1,7 @@
 """Criticism: how far a policy is from the posterior, in nats."""
 
+from .model_card import PreferenceSummary, reward_model_card
+from .preferences import plot_overoptimization, plot_reliability, preference_table
 from .progress import PosteriorProgress
 from .report import (
     Draws,
@@ -21,11 +23,16 @@ __all__ = [
     "LogZEstimate",
     "PosteriorFit",
     "PosteriorProgress",
+    "PreferenceSummary",
     "distinct_2",
     "draw",
     "estimate_log_z",
     "fit_table",
     "plot_history",
+    "plot_overoptimization",
+    "plot_reliability",
     "posterior_fit",
+    "preference_table",
+    "reward_model_card",
     "samples_table",
 ]
