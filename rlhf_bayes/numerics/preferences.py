@@ -95,7 +95,7 @@ def votes_to_prob(votes: Tensor) -> Tensor:
         `torch.Tensor`: probability (...), fp32 or better.
 
     Raises:
-        ValueError: if counts are not (..., 3), are negative or not finite, or a pair has no votes.
+        ValueError: if counts are not (..., 3), are negative or not whole, or a pair has no votes.
     """
     votes = _checked_votes(votes)
     total = votes.sum(-1)  # (...)
@@ -121,13 +121,13 @@ def agreement(votes: Tensor) -> float:
         `float`: between 0 and 1; nan where no pair has two votes that are not ties.
 
     Raises:
-        ValueError: if counts are not (N, 3), are negative or not finite.
+        ValueError: if counts are not (N, 3), are negative or not whole.
     """
     votes = _checked_votes(votes).detach().double().cpu()
     chosen, rejected, _ = votes.unbind(-1)
     n = chosen + rejected
-    total = (n * (n - 1)).clamp(min=0).sum()  # a share of a vote makes no pair
-    agreeing = (chosen * (chosen - 1)).clamp(min=0).sum() + (rejected * (rejected - 1)).clamp(min=0).sum()
+    total = (n * (n - 1)).sum()
+    agreeing = (chosen * (chosen - 1) + rejected * (rejected - 1)).sum()
     return float(agreeing / total) if total > 0 else math.nan
 
 
@@ -284,9 +284,13 @@ def _checked_votes(votes: Tensor) -> Tensor:
             "column of zeros where ties were not allowed."
         )
     votes = fp32(votes)
-    wrong = ~((votes >= 0) & (votes < torch.inf))
+    # not (… outside …): nan must be refused too
+    wrong = ~((votes >= 0) & (votes < torch.inf) & (votes == votes.round()))
     if wrong.any():
-        raise ValueError(f"`votes` must be counts, 0 or more, got {votes.detach()[wrong][0].item():g}.")
+        raise ValueError(
+            f"`votes` must be counts, whole numbers of 0 or more, got {votes.detach()[wrong][0].item():g}. Pass shares "
+            "of votes as `chosen_prob`."
+        )
     return votes
 
 

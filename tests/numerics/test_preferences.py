@@ -274,8 +274,12 @@ def test_what_does_not_apply_is_left_out():
         (lambda: noise_from_agreement(73), "not a percentage"),
         (lambda: noise_from_agreement(NAN), "got nan"),
         (lambda: votes_to_prob(torch.tensor([[1, 2]])), r"`votes` must be \(..., 3\).*got shape \(1, 2\)"),
-        (lambda: votes_to_prob(torch.tensor([[1, -2, 0]])), "`votes` must be counts, 0 or more, got -2"),
+        (
+            lambda: votes_to_prob(torch.tensor([[1, -2, 0]])),
+            "`votes` must be counts, whole numbers of 0 or more, got -2",
+        ),
         (lambda: votes_to_prob(torch.tensor([[1, 0, NAN]])), "got nan"),
+        (lambda: agreement(torch.tensor([[2.5, 0, 0]])), "got 2.5. Pass shares of votes as `chosen_prob`"),
         (lambda: votes_to_prob(torch.tensor([[1, 2, 0], [0, 0, 0]])), "none for 1 of 2 pairs, the first in row 1"),
         (lambda: agreement(torch.tensor([[3, -1, 0]])), "got -1"),
         (lambda: noisy_vote_loss(DELTA, torch.ones(5, 2), torch.zeros(5, 2)), r"`delta` must be \(B, 1\)"),
