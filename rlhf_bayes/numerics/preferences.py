@@ -234,15 +234,21 @@ def preference_metrics(
     metrics["log_loss"] = float((-target * log_prob - (1 - target) * log_not_prob).mean())
     metrics["brier"] = brier_score(prob, target)
     metrics["ece"] = expected_calibration_error(prob, target)
-    for name, rewards in (("chosen", chosen.mean(0)), ("rejected", rejected.mean(0))):
-        metrics[f"reward_{name}_mean"] = float(rewards.mean())
-        if num_pairs > 1:
-            metrics[f"reward_{name}_std"] = float(rewards.std())
+    metrics |= _reward_metrics(chosen, rejected)
     if num_members > 1:
         metrics["log_loss_member"] = float(bradley_terry_loss(delta, target).mean())
         metrics["disagreement"] = float(delta.std(0, correction=0).mean())
         metrics["disagreement_vote"] = float(((delta > 0).any(0) & (delta < 0).any(0)).double().mean())
     return metrics if votes is None else metrics | _vote_metrics(hits, votes)
+
+
+def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for name, rewards in (("chosen", chosen.mean(0)), ("rejected", rejected.mean(0))):  # (N,)
+        metrics[f"reward_{name}_mean"] = float(rewards.mean())
+        if len(rewards) > 1:
+            metrics[f"reward_{name}_std"] = float(rewards.std())
+    return metrics
 
 
 def _vote_metrics(hits: Tensor, votes: Tensor) -> dict[str, float]:
@@ -288,8 +294,8 @@ def _checked_votes(votes: Tensor) -> Tensor:
     wrong = ~((votes >= 0) & (votes < torch.inf) & (votes == votes.round()))
     if wrong.any():
         raise ValueError(
-            f"`votes` must be counts, whole numbers of 0 or more, got {votes.detach()[wrong][0].item():g}. Pass shares "
-            "of votes as `chosen_prob`."
+            f"`votes` must be counts, whole numbers of 0 or more, got {votes.detach()[wrong][0].item():g}. Pass "
+            "shares of votes as `chosen_prob`."
         )
     return votes
 
