@@ -1,6 +1,6 @@
 """The model card of a reward model: what it was trained on, how far to trust it, and how to load it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,9 @@ _METRICS = {
     "vote_ceiling": ("… at most, given the agreement", "share of votes"),
     "vote_accuracy_of_ceiling": ("… as a share of that", "1 is as good as an annotator without noise"),
     "reward_chosen_mean": ("mean reward, chosen", "units of reward"),
+    "reward_chosen_std": ("standard deviation of reward, chosen", "units of reward, over pairs"),
     "reward_rejected_mean": ("mean reward, rejected", "units of reward"),
+    "reward_rejected_std": ("standard deviation of reward, rejected", "units of reward, over pairs"),
     "disagreement": ("standard deviation of Δ over members", "units of reward"),
     "disagreement_vote": ("members prefer different texts", "share of pairs"),
 }
@@ -80,6 +82,7 @@ def reward_model_card(
     bins: ReliabilityBins | None = None,
     reliability_plot: str | None = None,
     settings: Mapping[str, object] | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
     """
     A model card in Markdown, with the YAML header that the hub reads.
@@ -101,6 +104,8 @@ def reward_model_card(
             File of the reliability plot, relative to the card.
         settings (`Mapping[str, object]`, *optional*):
             Settings of training worth telling.
+        tags (`Sequence[str]`, *optional*):
+            For the hub, beside ours.
 
     Raises:
         ValueError: if there are metrics or bins but `data` counts no held-out pairs.
@@ -113,7 +118,7 @@ def reward_model_card(
     metrics = {key.removeprefix("eval_"): value for key, value in (metrics or {}).items()}
     base_is_local = base_model is not None and Path(base_model).exists()
     parts = [
-        _header(index, None if base_is_local else base_model),
+        _header(index, None if base_is_local else base_model, tags),
         _introduction(name, index, base_model, base_is_local),
         _data(data, settings or {}),
         _annotators(data),
@@ -125,12 +130,12 @@ def reward_model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _header(index: RewardIndex, base_model: str | None) -> str:
+def _header(index: RewardIndex, base_model: str | None, tags: Sequence[str]) -> str:
     card_data = ModelCardData(
         base_model=base_model,
         library_name="peft" if index.kind == "lora" else "transformers",
         pipeline_tag="text-classification",
-        tags=["reward-model", "trl", "rlhf_bayes", *(["reward-ensemble"] if index.num_members > 1 else [])],
+        tags=["reward-model", "trl", "rlhf_bayes", *(["reward-ensemble"] if index.num_members > 1 else []), *tags],
     )
     return f"---\n{card_data.to_yaml()}\n---"
 

@@ -4,32 +4,33 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from ..numerics import ReliabilityBins
 
-# heading, and how a cell reads; a column is left out where no row has any of its metrics
-_COLUMNS = (
-    ("accuracy", "{accuracy:.3f}"),
-    ("log loss (nats)", "{log_loss:.3f}"),
-    ("… of a member (nats)", "{log_loss_member:.3f}"),
-    ("Brier", "{brier:.3f}"),
-    ("ECE", "{ece:.3f}"),
-    ("accuracy on votes", "{vote_accuracy:.3f}"),
-    ("… at most", "{vote_ceiling:.3f}"),
-    ("reward, chosen", "{reward_chosen_mean:.2f} ± {reward_chosen_std:.2f}"),
-    ("reward, rejected", "{reward_rejected_mean:.2f} ± {reward_rejected_std:.2f}"),
-    ("sd of Δ over members", "{disagreement:.2f}"),
-    ("members split", "{disagreement_vote:.0%}"),
-)
+# metric: heading (its lines are kept, so that the table fits 80 columns), decimals
+_COLUMNS = {
+    "accuracy": ("accuracy", 3),
+    "log_loss": ("log\nloss\n(nats)", 3),
+    "log_loss_member": ("of a\nmember\n(nats)", 3),
+    "brier": ("Brier", 3),
+    "ece": ("ECE", 3),
+    "vote_accuracy": ("votes\nright", 3),
+    "vote_ceiling": ("at\nmost", 3),
+    "disagreement": ("sd\nof Δ", 2),
+    "disagreement_vote": ("split", 2),
+}
 
 
 def preference_table(metrics: Mapping[str, Mapping[str, float]], title: str | None = None) -> Table:
     """
     A row per reward model, a column per metric of [`~rlhf_bayes.numerics.preference_metrics`].
 
-    Columns without an entry are left out; "–" stands where only some models have one. "± …" is the standard deviation
-    over pairs; "at most" is what the annotators' agreement allows on single votes.
+    "of a member": log loss of a member alone. "votes right, at most": accuracy on single votes, and what the
+    annotators' agreement allows. "sd of Δ": over members, in units of reward. "split": share of pairs on which members
+    prefer different texts. Columns that no model has are left out; "–" stands where only some have one.
 
     Args:
         metrics (`Mapping[str, Mapping[str, float]]`):
@@ -38,30 +39,26 @@ def preference_table(metrics: Mapping[str, Mapping[str, float]], title: str | No
             Above the table.
 
     Raises:
-        ValueError: if a model has none of the metrics.
+        ValueError: if a model has none of these metrics.
     """
     rows = {name: {key.removeprefix("eval_"): value for key, value in row.items()} for name, row in metrics.items()}
-    cells = {name: [_cell(template, row) for _, template in _COLUMNS] for name, row in rows.items()}
-    for name, row in cells.items():
-        if not any(row):
+    for name, row in rows.items():
+        if not row.keys() & _COLUMNS.keys():
             raise ValueError(
-                f"`metrics[{name!r}]` must hold metrics of preferences (accuracy, log_loss, …), got "
-                f"{sorted(rows[name])}. Pass what `preference_metrics` or `trainer.evaluate()` returns."
+                f"`metrics[{name!r}]` must hold metrics of preferences (accuracy, log_loss, …), got {sorted(row)}. "
+                "Pass what `preference_metrics` or `trainer.evaluate()` returns."
             )
-    kept = [index for index in range(len(_COLUMNS)) if any(row[index] for row in cells.values())]
-    table = Table(title=title)
+    kept = {metric: column for metric, column in _COLUMNS.items() if any(metric in row for row in rows.values())}
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("")
-    for index in kept:
-        table.add_column(_COLUMNS[index][0], justify="right")
-    for name, row in cells.items():
-        table.add_row(name, *(row[index] or "–" for index in kept))
+    for heading, _ in kept.values():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=max(map(len, heading.split("\n"))))
+    for name, row in rows.items():
+        table.add_row(
+            escape(name),
+            *(f"{row[metric]:.{digits}f}" if metric in row else "–" for metric, (_, digits) in kept.items()),
+        )
     return table
-
-
-def _cell(template: str, row: Mapping[str, float]) -> str:
-    """The template filled in, without what the row does not have; empty where it has nothing of it."""
-    parts = [part for part in template.split(" ± ") if part[1:].split(":")[0] in row]
-    return " ± ".join(parts).format(**row)
 
 
 def plot_reliability(
