@@ -148,11 +148,10 @@ def found_index(folder: Path) -> RewardIndex:
         `ValueError`: members in the folder that the index does not know.
     """
     index = RewardIndex.load(folder)
-    found = _guessed_index(folder)
     if index is None:
-        return found
-    unknown = sorted(set(found.members) - set(index.members)) if index.kind in ("lora", "models") else []
-    if unknown and found.kind == index.kind:
+        return _guessed_index(folder)
+    unknown = sorted(set(_subfolders(folder)) - set(index.members)) if index.kind in ("lora", "models") else []
+    if unknown:
         raise ValueError(
             f"{INDEX_NAME} in '{folder}' must name all members, and does not know {', '.join(unknown)}. Correct the "
             "file, or remove what was left there by an earlier run."
@@ -160,9 +159,13 @@ def found_index(folder: Path) -> RewardIndex:
     return index
 
 
+def _subfolders(folder: Path) -> list[str]:
+    numbers = [place.name.removeprefix("member_") for place in folder.glob("member_*") if place.is_dir()]
+    return [f"member_{number}" for number in sorted(filter(str.isdecimal, numbers), key=int)]
+
+
 def _guessed_index(folder: Path) -> RewardIndex:
-    places = [place for place in folder.glob("member_*") if place.name.removeprefix("member_").isdecimal()]
-    names = [place.name for place in sorted(places, key=lambda place: int(place.name.removeprefix("member_")))]
+    names = _subfolders(folder)
     if is_adapter(folder):
         adapters = [name for name in names if is_adapter(folder / name)]
         if adapters:

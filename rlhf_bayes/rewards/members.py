@@ -155,7 +155,7 @@ class Models:
         rewards = []
         for member, described in zip(members, _described(self.names, members), strict=True):
             try:
-                rewards.append(self.models[member].rewards(list(prompts), list(completions)))
+                rewards.append(self.models[member].rewards(prompts, completions))
             except Exception as error:
                 error.add_note(f"Raised by {described} of the reward ensemble.")
                 raise

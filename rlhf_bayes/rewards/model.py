@@ -1,6 +1,7 @@
 """A sequence-classification model as a reward function."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -39,6 +40,8 @@ class RewardModel:
         `ValueError`: the checkpoint has no classification head, is an ensemble, or no tokenizer or padding token is
             found.
     """
+
+    num_members = 1  # an ensemble of one, where members are asked for
 
     def __init__(
         self,
@@ -86,10 +89,14 @@ class RewardModel:
         """Reward of each completion. `columns` are TRL's other arguments, which a classifier has no use for."""
         return self.rewards(prompts, completions).tolist()
 
-    def rewards(self, prompts: list, completions: list) -> Tensor:
+    def rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """Reward of each completion, normalised: (B,), fp32, on the CPU."""
+        return self.member_rewards(prompts, completions)[0]
+
+    def member_rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
+        """Reward of each completion, normalised: (1, B), fp32, on the CPU."""
         raw = self.classifier.logits(prompts, completions)[:, :1].T  # (1, B)
-        return (raw if self.normalization is None else self.normalization.apply(raw))[0]
+        return raw if self.normalization is None else self.normalization.apply(raw)
 
     def normalize(self, prompts: list, completions: list, reference: str = "reference completions") -> None:
         """

@@ -2,10 +2,15 @@
 
 import logging
 import textwrap
-from typing import ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 
 from ..likelihoods import combine_rewards
 from ..lm import CRITIC, CompletionScores
@@ -19,7 +24,7 @@ from ..numerics import (
     masked_sum,
     prompt_baseline,
 )
-from ..rewards import checked
+from ..rewards import RewardModel, checked, load_reward
 from ._trl import Rollout, RolloutTrainer
 from .checks import check_datasets
 from .critic import attach_critic
@@ -57,8 +62,8 @@ class PPOTrainer(RolloutTrainer):
             Policy, as in [`~trl.RLOOTrainer`].
         reward_funcs (`RewardFunc | list[RewardFunc]`):
             Reward functions, sync or async, sequence-classification models or paths to such, as in
-            [`~trl.RLOOTrainer`]. None means "does not apply"; a completion to which none applies is left out of the
-            loss.
+            [`~trl.RLOOTrainer`]; a path may also hold an ensemble, and a normalization beside the weights is applied.
+            None means "does not apply"; a completion to which none applies is left out of the loss.
         args ([`PPOConfig`], *optional*):
             Configuration.
         train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
@@ -121,7 +126,7 @@ class PPOTrainer(RolloutTrainer):
                 "RLOOConfig is one of PPOConfig."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        reward_funcs = [checked(func) for func in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+        reward_funcs = [checked(func) for func in _loaded_rewards(reward_funcs, reward_processing_classes, args)]
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
@@ -142,17 +147,23 @@ class PPOTrainer(RolloutTrainer):
             peft_config=peft_config,
             **quantization,
         )
-        reward_models = [
-            (self.accelerator.unwrap_model(func), tokenizer)
-            for func, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True)
-            if isinstance(func, nn.Module)
-        ]
-        self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, reward_models)
+        self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, self._reward_models())
         if optimizers[0] is not None:
             # into a group that is there: a scheduler made before knows no other
             self.optimizer.param_groups[-1]["params"].extend(
                 parameter for parameter in self._critic_parameters() if parameter.requires_grad
             )
+
+    def _reward_models(self) -> list[tuple[nn.Module, PreTrainedTokenizerBase]]:
+        # what a critic may take its trunk from: modules, and whole models that were loaded from a path
+        models = []
+        for func, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True):
+            loaded = getattr(func, "__wrapped__", None)
+            if isinstance(func, nn.Module):
+                models.append((self.accelerator.unwrap_model(func), tokenizer))
+            elif isinstance(loaded, RewardModel) and isinstance(loaded.model, PreTrainedModel):
+                models.append((loaded.model, loaded.tokenizer))
+        return models
 
     def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
         rewards = combine_rewards(
@@ -277,3 +288,35 @@ class PPOTrainer(RolloutTrainer):
         *totals, tokens = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
         for name, total in zip(columns, totals, strict=True):
             self.log_metric(name, total / max(tokens, 1.0))
+
+
+def _loaded_rewards(reward_funcs: Any, tokenizers: Any, args: PPOConfig) -> list:
+    # TRL would read the weights of a path, and not the normalization beside them
+    funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    paths = [index for index, func in enumerate(funcs) if isinstance(func, (str, Path))]
+    if not paths:
+        return funcs
+    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
+    if tokenizers == [None]:
+        tokenizers = [None] * len(funcs)
+    if len(tokenizers) != len(funcs):
+        raise ValueError(
+            f"`reward_processing_classes` must hold one tokenizer for each of the {len(funcs)} reward functions, got "
+            f"{len(tokenizers)}. Put None where the function needs none."
+        )
+    with _whole_weights():
+        for index in paths:
+            funcs[index] = load_reward(funcs[index], tokenizers[index], args.device)
+    return funcs
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    # ZeRO-3 shards what is loaded while its configuration is set, and a reward function runs by itself on each process
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)

@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers.integrations import deepspeed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf_bayes.lm import Critic
+from rlhf_bayes.rewards import RewardEnsemble, RewardModel
 from rlhf_bayes.testing import toy_reward
+from rlhf_bayes.trainers import ppo_trainer
 
-from .test_critic import letter_tokenizer, reward_model
+from .test_critic import letter_tokenizer, reward_model, words
 from .training import Recorder, config, logged, prompts_of, trainer
 
 
@@ -196,3 +200,76 @@ def test_a_broken_reward_model_is_named(toy, tmp_path):
     model.config._name_or_path = "my/broken-reward"
     with pytest.raises(ValueError, match=r"Reward model `broken-reward` must return finite rewards, got .*nan"):
         first_step(toy, tmp_path, model, {"reward_processing_classes": letter_tokenizer()})
+
+
+def saved_reward(toy, folder, normalised_on=None):
+    """A reward model on disk, normalised on the toy's completions of a prompt."""
+    reward = RewardModel(reward_model(toy), letter_tokenizer())
+    if normalised_on is not None:
+        reward.normalize([normalised_on] * len(toy.completions), toy.completions)
+    reward.save_pretrained(folder)
+    return reward
+
+
+def test_a_path_brings_the_normalization_beside_its_weights(toy, tmp_path):
+    reward = saved_reward(toy, tmp_path / "good-reward", normalised_on=toy.prompts[0])
+    seen = []
+
+    def record(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    _, trained = first_step(toy, tmp_path, [tmp_path / "good-reward", record])
+    prompts, completions = zip(*seen, strict=True)
+    raw = reward.classifier.logits(prompts, completions)[:, 0]
+    expected = raw * reward.normalization.gain[0] + reward.normalization.bias[0]
+    assert_close(trained.rollouts[0].rewards_per_func[:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert (expected - raw).abs().max() > 0.1
+    assert "rewards/good-reward/mean" in trained.state.log_history[0]
+
+
+def test_an_ensemble_trains_and_logs_its_spread(toy, tmp_path):
+    for name in ("a", "b"):
+        saved_reward(toy, tmp_path / name, normalised_on=toy.prompts[0] if name == "b" else None)
+    ensemble = RewardEnsemble.from_pretrained([tmp_path / "a", tmp_path / "b"])
+    ensemble.save_pretrained(tmp_path / "both")
+    _, trained = first_step(toy, tmp_path, str(tmp_path / "both"))
+    from_path = trained.rollouts[0].rewards_per_func
+    _, trained_on_instance = first_step(toy, tmp_path, ensemble)
+    assert_close(from_path, trained_on_instance.rollouts[0].rewards_per_func)
+    assert from_path.std() > 0.01
+    assert logged(trained, "reward_spread")[0] > 0
+
+
+def test_a_separate_critic_starts_at_the_reward_model_of_a_path(toy, tmp_path):
+    RewardModel(reward_model(toy), words(toy)).save_pretrained(tmp_path / "reward")
+    args = config(tmp_path / "out", critic="separate")
+    made = trainer(toy, args, None, str(tmp_path / "reward"))
+    assert made.critic.value_head.in_features == reward_model(toy).config.hidden_size
+    assert_close(made.critic.backbone.state_dict(), reward_model(toy).base_model.state_dict())
+
+
+def test_paths_and_their_tokenizers_must_match(toy, tmp_path):
+    with pytest.raises(ValueError, match="each of the 2 reward functions, got 1"):
+        trainer(toy, config(tmp_path), None, ["some/path", toy_reward], reward_processing_classes=toy.tokenizer)
+
+
+def test_under_zero3_a_path_is_loaded_whole(toy, tmp_path, monkeypatch):
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    sharding, policy = Zero3(), toy.random_policy(noise=0.0)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    deepspeed.set_hf_deepspeed_config(sharding)
+    seen = []
+
+    def load(path, tokenizer, device):
+        seen.append((path, is_deepspeed_zero3_enabled(), device))
+        raise OSError("no such path")
+
+    monkeypatch.setattr(ppo_trainer, "load_reward", load)
+    with pytest.raises(OSError, match="no such path"):
+        trainer(toy, config(tmp_path), policy, "some/path")
+    assert seen == [("some/path", False, torch.device("cpu"))]
+    assert is_deepspeed_zero3_enabled()
