@@ -1,0 +1,121 @@
+"""
+Two sets of real preferences, read from files: what `reward_methods.py` compares methods on.
+
+- `ukp`: UKPConvArg1 (Habernal & Gurevych 2016, CC BY 4.0), `<folder>/ukp_convarg1/{arguments,pairs}.jsonl.gz`. Which
+  of two arguments for one stance convinces more: 4 or 5 crowd workers a pair, 32 topics in 16 discussions. The prompt
+  is the discussion's title and the stance. Held out: whole discussions, both stances.
+- `hh`: harmless-base test split of Anthropic's HH (Bai et al. 2022, MIT), `<folder>/hh_rlhf/pairs.jsonl.gz`: one
+  judgement a pair. Held out: dialogues with all that open alike.
+
+A row has `prompt`, `chosen`, `rejected`, `group` (what is held out together) and, for `ukp`, `votes` (chosen,
+rejected, tie), `chosen_prob`, `annotators` and `annotator_votes`. `chosen` is the plurality, or the first argument of
+a tie.
+"""
+
+import gzip
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+VOTES = ("chosen", "rejected", "tie")
+OPPOSITE = {"chosen": "rejected", "rejected": "chosen", "tie": "tie"}
+
+
+def read_lines(path: Path) -> list[Row]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def load_ukp(folder: Path) -> list[Row]:
+    arguments = {row["id"]: row for row in read_lines(folder / "ukp_convarg1" / "arguments.jsonl.gz")}
+    pairs = read_lines(folder / "ukp_convarg1" / "pairs.jsonl.gz")
+    return [ukp_row(pair, arguments[pair["a1"]], arguments[pair["a2"]]) for pair in pairs]
+
+
+def ukp_row(pair: Row, first: Row, second: Row) -> Row:
+    names = {"a1": "chosen", "a2": "rejected", "equal": "tie"}
+    votes = [names[vote] for _, vote, _ in pair["votes"]]
+    chosen, rejected = first["text"], second["text"]
+    if votes.count("rejected") > votes.count("chosen"):
+        chosen, rejected, votes = rejected, chosen, [OPPOSITE[vote] for vote in votes]
+    counts = Counter(votes)
+    return {
+        "prompt": f"{pair['title']} {first['stance']}\n",
+        "chosen": chosen,
+        "rejected": rejected,
+        "group": pair["title"],
+        "votes": [counts[name] for name in VOTES],
+        "chosen_prob": (counts["chosen"] + counts["tie"] / 2) / len(votes),
+        "annotators": [str(worker) for worker, _, _ in pair["votes"]],
+        "annotator_votes": votes,
+    }
+
+
+def load_hh(folder: Path) -> list[Row]:
+    """`group` is what the human says first: dialogues may share it."""
+    pairs = read_lines(folder / "hh_rlhf" / "pairs.jsonl.gz")
+    return [pair | {"group": pair["prompt"].split("\n\nAssistant:")[0]} for pair in pairs]
+
+
+def fitted(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """
+    Rows whose longer text fits into `max_length` tokens, with the beginning of the prompt cut off where it must be.
+
+    Rows whose answers leave less than a quarter of it to the prompt, or to all of a shorter one, are left out.
+    """
+    ids = {
+        text: tokenizer(text)["input_ids"] for row in rows for text in (row["prompt"], row["chosen"], row["rejected"])
+    }
+    result = []
+    for row in rows:
+        prompt = ids[row["prompt"]]
+        # an EOS at the end, and joining two texts may take another token
+        room = max_length - max(len(ids[row["chosen"]]), len(ids[row["rejected"]])) - 2
+        if len(prompt) <= room:
+            result.append(row)
+        elif room >= max_length // 4:
+            end = tokenizer.decode(prompt[len(prompt) - room :], skip_special_tokens=True)
+            result.append(row | {"prompt": end})
+    return result
+
+
+def split(
+    rows: list[Row], seed: int, share: float, train_pairs: int | None = None, test_pairs: int | None = None
+) -> tuple[list[Row], list[Row]]:
+    """
+    Train and test rows with no group in common, each cut to a random subset of the size asked for.
+
+    Groups are drawn for the test until they hold `share` of the rows or more.
+    """
+    generator = random.Random(seed)
+    sizes = Counter(row["group"] for row in rows)
+    groups = sorted(sizes)
+    generator.shuffle(groups)
+    held_out: set[str] = set()
+    while sum(sizes[group] for group in held_out) < share * len(rows):
+        held_out.add(groups[len(held_out)])
+    train = [row for row in rows if row["group"] not in held_out]
+    test = [row for row in rows if row["group"] in held_out]
+    generator.shuffle(train)
+    generator.shuffle(test)
+    return train[:train_pairs], test[:test_pairs]
+
+
+def in_batches_of_like_length(rows: list[Row], batch: int, seed: int) -> list[Row]:
+    """Rows in an order that pads little: sorted within chunks of 20 batches, the batches shuffled."""
+    generator = random.Random(seed)
+    rows = generator.sample(rows, len(rows))
+    chunks = [rows[start : start + 20 * batch] for start in range(0, len(rows), 20 * batch)]
+    batches = []
+    for chunk in chunks:
+        chunk.sort(key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])))
+        batches += [chunk[start : start + batch] for start in range(0, len(chunk), batch)]
+    # a batch that is not full goes last, or those after it would be cut across
+    full = [rows for rows in batches if len(rows) == batch]
+    generator.shuffle(full)
+    return [row for rows in [*full, *(rows for rows in batches if len(rows) < batch)] for row in rows]

@@ -1,0 +1,109 @@
+"""
+One row of `reward_speed.py`: train a small random reward model for a few steps and print what one costs, as JSON.
+
+All texts have the same length, and arrive as token ids, so that all rows do equal work and none of it is tokenising.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import tempfile
+from dataclasses import asdict, dataclass
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from speed_worker import WARM_UP, Clock, Shape, build_model, build_tokenizer, resident_mib
+from transformers import LlamaForSequenceClassification, TrainerCallback
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured."""
+
+    trainer: str  # trl, or ours
+    num_members: int = 1
+    lora: bool = False
+
+
+class StepTimer(TrainerCallback):
+    """A step lasts until the next one begins."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.clock.start_rollout()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.clock.start_rollout()
+
+
+def build_pairs(shape: Shape, steps: int) -> Dataset:
+    """Random texts of prompt and completion, `shape.batch` pairs for each step."""
+    generator = torch.Generator().manual_seed(1)
+    size = (2, steps * shape.batch, shape.prompt + shape.completion)
+    chosen, rejected = torch.randint(1, shape.vocabulary, size, generator=generator).tolist()
+    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+
+
+def train(row: Row, shape: Shape, steps: int, clock: Clock) -> None:
+    if row.trainer == "trl":
+        from trl import RewardConfig, RewardTrainer
+
+        options = {}
+    else:
+        from rlhf_bayes import RewardConfig, RewardTrainer
+
+        options = {"num_members": row.num_members, "ensemble": "lora" if row.lora else "heads"}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RewardTrainer(
+            model=build_model(shape, LlamaForSequenceClassification),
+            args=RewardConfig(
+                output_dir=folder,
+                learning_rate=1e-4,
+                per_device_train_batch_size=shape.batch,
+                max_length=None,
+                max_steps=steps + WARM_UP,
+                logging_steps=10,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                **options,
+            ),
+            train_dataset=build_pairs(shape, steps + WARM_UP),
+            processing_class=build_tokenizer(shape),
+            peft_config=LoraConfig(r=16, lora_alpha=32, task_type="SEQ_CLS") if row.lora else None,
+            callbacks=[StepTimer(clock)],
+        )
+        trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--row", type=json.loads, required=True)
+    parser.add_argument("--shape", type=json.loads, default={})
+    parser.add_argument("--steps", type=int, default=10)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    row, shape = Row(**args.row), Shape(**args.shape)
+    # a miniature run first, so that the pages of the libraries are resident before the memory of this run is measured
+    train(row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), 1, Clock())
+    gc.collect()
+    resident = resident_mib()
+    clock = Clock()
+    train(row, shape, args.steps, clock)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    totals = {name: column["total"] for name, column in clock.medians(shape.batch).items()}
+    print(json.dumps({"row": asdict(row), "memory": peak - resident, **totals}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
