@@ -1,6 +1,8 @@
 """Classifiers and tokenizers from disk or the hub: nothing in them may be left to chance."""
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,8 @@ def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int)
             f"The adapters in '{folder}' must name one base model, got {', '.join(named)}. Set "
             f"`base_model_name_or_path` in each {ADAPTER_CONFIG}, or combine whole models instead."
         )
-    base, info = _load(paths[0], num_labels)
+    with _no_load_report():  # of a head drawn at random, which each adapter replaces
+        base, info = _load(paths[0], num_labels)
     missing = [key for key in _names([*info["missing_keys"], *info["mismatched_keys"]]) if not _is_head(key)]
     if missing:
         raise ValueError(
@@ -208,6 +211,17 @@ def _load(path: str, num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]
 
 def _names(keys: Iterable[Any]) -> list[str]:
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _is_head(key: str) -> bool:

@@ -1,6 +1,7 @@
 """Ensembles of heads, adapters and models: against single texts, and against what was saved."""
 
 import json
+import logging
 import math
 import shutil
 
@@ -170,6 +171,16 @@ def test_one_adapter_is_a_single_reward_model(llama, llama_tokenizer, tmp_path):
     assert_close(torch.tensor(load_reward(tmp_path / "adapter")(PROMPTS, COMPLETIONS)), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="must hold an ensemble, and holds a single reward model"):
         RewardEnsemble.from_pretrained(tmp_path / "adapter")
+
+
+def test_no_report_of_a_random_head_that_adapters_replace(lora, llama_tokenizer, tmp_path, caplog, monkeypatch):
+    RewardEnsemble(lora, llama_tokenizer).save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
+    RewardEnsemble.from_pretrained(tmp_path / "saved")
+    assert "MISSING" not in caplog.text
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    assert "MISSING" in caplog.text  # as it is said elsewhere
 
 
 def test_models_of_several_folders(llama, llama_tokenizer, bert, bert_tokenizer, tmp_path):
