@@ -61,8 +61,9 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not any(".modules_to_save.default." in name for name in trained):
         raise ValueError(
-            f"`ensemble='lora'` needs adapters that bring their own head, got `modules_to_save={config.modules_to_save}`"
-            ". Set `modules_to_save=['score']`, or `task_type='SEQ_CLS'`, in `peft_config`."
+            f"`ensemble='lora'` needs adapters that bring their own head, got "
+            f"`modules_to_save={config.modules_to_save}`. Set `modules_to_save=['score']`, or `task_type='SEQ_CLS'`, "
+            "in `peft_config`."
         )
     names = member_names(num_members)
     for index, name in enumerate(names[1:], start=1):

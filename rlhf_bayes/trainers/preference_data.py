@@ -73,14 +73,14 @@ def _by_annotators(row: Mapping[str, Any], where: str) -> Judgement:
     names, said = row.get("annotators"), row["annotator_votes"]
     if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(said) or not said:
         raise ValueError(
-            f"`annotators` must list the one who cast each of `annotator_votes`, got {names!r} and {said!r} in {where}. "
-            "Give both columns, of equal length and not empty."
+            f"`annotators` must list the one who cast each of `annotator_votes`, got {names!r} and {said!r} in "
+            f"{where}. Give both columns, of equal length and not empty."
         )
     unknown = [vote for vote in said if vote not in _LABELS]
     if unknown:
         raise ValueError(
-            f"`annotator_votes` must hold 'chosen', 'rejected' or 'tie', got {unknown[0]!r} in {where}. Map the labels "
-            "of your data to these."
+            f"`annotator_votes` must hold 'chosen', 'rejected' or 'tie', got {unknown[0]!r} in {where}. Map the "
+            "labels of your data to these."
         )
     votes = [said.count(name) for name in _VOTES]
     if "votes" in row and _checked_votes(row["votes"], where) != votes:
@@ -99,8 +99,8 @@ def _checked_votes(votes: Any, where: str) -> list[int]:
     whole = all(isinstance(count, int) and count >= 0 for count in counts)
     if len(counts) != 3 or not whole or not sum(counts):
         raise ValueError(
-            f"`votes` must count the votes for chosen, for rejected and the ties, at least one in all, got {votes!r} in "
-            f"{where}. Drop pairs that nobody judged."
+            f"`votes` must count the votes for chosen, for rejected and the ties, at least one in all, got {votes!r} "
+            f"in {where}. Drop pairs that nobody judged."
         )
     return counts
 
@@ -162,7 +162,8 @@ def check_pairs(name: str, dataset: Any) -> None:
         _check_texts(name, dataset)
     if set(columns) & set(JUDGEMENT_COLUMNS):
         judged = dataset.select_columns([column for column in columns if column in JUDGEMENT_COLUMNS])
-        if all(read_judgement(row, f"`{name}` row {i}").chosen_prob == 0.5 for i, row in enumerate(judged)):
+        probs = [read_judgement(row, f"`{name}` row {index}").chosen_prob for index, row in enumerate(judged)]
+        if all(prob == 0.5 for prob in probs):
             raise ValueError(
                 f"`{name}` must hold at least one pair that is not a tie, got {len(dataset)} ties: no reward follows "
                 "from them. Check how votes were mapped."
@@ -176,8 +177,8 @@ def _check_texts(name: str, dataset: Dataset) -> None:
         for column, text in row.items():
             if not isinstance(text, (str, list)):
                 raise TypeError(
-                    f"`{column}` must hold texts or lists of chat messages, got {text!r} in `{name}` row {index}. Drop "
-                    "or convert such rows."
+                    f"`{column}` must hold texts or lists of chat messages, got {text!r} in `{name}` row {index}. "
+                    "Drop or convert such rows."
                 )
         identical += row["chosen"] == row["rejected"]
         empty += not row["chosen"] or not row["rejected"]

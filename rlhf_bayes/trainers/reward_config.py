@@ -53,7 +53,8 @@ class RewardConfig(TRLRewardConfig):
     annotator_agreement: float | None = field(
         default=None,
         metadata={
-            "help": "Probability that two annotators agree on a pair; sets the label smoothing for labels without votes."
+            "help": "Probability that two annotators agree on a pair; sets the label smoothing for labels without "
+            "votes."
         },
     )
     annotator_reliability: bool = field(
@@ -63,7 +64,8 @@ class RewardConfig(TRLRewardConfig):
     overlong: str = field(
         default="drop",
         metadata={
-            "help": "What becomes of pairs with more than `max_length` tokens: 'drop', 'truncate' from the left, or 'error'.",
+            "help": "What becomes of pairs with more than `max_length` tokens: 'drop', 'truncate' from the left, or "
+            "'error'.",
             "choices": ["drop", "truncate", "error"],
         },
     )
@@ -77,8 +79,8 @@ class RewardConfig(TRLRewardConfig):
             raise ValueError(f"`num_members` must be a whole number from 1, got {self.num_members!r}. For one, use 1.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
-                f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}: it is the probability that a label "
-                "is wrong, and at 0.5 labels say nothing. Use 0.1 for one wrong label in ten."
+                f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}: it is the probability that a "
+                "label is wrong, and at 0.5 labels say nothing. Use 0.1 for one wrong label in ten."
             )
         if self.label_smoothing_factor:
             raise ValueError(
@@ -88,7 +90,7 @@ class RewardConfig(TRLRewardConfig):
         if self.annotator_agreement is not None:
             noise_from_agreement(self.annotator_agreement)
         noises = ("label_smoothing", "annotator_agreement", "annotator_reliability")
-        given = [name for name in noises if getattr(self, name)]
+        given = [f"`{name}`" for name in noises if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(
                 f"Only one of {', '.join(f'`{name}`' for name in noises)} may be set, got {' and '.join(given)}: "

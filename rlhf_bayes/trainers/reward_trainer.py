@@ -1,6 +1,5 @@
 """Reward models from pairwise preferences, with the uncertainty that the posterior needs."""
 
-import functools
 import json
 import logging
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..lm import active_adapter
+from ..lm import active_adapter, kept_trainable
 from ..numerics import (
     bradley_terry_loss,
     noisy_vote_loss,
@@ -19,11 +19,12 @@ from ..numerics import (
     smoothed,
     vote_error_prob,
 )
-from ..rewards import Normalization, RewardIndex, RewardModel
+from ..rewards import Normalization, RewardEnsemble, RewardIndex, RewardModel
 from ._trl import PairRewards, PreferenceTrainer, not_a_step
 from .annotators import AnnotatorReliability
 from .members import add_adapters, widen_head
 from .preference_data import JUDGEMENT_COLUMNS, PairReader, annotators_in, check_pairs
+from .reward_card import reward_card
 from .reward_config import RewardConfig
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,13 @@ class RewardTrainer(PreferenceTrainer):
     - `margin`: as in TRL, subtracted from Δ.
 
     With `num_members` = K > 1, Δ has a column for each member; a pair counts for a member as often as its bootstrap
-    drew it. K heads share a trunk, whose gradient is the mean over members. K LoRA adapters share a frozen base and are
-    trained one after the other in each step, so that activations of one member are held at a time; the norm by which
-    gradients are clipped is that of all of them.
+    drew it. K heads share a trunk, whose gradient is the mean over members. K LoRA adapters share a frozen base and
+    are trained one after the other in each step, so that activations of one member are held at a time; the norm by
+    which gradients are clipped is that of all of them.
 
-    Evaluation adds the metrics of [`~rlhf_bayes.numerics.preference_metrics`], computed on all pairs at once: log loss,
-    Brier score and calibration of P(chosen ≻ rejected), disagreement of the members, accuracy beside the ceiling that
-    the votes allow. They are of raw rewards: the normalisation, which gives β its meaning, does not change σ(Δ).
+    Evaluation adds the metrics of [`~rlhf_bayes.numerics.preference_metrics`], computed on all pairs at once: log
+    loss, Brier score and calibration of P(chosen ≻ rejected), disagreement of the members, accuracy beside the ceiling
+    that the votes allow. They are of raw rewards: the normalisation, which gives β its meaning, does not change σ(Δ).
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -96,13 +97,13 @@ class RewardTrainer(PreferenceTrainer):
             args = RewardConfig(f"{name.split('/')[-1]}-Reward")
         if not isinstance(args, RewardConfig):
             raise TypeError(
-                f"`args` must be a rlhf_bayes.RewardConfig, got {type(args).__module__}.{type(args).__name__}. Replace "
-                "the import; every field of TRL's is one of ours."
+                f"`args` must be a rlhf_bayes.RewardConfig, got {type(args).__module__}.{type(args).__name__}. "
+                "Replace the import; every field of TRL's is one of ours."
             )
         if args.num_members > 1 and optimizers[0] is not None:
             raise ValueError(
-                f"`optimizers` must be left out with `num_members` = {args.num_members}: members are added to the model "
-                "after an optimizer was made for it. Pass `optimizer_cls_and_kwargs`."
+                f"`optimizers` must be left out with `num_members` = {args.num_members}: members are added to the "
+                "model after an optimizer was made for it. Pass `optimizer_cls_and_kwargs`."
             )
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_pairs(name, dataset)
@@ -145,7 +146,8 @@ class RewardTrainer(PreferenceTrainer):
         if columns is None or not {"annotator", "annotator_votes"} & set(columns):
             raise ValueError(
                 f"`{asked}` needs a `train_dataset` of known length with the column `annotator`, or `annotators` and "
-                f"`annotator_votes`, got {type(dataset).__name__} with {columns}. Add the ids, or leave the option out."
+                f"`annotator_votes`, got {type(dataset).__name__} with {columns}. Add the ids, or leave the option "
+                "out."
             )
         names, num_votes = annotators_in(dataset)
         reliability = AnnotatorReliability(names, num_votes, args.device) if args.annotator_reliability else None
@@ -166,8 +168,8 @@ class RewardTrainer(PreferenceTrainer):
         if has_judgement and args.annotator_agreement is not None:
             raise ValueError(
                 f"`annotator_agreement` must be left out where the data say how a pair was judged, got "
-                f"{args.annotator_agreement} and {sorted(set(columns) & set(JUDGEMENT_COLUMNS))}: votes hold the noise "
-                "already. Set `label_smoothing` to smooth them all the same."
+                f"{args.annotator_agreement} and {sorted(set(columns) & set(JUDGEMENT_COLUMNS))}: votes hold the "
+                "noise already. Set `label_smoothing` to smooth them all the same."
             )
         resampled = in_training and args.num_members > 1 and args.bootstrap == "pairs"
         if "pair_prob" in columns or not (has_judgement or resampled):
@@ -291,10 +293,8 @@ class RewardTrainer(PreferenceTrainer):
         members = self._adapters or ["model" if num_members == 1 else f"member_{k}" for k in range(num_members)]
         return RewardIndex(kind, list(members), append_eos=True, normalization=self.normalization)
 
-    def reward(self, batch_size: int = 64) -> "RewardModel | RewardEnsemble":
+    def reward(self, batch_size: int = 64) -> RewardModel | RewardEnsemble:
         """The reward as trained so far, as a reward function of TRL's protocol. Its weights go on with training."""
-        from ..rewards.ensemble import RewardEnsemble
-
         model = self.accelerator.unwrap_model(self.model)
         reward = RewardModel if self.args.num_members == 1 else RewardEnsemble
         return reward(model, self.processing_class, batch_size=batch_size, index=self.index)
@@ -313,14 +313,18 @@ class RewardTrainer(PreferenceTrainer):
         Raises:
             `ValueError`: fewer than two completions, or rewards without spread.
         """
-        self.normalization = None
         training = self.model.training
         reward = self.reward()
-        rewards = reward.member_rewards(prompts, completions)  # (K, B)
+        reward.normalize(prompts, completions, reference)
+        self.normalization = reward.index.normalization
         self.model.train(training)
-        self.normalization = Normalization.fit(rewards, reference)
 
     # Checkpoints
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            card = reward_card(self, model_name or Path(self.args.output_dir).name, dataset_name, tags)
+            Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -328,6 +332,18 @@ class RewardTrainer(PreferenceTrainer):
         self.index.save(folder)
         if self.reliability is not None:
             (folder / "annotators.json").write_text(json.dumps(self.annotator_error_rates, indent=1) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with kept_trainable(self.model):  # an adapter that is loaded beside the active one would be frozen
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        with kept_trainable(self.model):
+            super()._load_best_model()
+            for name in self._adapters[1:]:  # Trainer takes only the active adapter back
+                folder = Path(self.state.best_model_checkpoint) / name
+                adapter = load_peft_weights(str(folder), device=str(self.args.device))
+                set_peft_model_state_dict(self.model, adapter, adapter_name=name)
 
     def objective_state(self) -> dict[str, Any]:
         return {} if self.reliability is None else self.reliability.state_dict()

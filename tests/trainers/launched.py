@@ -4,6 +4,7 @@ A training that is launched as a script, by one process or by several. Not a tes
     python launched.py FOLDER MODE [NUM_PROCESSES]
 
 MODE `table`: completions by prompt, so that any number of processes sees the same rollouts; writes weights.pt.
+MODE `pairs`, `pairs-lora`: reward models of three members on votes by annotators; writes weights.pt too.
 MODE `slow`: a long run with checkpoints, to be interrupted.
 """
 
@@ -17,8 +18,9 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
-from rlhf_bayes import PPOConfig, PPOTrainer
+from rlhf_bayes import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 torch.set_num_threads(1)
@@ -60,10 +62,7 @@ def by_table(folder: Path, num_processes: int) -> None:
         processing_class=TOY.tokenizer,
         ref_model=TOY.random_policy(noise=0.0),
     )
-    # several obvious ways to launch end with one process and no error
-    assert trainer.accelerator.num_processes == num_processes, trainer.accelerator.num_processes
-    expected = "NO" if num_processes == 1 else "MULTI_"
-    assert str(trainer.accelerator.distributed_type).split(".")[-1].startswith(expected)
+    check_launch(trainer, num_processes)
     trainer.train()
     if trainer.accelerator.is_main_process:
         weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
@@ -71,6 +70,56 @@ def by_table(folder: Path, num_processes: int) -> None:
         names = ("ppo/beta", "posterior/", "reward")
         log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
         torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
+    leave(trainer)
+
+
+def by_pairs(folder: Path, num_processes: int, ensemble: str) -> None:
+    # each process its own copy, before they are joined: only the first of a group writes
+    model = TOY.save(folder / f"base{os.environ.get('RANK', 0)}")
+    texts = [text for text in dict.fromkeys(TOY.completions) if text]
+    said = [["chosen", "tie", "chosen"], ["rejected", "chosen", "rejected"], ["chosen"] * 3]
+    pairs = Dataset.from_dict(
+        {
+            "chosen": [texts[(3 * i) % len(texts)] for i in range(32)],
+            "rejected": [texts[(3 * i + 1) % len(texts)] for i in range(32)],
+            "annotators": [["u", "v", "w"]] * 32,
+            "annotator_votes": (said * 11)[:32],
+        }
+    )
+    args = RewardConfig(
+        output_dir=str(folder), save_strategy="no", per_device_train_batch_size=4 // num_processes, max_steps=6,
+        gradient_accumulation_steps=2, per_device_eval_batch_size=6 // num_processes, learning_rate=0.05, optim="sgd",
+        max_grad_norm=0.0, lr_scheduler_type="constant", num_members=3, ensemble=ensemble, logging_steps=1,
+        annotator_reliability=True, **QUIET,
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        model,
+        args,
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(11)),
+        processing_class=TOY.tokenizer,
+        peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if ensemble == "lora" else None,
+    )
+    check_launch(trainer, num_processes)
+    trainer.train()
+    metrics = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        names = ("log_loss", "accuracy", "brier", "ece", "disagreement", "vote_accuracy", "reward_chosen_std")
+        found = {name: metrics[f"eval_{name}"] for name in names} | trainer.annotator_error_rates
+        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        torch.save({"weights": weights, "metrics": found}, folder / "weights.pt")
+    leave(trainer)
+
+
+def check_launch(trainer, num_processes: int) -> None:
+    # several obvious ways to launch end with one process and no error
+    assert trainer.accelerator.num_processes == num_processes, trainer.accelerator.num_processes
+    expected = "NO" if num_processes == 1 else "MULTI_"
+    assert str(trainer.accelerator.distributed_type).split(".")[-1].startswith(expected)
+
+
+def leave(trainer) -> None:
+    # a process that leaves while its group is up may abort
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     # one launch in some thirty aborts after all is done, as gloo's threads meet an interpreter that is gone
@@ -105,5 +154,7 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     if sys.argv[2] == "table":
         by_table(folder, int(sys.argv[3]))
+    elif sys.argv[2].startswith("pairs"):
+        by_pairs(folder, int(sys.argv[3]), "lora" if sys.argv[2].endswith("lora") else "heads")
     else:
         slowly(folder)

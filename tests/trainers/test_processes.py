@@ -13,11 +13,11 @@ SCRIPT = str(Path(__file__).with_name("launched.py"))
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
-def launched(folder: Path, num_processes: int) -> dict:
+def launched(folder: Path, num_processes: int, mode: str = "table") -> dict:
     # the launcher prefers a visible GPU, where nothing here should run
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = LAUNCH if num_processes > 1 else []
-    command = [sys.executable, *launcher, SCRIPT, str(folder), "table", str(num_processes)]
+    command = [sys.executable, *launcher, SCRIPT, str(folder), mode, str(num_processes)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return torch.load(folder / "weights.pt")
@@ -33,3 +33,12 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("mode", ["pairs", "pairs-lora"])
+def test_two_processes_train_the_reward_of_one(tmp_path, mode):
+    one, two = (launched(tmp_path / str(n), n, mode) for n in (1, 2))
+    assert one["weights"].keys() == two["weights"].keys()
+    for name, weight in one["weights"].items():
+        assert_close(two["weights"][name], weight, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4, abs=1e-6)

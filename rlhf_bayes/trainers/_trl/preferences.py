@@ -1,9 +1,9 @@
 """
 Contact with TRL's `RewardTrainer`: one that scores pairs with any number of members and keeps what evaluation saw.
 
-`RewardTrainer` prepares data and optimises; its loss reads one logit, drops columns that it does not know, and averages
-metrics over batches. `PreferenceTrainer` gives the hook that an objective needs (`pair_loss`), carries `PAIR_COLUMNS`
-along, and computes the metrics of an evaluation on all of its pairs at once.
+`RewardTrainer` prepares data and optimises; its loss reads one logit, drops columns that it does not know, and
+averages metrics over batches. `PreferenceTrainer` gives the hook that an objective needs (`pair_loss`), carries
+`PAIR_COLUMNS` along, and computes the metrics of an evaluation on all of its pairs at once.
 
 `PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_preferences.py` fails by name when a TRL release
 moves one.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardTrainer as TRLRewardTrainer
 
@@ -47,6 +48,7 @@ class PreferenceTrainer(TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
     def __init__(self, model, args, **trl_arguments):
+        self.num_dropped: dict[str, int] = {}
         super().__init__(model, args, **trl_arguments)
         self.data_collator = PairCollator(self.data_collator)
         self._eval_rows: list[dict[str, Tensor]] = []
@@ -101,7 +103,10 @@ class PreferenceTrainer(TRLRewardTrainer):
             )
         finally:
             args.max_length = max_length
-        return fit_length(dataset, dataset_name, max_length, args.overlong)
+        fitting = fit_length(dataset, dataset_name, max_length, args.overlong)
+        if isinstance(dataset, Dataset):
+            self.num_dropped[dataset_name] = len(dataset) - len(fitting)
+        return fitting
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:

@@ -6,7 +6,8 @@ local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a
 an objective needs (`rollout_batch`, `rollout_loss`), and adds what RLOO lacks: a reference copied from the weights as
 passed, exact KLs, means over the global token count, and a resume that continues in the middle of a rollout.
 
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rollouts.py` fails by name when a TRL release moves one.
+`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rollouts.py` fails by name when a TRL release moves
+one.
 """
 
 import logging

@@ -13,6 +13,7 @@ from rlhf_bayes.testing import toy_reward
 from rlhf_bayes.trainers._trl import rollouts
 
 from ..training import config, prompts_of, trainer
+from .names import lost, moved, names_used
 
 HELPERS = {
     "prepare_deepspeed": ("model", "accelerator"),
@@ -28,47 +29,6 @@ TRAINER_NAMES = {
 }
 # set with vLLM only, or by the training loop
 NOT_ON_EVERY_INSTANCE = {"vllm_generation", "current_gradient_accumulation_steps"}
-
-
-def moved(owner, names: dict[str, tuple[str, ...]]) -> list[str]:
-    """What is wrong with the functions that `owner` itself should define with these leading parameters."""
-    problems = []
-    for name, parameters in names.items():
-        if name not in vars(owner):
-            problems.append(f"{owner.__name__}.{name} is gone")
-            continue
-        actual = [parameter for parameter in inspect.signature(vars(owner)[name]).parameters if parameter != "self"]
-        if tuple(actual[: len(parameters)]) != parameters:
-            problems.append(f"{owner.__name__}.{name} takes {actual}, not {list(parameters)} first")
-    return problems
-
-
-def names_used() -> set[str]:
-    """Attributes of the trainer that `_trl/rollouts.py` uses and does not define."""
-    tree = ast.parse(Path(rollouts.__file__).read_text(encoding="utf-8"))
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RolloutTrainer"]
-    used, own = set(), set()
-    for node in ast.walk(classes[0]):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
-            used.add(node.attr)
-        if isinstance(node, ast.FunctionDef):
-            own.add(node.name)
-            if node.name == "__init__":
-                own |= {
-                    item.attr
-                    for item in ast.walk(node)
-                    if isinstance(getattr(item, "ctx", None), ast.Store) and isinstance(item, ast.Attribute)
-                }
-    called_above = {
-        node.attr
-        for node in ast.walk(classes[0])
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "super()"
-    }
-    return used - own | called_above - {"__init__"}
-
-
-def lost(instance, names) -> list[str]:
-    return [f"RLOOTrainer has no `{name}`" for name in sorted(names) if not hasattr(instance, name)]
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +80,13 @@ def test_attributes(rloo):
 
 
 def test_every_name_that_is_used(rloo):
-    used = names_used()
+    used = names_used(rollouts, "RolloutTrainer")
     assert {"_step", "_buffered_inputs", "_prepare_inputs", "reward_func_names", "use_vllm"} <= used  # it sees them
     assert lost(rloo, used - NOT_ON_EVERY_INSTANCE) == []
 
 
 def test_the_list_is_complete(rloo):
-    private = {name for name in names_used() if name.startswith("_")}
+    private = {name for name in names_used(rollouts, "RolloutTrainer") if name.startswith("_")}
     missing = private - rollouts.PRIVATE_NAMES.keys() - set(rollouts.PRIVATE_ATTRIBUTES) - TRAINER_NAMES.keys()
     assert missing == set(), "name them in PRIVATE_NAMES or PRIVATE_ATTRIBUTES"
     overridden = {name for name in vars(rollouts.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")}

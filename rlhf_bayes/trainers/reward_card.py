@@ -1,0 +1,68 @@
+"""The model card of a reward model, filled in by its trainer."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from datasets import Dataset
+
+from ..diagnostics import PreferenceSummary, reward_model_card
+from ..numerics import agreement, preference_metrics, reliability_bins
+
+if TYPE_CHECKING:
+    from .reward_trainer import RewardTrainer
+
+_SETTINGS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "max_length",
+    "bootstrap",
+    "label_smoothing",
+    "annotator_agreement",
+    "annotator_reliability",
+    "center_rewards_coefficient",
+    "seed",
+)
+
+
+def reward_card(
+    trainer: "RewardTrainer", name: str, dataset_name: str | None = None, tags: list[str] | str | None = None
+) -> str:
+    """Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it."""
+    pairs = trainer.evaluation_pairs
+    bins = None
+    if pairs:
+        prob = (pairs["chosen"] - pairs["rejected"]).sigmoid().mean(0)  # (N,)
+        target = pairs.get("chosen_prob", torch.ones_like(prob))
+        bins = reliability_bins(prob, target)
+    settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
+    return reward_model_card(
+        name=name,
+        index=trainer.index,
+        data=_summary(trainer, dataset_name),
+        base_model=trainer.model.config._name_or_path or None,
+        metrics=preference_metrics(**pairs) if pairs else None,
+        bins=bins,
+        settings={setting: value for setting, value in settings.items() if value},
+        tags=[tags] if isinstance(tags, str) else list(tags or []),
+    )
+
+
+def _summary(trainer: "RewardTrainer", dataset_name: str | None) -> PreferenceSummary:
+    data, args = trainer.train_dataset, trainer.args
+    known = isinstance(data, Dataset)
+    columns = data.column_names if known else []
+    measured = math.nan
+    if "pair_votes" in columns:
+        measured = agreement(torch.tensor(data["pair_votes"]))
+    seen = len(data) if known else args.max_steps * args.train_batch_size * trainer.accelerator.num_processes
+    return PreferenceSummary(
+        dataset=dataset_name or "not named",
+        num_train=seen,
+        num_eval=trainer.evaluation_pairs["chosen"].shape[1] if trainer.evaluation_pairs else 0,
+        labels="votes" if "pair_votes" in columns else "probabilities" if "pair_prob" in columns else "one a pair",
+        num_dropped=trainer.num_dropped.get("train", 0),
+        agreement=None if math.isnan(measured) else measured,
+        error_rates=trainer.annotator_error_rates,
+    )

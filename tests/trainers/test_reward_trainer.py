@@ -1,0 +1,408 @@
+"""The reward trainer: TRL's without new options, and what votes, annotators and members change."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.testing import assert_close
+from trl import RewardTrainer as TRLRewardTrainer
+
+from rlhf_bayes import RewardTrainer
+from rlhf_bayes.numerics import preference_metrics
+
+from .preferring import LORA, classifier, hard_pairs, quiet, trained, weights
+
+
+def assert_same_weights(ours, theirs, **tolerance):
+    ours, theirs = weights(ours), weights(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        if tolerance:
+            assert_close(ours[name], weight, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert torch.equal(ours[name], weight), name
+
+
+def columns(pairs, *names):
+    return pairs.select_columns(list(names))
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("option", [{}, {"center_rewards_coefficient": 0.1}, {"max_length": 3}])
+@pytest.mark.parametrize("margin", [False, True])
+def test_without_new_options_it_is_the_trainer_of_trl(toy, tmp_path, option, peft, margin):
+    pairs = hard_pairs(toy, 12, **({"margin": [0.3 * i for i in range(12)]} if margin else {}))
+    options = option | {"max_steps": 5, "optim": "adamw_torch", "learning_rate": 1e-2}
+    ours, theirs = (
+        trained(
+            kind,
+            toy,
+            quiet(tmp_path / kind.__module__, ours=kind is RewardTrainer, **options),
+            pairs,
+            eval_dataset=pairs.select(range(8)),
+            peft_config=LoraConfig(**LORA) if peft else None,
+        )
+        for kind in (RewardTrainer, TRLRewardTrainer)
+    )
+    assert_same_weights(ours.model, theirs.model)
+    for our_log, their_log in zip(ours.state.log_history[:-1], theirs.state.log_history[:-1], strict=True):
+        assert our_log.keys() >= their_log.keys()
+        assert {name: our_log[name] for name in their_log} == pytest.approx(their_log, rel=1e-5, abs=1e-6)
+    ours, theirs = ours.evaluate(), theirs.evaluate()
+    timing = ("_runtime", "_per_second")
+    theirs = {name: value for name, value in theirs.items() if not name.endswith(timing)}
+    assert {name: ours[name] for name in theirs} == pytest.approx(theirs)
+
+
+def test_conversations_train_as_in_trl(toy, tmp_path):
+    pairs = hard_pairs(toy)
+    chats = {
+        name: [[{"role": "user", "content": "a b"}, {"role": "assistant", "content": text}] for text in pairs[name]]
+        for name in ("chosen", "rejected")
+    }
+    ours, theirs = (
+        trained(kind, toy, quiet(tmp_path / kind.__module__, ours=kind is RewardTrainer), Dataset.from_dict(chats))
+        for kind in (RewardTrainer, TRLRewardTrainer)
+    )
+    assert_same_weights(ours.model, theirs.model)
+
+
+# Votes: the other route is one row for each vote, with the labels turned round where it went the other way
+
+
+def expanded(pairs: Dataset) -> Dataset:
+    """One row a vote. Ties count for both, half each: two rows for each other vote keep the weights."""
+    rows = []
+    for row in pairs:
+        chosen, rejected, tie = row["votes"]
+        turned = {"chosen": row["rejected"], "rejected": row["chosen"]}
+        rows += [{"chosen": row["chosen"], "rejected": row["rejected"]}] * (2 * chosen + tie)
+        rows += [turned] * (2 * rejected + tie)
+    return Dataset.from_list(rows)
+
+
+VOTES = [[3, 1, 0], [0, 4, 0], [1, 1, 2], [4, 0, 0], [2, 1, 1], [0, 0, 4], [1, 3, 0], [2, 2, 0]]
+
+
+@pytest.mark.parametrize("form", ["votes", "dict", "chosen_prob", "annotators"])
+def test_votes_are_so_many_rows(toy, tmp_path, form):
+    pairs = hard_pairs(toy, votes=VOTES)
+    names = ("chosen", "rejected", "tie")
+    if form == "dict":
+        given = pairs.remove_columns("votes").add_column(
+            "votes", [dict(zip(names, votes, strict=True)) for votes in VOTES]
+        )
+    elif form == "chosen_prob":
+        given = pairs.remove_columns("votes").add_column("chosen_prob", [(c + t / 2) / 4 for c, _, t in VOTES])
+    elif form == "annotators":
+        said = [[name for name, n in zip(names, votes, strict=True) for _ in range(n)] for votes in VOTES]
+        given = pairs.add_column("annotators", [["w", "x", "y", "z"]] * 8).add_column("annotator_votes", said)
+    else:
+        given = pairs
+    ours = trained(RewardTrainer, toy, quiet(tmp_path / "ours", ours=True), given)
+    rows = expanded(pairs)
+    theirs = trained(TRLRewardTrainer, toy, quiet(tmp_path / "theirs", per_device_train_batch_size=len(rows)), rows)
+    assert_same_weights(ours.model, theirs.model, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", [{"label_smoothing": 0.25}, {"annotator_agreement": 0.75**2 + 0.25**2}])
+def test_smoothing_is_one_turned_row_in_four(toy, tmp_path, option):
+    ours = trained(RewardTrainer, toy, quiet(tmp_path / "ours", ours=True, **option), hard_pairs(toy))
+    rows = expanded(hard_pairs(toy, votes=[[3, 1, 0]] * 8))
+    theirs = trained(TRLRewardTrainer, toy, quiet(tmp_path / "theirs", per_device_train_batch_size=len(rows)), rows)
+    assert_same_weights(ours.model, theirs.model, rtol=1e-4, atol=1e-6)
+
+
+# Members
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"center_rewards_coefficient": 0.1}, {"label_smoothing": 0.2}, {"margin": True}, {"votes": True}]
+)
+def test_heads_alike_move_the_trunk_like_one(toy, tmp_path, option):
+    option = dict(option)
+    extra = {"margin": [0.3 * i for i in range(8)]} if option.pop("margin", False) else {}
+    extra |= {"votes": VOTES} if option.pop("votes", False) else {}
+    pairs = hard_pairs(toy, **extra)
+    one = trained(RewardTrainer, toy, quiet(tmp_path / "one", ours=True, **option), pairs, train=False)
+    args = quiet(tmp_path / "three", ours=True, num_members=3, bootstrap="none", **option)
+    three = trained(RewardTrainer, toy, args, pairs, train=False)
+    with torch.no_grad():
+        three.model.score.weight.copy_(one.model.score.weight.expand(3, -1))
+    start = one.model.score.weight.detach().clone()
+    one.train()
+    three.train()
+    trunk = {name: weight for name, weight in weights(one.model).items() if "score" not in name}
+    for name, weight in trunk.items():
+        assert_close(weights(three.model)[name], weight, rtol=1e-4, atol=1e-6)
+    # the loss is the mean over members, so each head goes a third of the way
+    step = one.model.score.weight.detach() - start
+    for head in three.model.score.weight.detach():
+        assert_close(head - start[0], step[0] / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_start_apart_and_the_first_as_in_trl(toy, tmp_path):
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True, num_members=4), hard_pairs(toy), train=False)
+    heads = trainer.model.score.weight
+    assert torch.equal(heads[0], classifier(toy, tmp_path / "again").score.weight[0])
+    assert torch.pdist(heads.detach()).min() > 0.01
+    assert trainer.model.config.num_labels == 4
+
+
+def test_a_member_learns_its_bootstrap(toy, tmp_path):
+    pairs = hard_pairs(toy)
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path / "k", ours=True, num_members=2), pairs, train=False)
+    counts = torch.tensor(trainer.train_dataset["pair_weights"]).int()  # (N, K)
+    assert not torch.equal(counts[:, 0], counts[:, 1])
+    start = trainer.model.score.weight.detach().clone()
+    trainer.train()
+    for member in (0, 1):
+        rows = pairs.select([i for i, count in enumerate(counts[:, member]) for _ in range(count)])
+        args = quiet(tmp_path / f"alone{member}", per_device_train_batch_size=len(rows))
+        alone = trained(TRLRewardTrainer, toy, args, rows, train=False)
+        with torch.no_grad():
+            alone.model.score.weight.copy_(start[member])
+        alone.train()
+        step = alone.model.score.weight.detach()[0] - start[member]
+        # a mean over the rows that were drawn, against one over all pairs and both members
+        expected = step * len(rows) / len(pairs) / 2
+        assert_close(trainer.model.score.weight.detach()[member] - start[member], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_among_others_learns_as_if_alone(toy, tmp_path, checkpointing):
+    options = {"max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
+    pairs, lora = hard_pairs(toy, 16), LoraConfig(**LORA)
+    args = quiet(tmp_path / "k", ours=True, num_members=3, ensemble="lora", bootstrap="none", **options)
+    trainer = trained(RewardTrainer, toy, args, pairs, peft_config=lora, train=False)
+    start = weights(trainer.model)
+    starts = [start[f"base_model.model.score.modules_to_save.{name}.weight"] for name in trainer.index.members]
+    assert torch.pdist(torch.cat(starts)).min() > 0.01
+    trainer.train()
+    for member in trainer.index.members:
+        alone = trained(
+            TRLRewardTrainer,
+            toy,
+            quiet(tmp_path / member, **options),
+            pairs,
+            peft_config=LoraConfig(**LORA),
+            train=False,
+        )
+        theirs = dict(alone.model.named_parameters())
+        for name, parameter in theirs.items():
+            parameter.data.copy_(start[name.replace(".default.", f".{member}.")])
+        alone.train()
+        for name, weight in weights(trainer.model).items():
+            if f".{member}." in name:
+                assert_close(weight, weights(alone.model)[name.replace(f".{member}.", ".default.")], msg=name)
+
+
+def test_annotators_are_dealt_out_to_the_members(toy, tmp_path):
+    names = ["u", "v", "w", "x"]
+    said = [["chosen", "rejected", "tie", "chosen"], ["rejected"] * 4] * 4
+    pairs = hard_pairs(toy, annotators=[names] * 8, annotator_votes=said)
+    args = quiet(tmp_path / "k", ours=True, num_members=2, bootstrap="annotators")
+    trainer = trained(RewardTrainer, toy, args, pairs, train=False)
+    groups = trainer._groups.tolist()
+    assert sorted(groups) == [0, 0, 1, 1]
+    start = trainer.model.score.weight.detach().clone()
+    trainer.train()
+    for member in (0, 1):
+        own = [i for i, group in enumerate(groups) if group == member]
+        votes = [[[s[i] for i in own].count(name) for name in ("chosen", "rejected", "tie")] for s in said]
+        rows = expanded(hard_pairs(toy, votes=votes))
+        args = quiet(tmp_path / f"alone{member}", per_device_train_batch_size=len(rows))
+        alone = trained(TRLRewardTrainer, toy, args, rows, train=False)
+        with torch.no_grad():
+            alone.model.score.weight.copy_(start[member])
+        alone.train()
+        step = alone.model.score.weight.detach()[0] - start[member]
+        assert_close(trainer.model.score.weight.detach()[member] - start[member], step / 2, rtol=1e-3, atol=1e-6)
+
+
+def test_error_rates_are_learnt(toy, tmp_path):
+    rates = {"careful": 0.05, "careless": 0.45}
+    generator = torch.Generator().manual_seed(0)
+    pairs = hard_pairs(toy, 66)
+    # the truth that a reward model can learn: the longer, then the alphabetically later text
+    right = [(len(row["chosen"]), row["chosen"]) > (len(row["rejected"]), row["rejected"]) for row in pairs]
+    names, said = [], []
+    for better in right * 6:
+        votes = []
+        for rate in rates.values():
+            errs = torch.rand((), generator=generator) < rate
+            votes.append("chosen" if better != bool(errs) else "rejected")
+        names.append(list(rates))
+        said.append(votes)
+    data = Dataset.from_dict(
+        {
+            "chosen": list(pairs["chosen"]) * 6, "rejected": list(pairs["rejected"]) * 6, "annotators": names,
+            "annotator_votes": said,
+        }
+    )  # fmt: skip
+    truth = ["chosen" if better else "rejected" for better in right * 6]
+    options = {"optim": "adamw_torch", "learning_rate": 2e-2, "max_steps": 100, "per_device_train_batch_size": 32}
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True, annotator_reliability=True, **options), data)
+    for position, name in enumerate(rates):
+        votes = [votes[position] for votes in said]
+        errors = sum(vote != true for vote, true in zip(votes, truth, strict=True))
+        # what their votes show, and the prior's five votes; the model does not fit each pair
+        share = (errors + 1) / (len(votes) + 5)
+        tolerance = 4 * math.sqrt(share * (1 - share) / len(votes))
+        assert trainer.annotator_error_rates[name] == pytest.approx(share, abs=tolerance)
+    assert trainer.state.log_history[-2]["annotator_error_max"] > 0.3
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("ensemble", ["heads", "lora"])
+def test_evaluation_sees_each_pair_once(toy, tmp_path, ensemble):
+    votes = [*VOTES, [5, 0, 1], [0, 1, 0], [2, 3, 0]]
+    pairs = hard_pairs(toy, 11, votes=votes)
+    args = quiet(
+        tmp_path, ours=True, num_members=3, ensemble=ensemble, per_device_eval_batch_size=4, eval_strategy="steps",
+        eval_steps=1,
+    )  # fmt: skip
+    peft_config = LoraConfig(**LORA) if ensemble == "lora" else None
+    trainer = trained(RewardTrainer, toy, args, pairs, eval_dataset=pairs, peft_config=peft_config)
+    metrics = trainer.evaluate()
+    rewards = {}
+    model = trainer.model.eval()
+    for name in ("chosen", "rejected"):
+        ids = [toy.tokenizer(text + toy.tokenizer.eos_token)["input_ids"] for text in pairs[name]]
+        with torch.no_grad():
+            if ensemble == "heads":
+                logits = [model(input_ids=torch.tensor([row])).logits[0] for row in ids]
+            else:
+                logits = []
+                for row in ids:
+                    members = []
+                    for member in trainer.index.members:
+                        model.set_adapter(member)
+                        members.append(model(input_ids=torch.tensor([row])).logits[0, 0])
+                    logits.append(torch.stack(members))
+        rewards[name] = torch.stack(logits, -1)  # (K, N)
+    expected = preference_metrics(**rewards, votes=torch.tensor(votes))
+    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    logged = [entry for entry in trainer.state.log_history if "eval_log_loss" in entry]
+    assert logged[-1]["eval_log_loss"] == pytest.approx(expected["log_loss"], rel=1e-4)
+
+
+def test_metrics_of_several_evaluation_sets(toy, tmp_path):
+    pairs = hard_pairs(toy, 11)
+    trainer = trained(
+        RewardTrainer, toy, quiet(tmp_path, ours=True), pairs,
+        eval_dataset={"all": pairs, "few": pairs.select(range(3))}, train=False,
+    )  # fmt: skip
+    metrics = trainer.evaluate()
+    alone = trainer.evaluate(pairs.select(range(3)))
+    assert metrics["eval_few_log_loss"] == pytest.approx(alone["eval_log_loss"])
+    assert metrics["eval_all_log_loss"] != pytest.approx(alone["eval_log_loss"])
+
+
+# The reward
+
+
+@pytest.mark.parametrize("kind", ["single", "heads", "lora"])
+def test_the_reward_is_what_was_trained(toy, tmp_path, kind):
+    num_members = 1 if kind == "single" else 3
+    args = quiet(tmp_path, ours=True, num_members=num_members, ensemble="lora" if kind == "lora" else "heads")
+    peft_config = LoraConfig(**LORA) if kind == "lora" else None
+    pairs = hard_pairs(toy, 11)
+    trainer = trained(RewardTrainer, toy, args, pairs, eval_dataset=pairs, peft_config=peft_config)
+    trainer.evaluate()
+    rewards = trainer.reward().member_rewards([""] * len(pairs), pairs["chosen"])
+    assert_close(rewards, trainer.evaluation_pairs["chosen"])
+    assert not trainer.model.training
+    trainer.normalize([""] * len(pairs), pairs["chosen"], "the chosen texts")
+    normalised = trainer.reward().member_rewards([""] * len(pairs), pairs["chosen"])
+    assert_close(normalised.mean(-1), torch.zeros(num_members), atol=1e-5, rtol=0)
+    assert_close(normalised.std(-1, correction=0), torch.ones(num_members))
+    # order is kept, and evaluation goes on with raw rewards
+    assert torch.equal(normalised.argsort(-1), rewards.argsort(-1))
+    before = trainer.evaluation_pairs["chosen"]
+    trainer.evaluate()
+    assert_close(trainer.evaluation_pairs["chosen"], before)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        ({"num_members": 2, "ensemble": "lora"}, {}, r"`ensemble='lora'` needs a `peft_config`"),
+        ({"annotator_reliability": True}, {}, r"`annotator_reliability=True` needs .* the column `annotator`"),
+        ({"num_members": 2, "bootstrap": "annotators"}, {"votes": VOTES}, r"`bootstrap='annotators'` needs"),
+        (
+            {"num_members": 3, "bootstrap": "annotators"},
+            {"annotator": ["u", "v"] * 4},
+            "at least one annotator for each of 3 members, got 2",
+        ),
+        ({"annotator_reliability": True}, {"annotator": ["u"] * 8}, r"at least two annotators, got \['u'\]"),
+        ({"annotator_agreement": 0.7}, {"votes": VOTES}, "`annotator_agreement` must be left out where the data say"),
+        ({}, {"chosen_prob": [0.5] * 8}, "at least one pair that is not a tie, got 8 ties"),
+        ({"max_length": 1}, {}, "8 of 8 pairs in `train` .* none is left"),
+        ({"max_length": 3, "overlong": "error"}, {}, "Raise `max_length`, or set `overlong`"),
+    ],
+)
+def test_what_is_refused(toy, tmp_path, options, data, message):
+    with pytest.raises(ValueError, match=message):
+        trained(RewardTrainer, toy, quiet(tmp_path, ours=True, **options), hard_pairs(toy, **data), train=False)
+
+
+def test_arguments_that_are_refused(toy, tmp_path):
+    args, pairs = quiet(tmp_path, ours=True, num_members=2), hard_pairs(toy)
+    with pytest.raises(TypeError, match=r"`args` must be a rlhf_bayes\.RewardConfig, got trl\..*RewardConfig"):
+        trained(RewardTrainer, toy, quiet(tmp_path), pairs)
+    model = classifier(toy, tmp_path / "base")
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="`optimizers` must be left out with `num_members` = 2"):
+        RewardTrainer(model, args, train_dataset=pairs, processing_class=toy.tokenizer, optimizers=(optimizer, None))
+    frozen = LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="needs a head that learns, got one that PEFT keeps frozen"):
+        trained(RewardTrainer, toy, args, pairs, peft_config=frozen, train=False)
+    args = quiet(tmp_path, ours=True, num_members=2, ensemble="lora")
+    with pytest.raises(ValueError, match="needs adapters that bring their own head, got `modules_to_save=None`"):
+        trained(RewardTrainer, toy, args, pairs, peft_config=frozen, train=False)
+
+
+def test_data_is_refused_before_the_model_loads(tmp_path, toy):
+    pairs = hard_pairs(toy).rename_column("chosen", "better")
+    with pytest.raises(ValueError, match="must have the columns `chosen` and `rejected`"):
+        RewardTrainer("no/such/model", quiet(tmp_path, ours=True), train_dataset=pairs)
+
+
+def test_a_stream_trains_like_a_dataset(toy, tmp_path):
+    pairs = hard_pairs(toy, votes=VOTES)
+    options = {"num_members": 2, "max_steps": 1}
+    rows = trained(RewardTrainer, toy, quiet(tmp_path / "rows", ours=True, **options), pairs, train=False)
+    stream = trained(
+        RewardTrainer, toy, quiet(tmp_path / "stream", ours=True, **options), pairs.to_iterable_dataset(), train=False
+    )
+    for name in ("pair_prob", "pair_votes", "pair_weights"):
+        assert list(rows.train_dataset[name]) == [row[name] for row in stream.train_dataset]
+    rows.train()
+    stream.train()
+    assert_same_weights(stream.model, rows.model, rtol=1e-4, atol=1e-6)
+
+
+def test_an_evaluation_of_one_pair_is_reported(toy, tmp_path, caplog):
+    pairs = hard_pairs(toy)
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True), pairs, eval_dataset=pairs.select([0]))
+    metrics = trainer.evaluate()
+    assert "`eval_dataset` has a single pair" in caplog.text
+    assert math.isfinite(metrics["eval_log_loss"])
+    assert "eval_reward_chosen_std" not in metrics
+
+
+def test_rewards_that_are_not_finite_lose_no_run(toy, tmp_path, caplog):
+    pairs = hard_pairs(toy)
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True), pairs, eval_dataset=pairs)
+    with torch.no_grad():
+        trainer.model.score.weight.fill_(float("nan"))
+    assert "eval_log_loss" not in trainer.evaluate()
+    assert "Rewards are not finite" in caplog.text
