@@ -16,9 +16,12 @@ import gzip
 import json
 import random
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
@@ -84,9 +87,27 @@ def fitted(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int)
     return result
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What methods learn from, and what they are judged on."""
+
+    train: list[Row]
+    test: list[Row]
+
+    @property
+    def target(self) -> Tensor:
+        """Share of votes for `chosen` among the held-out pairs: (N,)."""
+        return torch.tensor([row.get("chosen_prob", 1.0) for row in self.test], dtype=torch.float64)
+
+    @property
+    def votes(self) -> Tensor | None:
+        """Their counts: (N, 3)."""
+        return torch.tensor([row["votes"] for row in self.test]) if "votes" in self.test[0] else None
+
+
 def split(
     rows: list[Row], seed: int, share: float, train_pairs: int | None = None, test_pairs: int | None = None
-) -> tuple[list[Row], list[Row]]:
+) -> Pairs:
     """
     Train and test rows with no group in common, each cut to a random subset of the size asked for.
 
@@ -103,7 +124,7 @@ def split(
     test = [row for row in rows if row["group"] in held_out]
     generator.shuffle(train)
     generator.shuffle(test)
-    return train[:train_pairs], test[:test_pairs]
+    return Pairs(train[:train_pairs], test[:test_pairs])
 
 
 def in_batches_of_like_length(rows: list[Row], batch: int, seed: int) -> list[Row]:

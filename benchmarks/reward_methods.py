@@ -114,26 +114,11 @@ class Judged:
         return (self.chosen - self.rejected).double().sigmoid().mean(0)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """One seed's data."""
-
-    train: list[files.Row]
-    test: list[files.Row]
-
-    @property
-    def target(self) -> Tensor:
-        return torch.tensor([row.get("chosen_prob", 1.0) for row in self.test], dtype=torch.float64)  # (N,)
-
-    @property
-    def votes(self) -> Tensor | None:
-        return torch.tensor([row["votes"] for row in self.test]) if "votes" in self.test[0] else None  # (N, 3)
-
-    def metrics(self, judged: Judged) -> dict[str, float]:
-        return preference_metrics(judged.chosen, judged.rejected, self.target, self.votes)
+def metrics_of(judged: Judged, pairs: files.Pairs) -> dict[str, float]:
+    return preference_metrics(judged.chosen, judged.rejected, pairs.target, pairs.votes)
 
 
-def judge_words(pairs: Pairs, seed: int, max_words: int | None) -> Judged:
+def judge_words(pairs: files.Pairs, seed: int, max_words: int | None) -> Judged:
     """A fit on word counts, with the precision of its prior that did best on topics held out of the training set."""
     started = time.process_time()
 
@@ -145,18 +130,20 @@ def judge_words(pairs: Pairs, seed: int, max_words: int | None) -> Judged:
     def rewards(fitted: BagOfWords, rows: list[files.Row]) -> list[Tensor]:
         return [fitted.rewards([row[side] for row in rows])[None] for side in ("chosen", "rejected")]  # (1, N) each
 
-    inner = Pairs(*files.split(pairs.train, seed, share=0.25))
-    losses = {l2: inner.metrics(Judged(*rewards(fit(inner.train, l2), inner.test)))["log_loss"] for l2 in L2}
+    inner = files.split(pairs.train, seed, share=0.25)
+    losses = {}
+    for l2 in L2:
+        losses[l2] = metrics_of(Judged(*rewards(fit(inner.train, l2), inner.test)), inner)["log_loss"]
     fitted = fit(pairs.train, min(losses, key=losses.__getitem__))
     return Judged(*rewards(fitted, pairs.test), time.process_time() - started)
 
 
-def judge_nothing(pairs: Pairs) -> Judged:
+def judge_nothing(pairs: files.Pairs) -> Judged:
     return Judged(torch.zeros(1, len(pairs.test)), torch.zeros(1, len(pairs.test)))
 
 
 def train_and_judge(
-    method: Method, pairs: Pairs, seed: int, args: argparse.Namespace, on_step: Callable[[int, int], None]
+    method: Method, pairs: files.Pairs, seed: int, args: argparse.Namespace, on_step: Callable[[int, int], None]
 ) -> dict[str, Judged]:
     """Train one reward model: predictions by row of the table, of which reliability has two."""
     started = time.process_time()
@@ -271,7 +258,7 @@ def differences_table(results: Results) -> Table:
     return table
 
 
-def bounds(pairs: list[Pairs]) -> str:
+def bounds(pairs: list[files.Pairs]) -> str:
     """What no method can beat."""
     if pairs[0].votes is None:
         ceiling = 1 - noise_from_agreement(HH_AGREEMENT)
@@ -302,13 +289,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="holds ukp_convarg1/ or hh_rlhf/")
     parser.add_argument("--model", type=Path, required=True, help="base of every reward model: a small causal LM")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train-pairs", type=int, default=3000, help="a random subset of the training set; 0 for all")
-    parser.add_argument("--test-pairs", type=int, default=1500, help="of the held-out pairs; 0 for all")
+    parser.add_argument("--first-seed", type=int, default=0, help="to choose settings on other splits")
+    parser.add_argument("--train-pairs", type=int, default=2500, help="a random subset of the training set; 0 for all")
+    parser.add_argument("--test-pairs", type=int, default=1200, help="of the held-out pairs; 0 for all")
     parser.add_argument("--max-length", type=int, help="tokens of a text; default: 512 for ukp, 384 for hh")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--lora-learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--lora-learning-rate", type=float, default=3e-3)
     parser.add_argument("--method", dest="methods", action="append", help=f"repeat for several, '{LORA}' among them")
     parser.add_argument("--plot", type=Path, default=Path("reward_methods.png"))
     parser.add_argument("--json", type=Path, help="also write the figures of every seed there")
@@ -328,7 +316,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace, console: Console) -> list[Pairs]:
+def load(args: argparse.Namespace, console: Console) -> list[files.Pairs]:
     """One entry a seed."""
     found = (files.load_ukp if args.data == "ukp" else files.load_hh)(args.folder)
     rows = [
@@ -343,8 +331,8 @@ def load(args: argparse.Namespace, console: Console) -> list[Pairs]:
         highlight=False,
     )
     seeds = []
-    for seed in range(args.seeds):
-        pairs = Pairs(*files.split(fitting, seed, 0.25, args.train_pairs or None, args.test_pairs or None))
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        pairs = files.split(fitting, seed, 0.25, args.train_pairs or None, args.test_pairs or None)
         # members see the same pairs whatever their order: sorted, an evaluation pads little
         pairs.test.sort(key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])))
         groups = len({row["group"] for row in pairs.test})
@@ -356,7 +344,7 @@ def load(args: argparse.Namespace, console: Console) -> list[Pairs]:
     return seeds
 
 
-def judge(pairs: Pairs, seed: int, args: argparse.Namespace, progress: Progress) -> Iterable[tuple[str, Judged]]:
+def judge(pairs: files.Pairs, seed: int, args: argparse.Namespace, progress: Progress) -> Iterable[tuple[str, Judged]]:
     """Every method on one seed's data, one after the other."""
     yield NOTHING, judge_nothing(pairs)
     yield LENGTH, judge_words(pairs, seed, max_words=0)
@@ -382,9 +370,9 @@ def main(arguments: list[str] | None = None) -> None:
     columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         whole = progress.add_task("runs", total=args.seeds * len(args.methods))
-        for seed, of_seed in enumerate(pairs):
+        for seed, of_seed in enumerate(pairs, start=args.first_seed):
             for name, judged in judge(of_seed, seed, args, progress):
-                metrics = of_seed.metrics(judged) | {"seconds": judged.seconds}
+                metrics = metrics_of(judged, of_seed) | {"seconds": judged.seconds}
                 results.setdefault(name, []).append(metrics)
                 predictions.setdefault(name, []).append((judged.prob, of_seed.target))
                 progress.update(whole, advance=name in args.methods)

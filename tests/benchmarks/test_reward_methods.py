@@ -63,12 +63,13 @@ def test_votes_follow_the_texts_when_a_pair_is_turned():
 
 def test_no_group_is_on_both_sides_of_a_split(folder):
     rows = files.load_ukp(folder)
-    train, test = files.split(rows, seed=3, share=0.25)
+    pairs = files.split(rows, seed=3, share=0.25)
+    train, test = pairs.train, pairs.test
     assert not {row["group"] for row in train} & {row["group"] for row in test}
     assert len(train) + len(test) == len(rows) == 36
     assert len(test) == 12  # a quarter is 9 rows, and a topic has 6
-    assert files.split(rows, seed=3, share=0.25, train_pairs=5, test_pairs=4) == (train[:5], test[:4])
-    held_out = {tuple(sorted({row["group"] for row in files.split(rows, seed, 0.25)[1]})) for seed in range(5)}
+    assert files.split(rows, seed=3, share=0.25, train_pairs=5, test_pairs=4) == files.Pairs(train[:5], test[:4])
+    held_out = {tuple(sorted({row["group"] for row in files.split(rows, seed, 0.25).test})) for seed in range(5)}
     assert len(held_out) > 1
 
 
@@ -121,11 +122,11 @@ def test_differences_are_taken_within_a_seed():
 
 
 def test_words_find_that_longer_texts_win(folder):
-    pairs = methods.Pairs(*files.split(files.load_ukp(folder), seed=0, share=0.25))
+    pairs = files.split(files.load_ukp(folder), seed=0, share=0.25)
     for max_words in (0, None):
-        metrics = pairs.metrics(methods.judge_words(pairs, seed=0, max_words=max_words))
+        metrics = methods.metrics_of(methods.judge_words(pairs, seed=0, max_words=max_words), pairs)
         assert metrics["accuracy"] == 1
-        assert metrics["log_loss"] < pairs.metrics(methods.judge_nothing(pairs))["log_loss"]
+        assert metrics["log_loss"] < methods.metrics_of(methods.judge_nothing(pairs), pairs)["log_loss"]
 
 
 @pytest.mark.parametrize("data", ["ukp", "hh"])
