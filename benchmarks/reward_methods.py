@@ -384,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
     title = f"{args.data}: held-out pairs, {args.seeds} seeds, mean ± standard error; {args.model.name}"
     console.print(results_table(results, title), differences_table(results), bounds(pairs), highlight=False)
     pooled = {name: [torch.cat(parts) for parts in zip(*seeds, strict=True)] for name, seeds in predictions.items()}
-    bins = {name.strip(): reliability_bins(*both) for name, both in pooled.items() if name != NOTHING}
+    bins = {name.strip(): reliability_bins(*both) for name, both in pooled.items() if name not in (NOTHING, LENGTH)}
     plot_reliability(bins, args.plot)
     console.print(f"Reliability: {args.plot}", highlight=False)
     if args.json is not None:

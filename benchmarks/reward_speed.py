@@ -12,7 +12,7 @@ of 4 layers × 128 with 512 tokens; pairs of texts of 64 tokens, 32 pairs a step
 - Time: of a step of the trainer, with everything in it; the median over steps.
 - Memory: peak resident set (`ru_maxrss`) less what was resident after the imports and a miniature run: model,
   optimizer states and activations. Measured once, in a process of its own in which glibc gives freed memory back at
-  once: what it keeps otherwise is a third more, and differs by a fifth from run to run.
+  once: what it keeps otherwise can be as much again, and differs from run to run.
 - LoRA members are trained one after the other, so that the activations of one are held at a time: their time grows
   with their number, and there is no aim for it.
 """
