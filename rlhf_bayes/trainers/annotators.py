@@ -52,7 +52,7 @@ class AnnotatorReliability:
         errors, votes = self._sums
         return (errors + self.PRIOR_ERRORS) / (votes + self.PRIOR_VOTES)
 
-    def add(self, annotator_ids: Tensor, error_prob: Tensor, mask: Tensor) -> None:
+    def add(self, annotator_ids: Tensor, error_prob: Tensor, mask: Tensor, share: float = 1.0) -> None:
         """
         Note votes of a micro-batch.
 
@@ -60,10 +60,12 @@ class AnnotatorReliability:
             annotator_ids (`torch.Tensor` of shape `(B, A)`, int): who voted.
             error_prob (`torch.Tensor` of shape `(B, A)`): probability that the vote was an error.
             mask (`torch.Tensor` of shape `(B, A)`, bool): which entries are votes.
+            share (`float`, *optional*, defaults to `1.0`):
+                What a vote counts, where it is noted several times: once for each member that is scored by itself.
         """
         ids = annotator_ids[mask]
-        self._fresh[0].index_add_(0, ids, error_prob[mask].float())
-        self._fresh[1].index_add_(0, ids, torch.ones_like(ids, dtype=torch.float))
+        self._fresh[0].index_add_(0, ids, share * error_prob[mask].float())
+        self._fresh[1].index_add_(0, ids, torch.full_like(ids, share, dtype=torch.float))
 
     def step(self, accelerator: Any) -> None:
         """Take what was noted since the last optimizer step, on all processes, into the rates."""

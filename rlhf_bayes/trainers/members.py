@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from peft import PeftModel
@@ -34,7 +35,7 @@ def widen_head(model: nn.Module, num_members: int, seed: int) -> None:
     for owner, name in places:
         head = owner._modules[name]
         wide = nn.Linear(head.in_features, num_members, bias=head.bias is not None).to(head.weight)
-        with torch.no_grad():
+        with torch.no_grad(), _gathered(head):
             wide.weight.copy_(torch.cat([head.weight, rows.to(head.weight)]))
             if head.bias is not None:
                 wide.bias.copy_(head.bias.expand(num_members))
@@ -101,6 +102,15 @@ def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
                 f"`classifier`, got {type(base).__name__}. Set `ensemble='lora'`."
             )
         yield owner, key
+
+
+def _gathered(module: nn.Module) -> AbstractContextManager:
+    """The module's weights, whole for a while where ZeRO-3 keeps a part of them on each process."""
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(module.parameters()))
 
 
 def _initial_weights(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:

@@ -20,7 +20,7 @@ from ..numerics import (
     vote_error_prob,
 )
 from ..rewards import Normalization, RewardEnsemble, RewardIndex, RewardModel
-from ._trl import PairRewards, PreferenceTrainer, not_a_step
+from ._trl import PairRewards, PreferenceTrainer
 from .annotators import AnnotatorReliability
 from .members import add_adapters, widen_head
 from .preference_data import JUDGEMENT_COLUMNS, PairReader, annotators_in, check_pairs
@@ -48,8 +48,8 @@ class RewardTrainer(PreferenceTrainer):
 
     With `num_members` = K > 1, Δ has a column for each member; a pair counts for a member as often as its bootstrap
     drew it. K heads share a trunk, whose gradient is the mean over members. K LoRA adapters share a frozen base and
-    are trained one after the other in each step, so that activations of one member are held at a time; the norm by
-    which gradients are clipped is that of all of them.
+    are trained one after the other in each step, so that activations of one member are held at a time (under
+    DeepSpeed, which wants one backward pass, those of all); the norm by which gradients are clipped is that of all.
 
     Evaluation adds the metrics of [`~rlhf_bayes.numerics.preference_metrics`], computed on all pairs at once: log
     loss, Brier score and calibration of P(chosen ≻ rejected), disagreement of the members, accuracy beside the ceiling
@@ -124,6 +124,16 @@ class RewardTrainer(PreferenceTrainer):
             peft_config=peft_config,
             **quantization,
         )
+        if (
+            args.ensemble == "lora"
+            and args.num_members > 1
+            and self.is_deepspeed_enabled
+            and args.gradient_checkpointing
+        ):
+            raise ValueError(
+                "`gradient_checkpointing` must be False with `ensemble='lora'` under DeepSpeed, got True: members go "
+                "through one backward pass, which would run checkpointed layers again under the wrong adapter."
+            )
         self._adapters: list[str] = []
         self._training_member: int | None = None
         if args.num_members > 1 and args.ensemble == "lora":
@@ -200,15 +210,14 @@ class RewardTrainer(PreferenceTrainer):
         return SequenceClassifierOutput(logits=torch.cat(logits, -1))  # (2B, K)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if not self._adapters:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self._adapters or self.is_deepspeed_enabled:
+            loss = super().training_step(model, inputs, num_items_in_batch) / (len(self._adapters) or 1)
         else:
             losses = []
             for member, name in enumerate(self._adapters):
                 self._training_member = member
-                last = member == len(self._adapters) - 1
                 # the backward pass of a checkpointed layer runs it again, under the adapter of then
-                with active_adapter(self.model, name), not_a_step(self, more_to_come=not last):
+                with active_adapter(self.model, name):
                     losses.append(super().training_step(model, dict(inputs), num_items_in_batch))
             self._training_member = None
             loss = torch.stack(losses).mean()
@@ -237,9 +246,11 @@ class RewardTrainer(PreferenceTrainer):
         loss = losses.mean()
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * torch.mean((rewards.chosen + rewards.rejected) ** 2)
-        if self.mode == "train" and self.args.num_members > 1 and self._training_member is None:
-            self.log_metric("disagreement", delta.detach().std(-1, correction=0).mean().item())
-        return loss
+        if self.mode == "eval" or self.args.num_members == 1 or self._training_member is not None:
+            return loss
+        self.log_metric("disagreement", delta.detach().std(-1, correction=0).mean().item())
+        # adapters share no weights: each takes the steps that it would take alone
+        return loss * (len(self._adapters) or 1)
 
     def _vote_losses(self, delta: Tensor, batch: dict[str, Tensor]) -> Tensor:  # (B, K) -> (B, K)
         annotators, votes = batch["pair_annotators"], batch["pair_labels"]  # (B, A)
@@ -248,8 +259,8 @@ class RewardTrainer(PreferenceTrainer):
         if self.reliability is not None:
             rates = self.reliability.error_rate[annotators]  # (B, A)
             error_prob = torch.stack([vote_error_prob(d[:, None], votes, rates) for d in delta.detach().T]).mean(0)
-            if self.first_pass:
-                self.reliability.add(annotators, error_prob, mask)
+            passes = 1 if self._training_member is None else len(self._adapters)
+            self.reliability.add(annotators, error_prob, mask, share=1 / passes)
         votes = smoothed(votes, self.args.label_noise)
         losses = torch.stack([noisy_vote_loss(d[:, None], votes, rates) for d in delta.T], -1)  # (B, A, K)
         counts = mask[..., None].float()  # (B, A, 1)

@@ -47,6 +47,17 @@ def test_processes_add_up():
     assert one.rates() == pytest.approx(two.rates())
 
 
+def test_a_vote_that_two_members_see_counts_once():
+    one, shared = AnnotatorReliability(["a", "b"], 50), AnnotatorReliability(["a", "b"], 50)
+    ids = torch.tensor([[0, 1]])
+    one.add(ids, torch.tensor([[0.3, 0.8]]), ids >= 0)
+    for errors in ([[0.1, 0.9]], [[0.5, 0.7]]):
+        shared.add(ids, torch.tensor(errors), ids >= 0, share=0.5)
+    one.step(OneProcess())
+    shared.step(OneProcess())
+    assert shared.rates() == pytest.approx(one.rates())
+
+
 def test_the_window_is_one_pass():
     reliability = AnnotatorReliability(["a", "b"], 100)
     ids = torch.tensor([[0], [1]])

@@ -1,6 +1,6 @@
 """All contact with TRL's private names: one module for each TRL trainer that ours extend."""
 
-from .preferences import PairRewards, PreferenceTrainer, not_a_step
+from .preferences import PairRewards, PreferenceTrainer
 from .rollouts import Rollout, RolloutTrainer
 
-__all__ = ["PairRewards", "PreferenceTrainer", "Rollout", "RolloutTrainer", "not_a_step"]
+__all__ = ["PairRewards", "PreferenceTrainer", "Rollout", "RolloutTrainer"]

@@ -9,8 +9,6 @@ averages metrics over batches. `PreferenceTrainer` gives the hook that an object
 moves one.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,16 +175,3 @@ class PreferenceTrainer(TRLRewardTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / _STATE).is_file():
             self.load_objective_state(torch.load(path, map_location="cpu", weights_only=True))
-
-
-@contextmanager
-def not_a_step(trainer: PreferenceTrainer, more_to_come: bool) -> Iterator[None]:
-    """Keep DeepSpeed, which steps inside of `backward`, from doing so while more of the step's gradient is to come."""
-    state = trainer.accelerator.gradient_state
-    stepping = state.sync_gradients
-    if more_to_come and trainer.is_deepspeed_enabled:
-        state._set_sync_gradients(False)
-    try:
-        yield
-    finally:
-        state._set_sync_gradients(stepping)
