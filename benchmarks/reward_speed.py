@@ -115,18 +115,20 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 120)
     results: Results = {}
+    memory: dict[int, float] = {}
+    for row, (name, options) in ROWS.items():
+        memory[row] = measure(options, args.shape, 2, RETURN_MEMORY)["memory"]
+        console.print(f"memory, row {row + 1}/{len(ROWS)}: {name}, {memory[row]:.0f} MiB", highlight=False)
     for repetition in range(args.repetitions):
         for row, (name, options) in ROWS.items():
-            result = measure(options, args)
-            results.setdefault(row, []).append(result)
+            time = measure(options, args.shape, args.steps, {})[args.clock]
+            results.setdefault(row, []).append({"time": time, "memory": memory[row]})
             done = f"repetition {repetition + 1}/{args.repetitions}, row {row + 1}/{len(ROWS)}"
-            console.print(
-                f"{done}: {name}, {result['time']:.1f} ms a pair, {result['memory']:.0f} MiB", highlight=False
-            )
+            console.print(f"{done}: {name}, {time:.2f} ms a pair", highlight=False)
     console.print(results_table(results, args))
     console.print(aims_table(results))
     if args.json is not None:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from .scripts import load
@@ -41,6 +43,19 @@ def test_a_missed_aim_is_seen():
     texts, ratios = (list(column.cells) for column in reward_speed.aims_table(results).columns)
     missed = [text for text, ratio in zip(texts, ratios, strict=True) if ratio.startswith("[red]")]
     assert missed == ["K = 4 heads: at most 1.5 × the time of K = 1"]
+
+
+def test_memory_and_time_come_from_processes_of_their_own(tmp_path, monkeypatch):
+    def measure(row, shape, steps, environment):
+        members = row.get("num_members", 1)
+        # memory of the rows that are timed is what the allocator kept: not to be reported
+        return {"wall": 2.0 * members, "cpu": 1.0 * members, "memory": 50.0 if environment else 1000.0}
+
+    monkeypatch.setattr(reward_speed, "measure", measure)
+    reward_speed.main(["--repetitions", "2", "--clock", "cpu", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows["K = 4 heads"] == [{"time": 4.0, "memory": 50.0}] * 2
+    assert rows["TRL"] == [{"time": 1.0, "memory": 50.0}] * 2
 
 
 def test_a_failing_row_shows_its_error():
