@@ -14,6 +14,10 @@ Any causal LM, prompts and reward, by flags or `--config file.yaml`, as in TRL's
         --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 --beta 0.05 \\
         --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 \\
         --reward_func rlhf_bayes.toy.rewards:vader_reward --max_completion_length 64
+
+Against a reward model of reward_models/train.py, the members of an ensemble pooled with caution:
+
+    accelerate launch recipes/ppo_klrl.py --reward_model_path runs/reward_model --reward_rule pessimistic
 """
 
 from dataclasses import dataclass, field
@@ -22,12 +26,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoModelForCausalLM, ProgressCallback
+from transformers import ProgressCallback
 from transformers.integrations import unset_hf_deepspeed_config
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rlhf_bayes import LanguageModel, PPOConfig, PPOTrainer, toy
-from rlhf_bayes.cli import load_prompts, load_reward_func
+from rlhf_bayes import PPOConfig, PPOTrainer, cli, toy
 from rlhf_bayes.diagnostics import (
     PosteriorProgress,
     draw,
@@ -37,6 +40,7 @@ from rlhf_bayes.diagnostics import (
     posterior_fit,
     samples_table,
 )
+from rlhf_bayes.numerics import POOLING_RULES
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 ON_CPU = not torch.cuda.is_available()
@@ -74,21 +78,23 @@ class Arguments:
                   "`--reward_weights`. Default: sentiment, with the bundled model only."},
     )  # fmt: skip
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "A sequence-classification model; its reward is added to the functions'."}
+        default=None, metadata={"help": "A reward model or an ensemble; its reward is added to the functions'."}
+    )
+    reward_rule: str = field(
+        default="mean",
+        metadata={"choices": list(POOLING_RULES), "help": "How the members of an ensemble combine. All rules but the "
+                  "mean center them first on completions of the prior."},
+    )  # fmt: skip
+    reward_penalty: float | None = field(
+        default=None, metadata={"help": "Weight of the variance, for mean_minus_variance. Default: 1/(2 beta)."}
     )
     report_prompts: int = field(default=16, metadata={"help": "Prompts in the report before and after; 0: none."})
     report_samples: int = field(default=128, metadata={"help": "Completions a prompt in the report."})
 
 
 def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
-    # the bundled model has defaults of its own, so look first whether another is named
-    (model_args, *_) = TrlParser(ModelConfig, add_help=False, allow_abbrev=False).parse_args_and_config(
-        return_remaining_strings=True
-    )
-    own_model = model_args.model_name_or_path is not None
-    parser = TrlParser((Arguments, PPOConfig, ModelConfig))
-    parser.set_defaults_with_config(**(DEFAULTS if own_model else DEFAULTS | TOY_DEFAULTS))
-    args, training_args, model_args = parser.parse_args_and_config()
+    own_model, parsed = cli.parse_flags((Arguments, PPOConfig, ModelConfig), DEFAULTS, TOY_DEFAULTS)
+    args, training_args, model_args = parsed
     if own_model and args.dataset_name is None:
         raise ValueError("`--dataset_name` must be given with `--model_name_or_path`, got none: it holds the prompts.")
     if own_model and not args.reward_func and args.reward_model_path is None:
@@ -96,6 +102,8 @@ def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
             "`--reward_func module:function` or `--reward_model_path` must be given with `--model_name_or_path`, got "
             "neither."
         )
+    if args.reward_model_path is None and (args.reward_rule != "mean" or args.reward_penalty is not None):
+        raise ValueError("`--reward_model_path` must be given with `--reward_rule` or `--reward_penalty`, got none.")
     return args, training_args, model_args
 
 
@@ -106,26 +114,23 @@ def main() -> None:
     if args.dataset_name is None:
         dataset = Dataset.from_dict({"prompt": toy.prompts()})
     else:
-        dataset = load_prompts(
-            args.dataset_name,
-            args.prompt_column,
-            args.max_prompts,
-            args.dataset_train_split,
-            args.dataset_config,
+        dataset = cli.load_prompts(
+            args.dataset_name, args.prompt_column, args.max_prompts, args.dataset_train_split, args.dataset_config,
             training_args.seed,
-        )
-    reward_funcs = [load_reward_func(name) for name in args.reward_func or []]
+        )  # fmt: skip
+    reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []]
     if args.reward_model_path is not None:
         reward_funcs.append(args.reward_model_path)
     reward_funcs = reward_funcs or [sentiment_reward]
 
     # model
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
+    if args.reward_rule != "mean" or args.reward_penalty is not None:
+        prior = cli.load_language_model(model_args.model_name_or_path, training_args)
+        # the last of them; as a path, it would be the members' mean
+        reward_funcs[-1] = cli.load_pooled_reward(
+            args.reward_model_path, args.reward_rule, prior, dataset["prompt"], training_args.beta, args.reward_penalty
+        )
     trainer = PPOTrainer(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
@@ -153,17 +158,10 @@ def report(trainer: PPOTrainer, args: Arguments, model_path: str, reward_funcs: 
     training_args, console = trainer.args, Console()
     unset_hf_deepspeed_config()  # under ZeRO-3 models would be loaded in shards, which waits for the other processes
     output_dir = Path(training_args.output_dir)
-
-    def language_model(path: str) -> LanguageModel:
-        model = AutoModelForCausalLM.from_pretrained(path, **training_args.model_init_kwargs)
-        return LanguageModel(
-            model.to(trainer.accelerator.device),
-            trainer.processing_class,
-            max_completion_length=training_args.max_completion_length,
-            temperature=training_args.temperature,
-        )
-
-    prior, policy = language_model(model_path), language_model(str(output_dir))
+    prior, policy = (
+        cli.load_language_model(path, training_args, trainer.processing_class)
+        for path in (model_path, str(output_dir))
+    )
     # without a posterior (β = 0) the evidence is only read as a reward
     posterior = prior.tilt(
         reward_funcs,

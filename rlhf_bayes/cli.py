@@ -1,16 +1,60 @@
-"""What a script's flags name: prompts and reward functions. Wrong names are refused before a model is loaded."""
+"""What a script's flags name: data and rewards. Wrong names are refused before a model is loaded."""
 
 import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset, load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from trl import ModelConfig, TrlParser
+
+from .lm import LanguageModel
+from .numerics import pool
+from .rewards import PooledReward, RewardEnsemble, RewardModel, load_reward, prompt_centers
+from .trainers import PPOConfig
+from .trainers.ppo_trainer import _whole_weights
 
 _BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
+
+
+def parse_flags(
+    classes: Sequence[type], defaults: Mapping[str, Any], toy_defaults: Mapping[str, Any]
+) -> tuple[bool, tuple]:
+    """
+    The dataclasses of a script filled from its flags and `--config`, and whether a model of one's own is named.
+
+    Args:
+        classes (`Sequence[type]`):
+            Dataclasses, [`~trl.ModelConfig`] among them.
+        defaults (`Mapping[str, Any]`):
+            Defaults that differ from those of the dataclasses.
+        toy_defaults (`Mapping[str, Any]`):
+            More of them, where no `model_name_or_path` is named: the bundled model's.
+    """
+    # the bundled model has defaults of its own, so look first whether another is named
+    (model_args, *_) = TrlParser(ModelConfig, add_help=False, allow_abbrev=False).parse_args_and_config(
+        return_remaining_strings=True
+    )
+    own_model = model_args.model_name_or_path is not None
+    parser = TrlParser(tuple(classes))
+    parser.set_defaults_with_config(**({**defaults} if own_model else {**defaults, **toy_defaults}))
+    return own_model, parser.parse_args_and_config()
+
+
+def model_init_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, Any]:
+    """What `from_pretrained` gets: the model's flags, under the `model_init_kwargs` that the training's may hold."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(getattr(training_args, "model_init_kwargs", None) or {}),
+    }
 
 
 def load_prompts(
@@ -57,13 +101,117 @@ def load_prompts(
     return dataset
 
 
+def load_preferences(
+    dataset_name: str,
+    split: str = "train",
+    config: str | None = None,
+    columns: Sequence[str] = (),
+    drop_columns: Sequence[str] = (),
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """
+    Pairs with the column names of [`~rlhf_bayes.RewardTrainer`]: `chosen`, `rejected`, `prompt`, `votes`, …
+
+    Args:
+        dataset_name (`str`):
+            As for [`load_prompts`].
+        split, config (`str`, *optional*):
+            As in [`~datasets.load_dataset`].
+        columns (`Sequence[str]`, *optional*):
+            Entries `name=column`: what the trainer calls `name` is in `column`. Another column `name` is dropped.
+        drop_columns (`Sequence[str]`, *optional*):
+            Columns to leave out: votes, where the label alone is to be learnt.
+        max_pairs (`int`, *optional*):
+            Keep that many, chosen at random.
+        seed (`int`, *optional*, defaults to `0`):
+            Of that choice.
+
+    Raises:
+        FileNotFoundError: if a local path does not exist.
+        ValueError: if a column or the split does not, `columns` has another form, or `max_pairs` is not positive.
+    """
+    if max_pairs is not None and max_pairs < 1:
+        raise ValueError(f"`max_pairs` must be at least 1, got {max_pairs}. Leave it out to keep all pairs.")
+    dataset = _load(dataset_name, config, split)
+    renamed = dict(_renaming(entry) for entry in columns)
+    for flag, names in (("columns", renamed.values()), ("drop_columns", drop_columns)):
+        missing = [name for name in names if name not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"`{flag}` must name columns of `dataset_name`, {dataset.column_names}, got {missing[0]!r}. Correct "
+                "the name."
+            )
+    dataset = dataset.remove_columns(list(drop_columns))
+    for name, column in renamed.items():
+        if name != column:
+            dataset = dataset.remove_columns(name) if name in dataset.column_names else dataset
+            dataset = dataset.rename_column(column, name)
+    lacking = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
+    if lacking:
+        raise ValueError(
+            f"`dataset_name` must have the columns `chosen` and `rejected`, got {dataset.column_names}. Say which one "
+            f"holds the {'preferred' if lacking[0] == 'chosen' else 'other'} text: `--columns {lacking[0]}=<column>`."
+        )
+    if max_pairs is not None and max_pairs < len(dataset):
+        dataset = dataset.shuffle(seed=seed).select(range(max_pairs))
+    return dataset
+
+
+def hold_out(dataset: Dataset, share: float, by: str | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """
+    The rows to learn from, and those to judge on.
+
+    Args:
+        dataset (`Dataset`):
+            All rows.
+        share (`float`):
+            Of the rows, or of the groups, that are held out; at least one and not all of them.
+        by (`str`, *optional*):
+            Column of which each value is a group, which stays together: pairs of one topic have much in common.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the choice.
+
+    Raises:
+        ValueError: if `share` is outside of (0, 1), there is no column `by`, or there are fewer than two groups.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`held_out` must be between 0 and 1, got {share}. For a tenth of the pairs, use 0.1.")
+    if by is not None and by not in dataset.column_names:
+        raise ValueError(
+            f"`held_out_by` must be one of the columns, {dataset.column_names}, got {by!r}. Leave it out to hold out "
+            "single pairs."
+        )
+    groups = range(len(dataset)) if by is None else [str(value) for value in dataset[by]]
+    distinct = sorted(set(groups))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"`dataset_name` must have at least 2 {'rows' if by is None else f'groups in {by!r}'} to hold some out, "
+            f"got {len(distinct)}. Name a split to judge on, or another column."
+        )
+    count = min(max(round(share * len(distinct)), 1), len(distinct) - 1)
+    kept_out = {distinct[index] for index in np.random.default_rng(seed).permutation(len(distinct))[:count]}
+    train = dataset.select([row for row, group in enumerate(groups) if group not in kept_out])
+    return train, dataset.select([row for row, group in enumerate(groups) if group in kept_out])
+
+
+def _renaming(entry: str) -> tuple[str, str]:
+    name, equals, column = entry.partition("=")
+    if not (name and equals and column):
+        raise ValueError(
+            f"`columns` must have entries of the form `name=column`, got {entry!r}. For preferred texts in a column "
+            "`better`: `--columns chosen=better`."
+        )
+    return name, column
+
+
 def _load(name: str, config: str | None, split: str) -> Dataset:
     path = Path(name)
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if (path / "dataset_dict.json").is_file():
         if not (path / split).is_dir():
             splits = sorted(child.name for child in path.iterdir() if child.is_dir())
-            raise ValueError(f"`dataset_train_split` must be one of {splits}, the splits in {name!r}, got {split!r}.")
+            raise ValueError(f"The split must be one of {splits}, those in {name!r}, got {split!r}. Name one of them.")
         return load_from_disk(path / split)
     if (path / "state.json").is_file():
         return load_from_disk(path)
@@ -116,3 +264,74 @@ def load_reward_func(name: str) -> Callable[..., Any]:
             + (f"Is {close[0]!r} meant?" if close else f"It has {functions}.")
         )
     return function
+
+
+def load_language_model(path: str, args: PPOConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> LanguageModel:
+    """
+    The language model in a folder or a repository of the hub, with the completions that a trainer would draw.
+
+    Args:
+        path (`str`):
+            Of a model or an adapter.
+        args ([`~rlhf_bayes.PPOConfig`]):
+            Gives `model_init_kwargs`, device, `max_completion_length` and `temperature`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Default: the one saved beside the model.
+    """
+    with _whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(path, **(args.model_init_kwargs or {}))
+    return LanguageModel(
+        model.to(args.device),
+        tokenizer,
+        max_completion_length=args.max_completion_length,
+        temperature=args.temperature,
+    )
+
+
+def load_pooled_reward(
+    path: str,
+    rule: str,
+    prior: LanguageModel,
+    prompts: Sequence[Any],
+    beta: float | None = None,
+    penalty: float | None = None,
+    num_samples: int = 64,
+    seed: int = 0,
+) -> RewardModel | RewardEnsemble | PooledReward:
+    """
+    The reward in a folder; an ensemble with its members pooled by a rule, on a common zero for each prompt.
+
+    Args:
+        path (`str`):
+            Of a reward model or an ensemble; the rules but `"mean"` need an ensemble.
+        rule (`str`):
+            See [`~rlhf_bayes.numerics.pool`].
+        prior ([`~rlhf_bayes.LanguageModel`]):
+            Each member is centered on its completions. Not used by the mean.
+        prompts (`Sequence` of `str` or of chats):
+            All that will be scored.
+        beta (`float`, *optional*):
+            β of the posterior; the rules without one do not use it, nor does `"mean_minus_variance"` with a `penalty`.
+        penalty (`float`, *optional*):
+            Weight of the variance, for `"mean_minus_variance"`.
+        num_samples (`int`, *optional*, defaults to `64`):
+            Completions drawn for each prompt.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+
+    Raises:
+        ValueError: if the rule is unknown, a parameter is of no use to it, or there is a single model only.
+    """
+    uses_beta = rule in ("pessimistic", "marginal") or (rule == "mean_minus_variance" and penalty is None)
+    beta = beta if uses_beta else None
+    pool(torch.zeros(1, 1), rule, beta, penalty)  # refuses what the rule cannot use, before anything is loaded
+    reward = load_reward(path, device=prior.device)
+    if rule == "mean":
+        return reward
+    if not isinstance(reward, RewardEnsemble):
+        raise ValueError(
+            f"`reward_rule` must be 'mean' for a single reward model, which {path!r} is, got {rule!r}. Train an "
+            "ensemble: `reward_models/train.py --num_members 4`."
+        )
+    centers = prompt_centers(reward, prior, prompts, num_samples, torch.Generator().manual_seed(seed))
+    return reward.pooled(rule, beta, penalty, centers)
