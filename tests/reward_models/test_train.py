@@ -1,0 +1,143 @@
+"""The script as a user launches it, with few steps; what it leaves on disk; and what wrong flags end in."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rlhf_bayes import toy
+from rlhf_bayes.rewards import RewardEnsemble, RewardIndex, RewardModel, load_reward
+
+FOLDER = Path(__file__).resolve().parents[2] / "reward_models"
+FEW = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--normalize_samples", "60"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("reward_models_train", FOLDER / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reward_models_train"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["reward_models_train"]
+
+
+@pytest.fixture
+def run(script, monkeypatch, tmp_path):
+    """Runs main() with flags in an empty folder: a launch is mostly imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+        script.main()
+
+    return run
+
+
+@pytest.fixture
+def own_pairs(tmp_path):
+    rows = [
+        {
+            "question": f"The {thing}",
+            "better": f" was {good}.",
+            "worse": f" was {bad}.",
+            "topic": thing,
+            "n": [3, 1, 0],
+        }
+        for thing in ("hotel", "soup", "novel", "phone")
+        for good, bad in (("great", "dull"), ("good", "poor"), ("superb", "bad"), ("lovely", "awful"))
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--dataset_name", "pairs.jsonl", "--columns", "prompt=question", "chosen=better", "rejected=worse"]
+
+
+def test_without_arguments_trains_four_heads_on_the_toy(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", str(FOLDER / "train.py"), *FEW],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for expected in ("608 pairs held out", "Δ = 0", "this model", "accuracy"):
+        assert expected in done.stdout
+    folder = tmp_path / "runs" / "reward_model"
+    assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text()
+    for part in (
+        "4 heads on one trunk",
+        "3,008 for training, 608 held out",
+        "## Calibration",
+        "completions of `model`",
+    ):
+        assert part in card
+    ensemble = RewardEnsemble.from_pretrained(folder)
+    assert ensemble.num_members == 4
+    # as the prior draws them: the same 48 prompts, other completions than those of the fit
+    rows = toy.preferences("test")
+    rewards = ensemble.member_rewards(rows["prompt"], rows["chosen"])
+    assert rewards.mean(1).abs().max() < 1
+    assert ((rewards.std(1) > 0.6) & (rewards.std(1) < 1.5)).all()
+
+
+def test_own_pairs_with_votes_by_topic(run, own_pairs, tmp_path, capsys):
+    run(*own_pairs, "votes=n", "--held_out_by", "topic", "--held_out", 0.25, "--num_members", 1, *FEW)
+    output = capsys.readouterr().out
+    assert "4 pairs held out" in output
+    assert "votes" in output
+    model = load_reward(tmp_path / "runs" / "reward_model")
+    assert isinstance(model, RewardModel)
+    assert model.index.append_eos
+
+
+def test_lora_members_from_yaml(run, own_pairs, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "use_peft: true\nlora_r: 4\nensemble: lora\nnum_members: 2\nnormalize_on: chosen\noutput_dir: out\n"
+        "drop_columns: [n, topic]\n"
+    )
+    run("--config", "run.yaml", *own_pairs, *FEW)
+    index = RewardIndex.load(tmp_path / "out")
+    assert (index.kind, index.num_members) == ("lora", 2)
+    assert index.normalization.reference == "the column `chosen` of its data"
+    ensemble = RewardEnsemble.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(ensemble.member_rewards(["The hotel"], [" was great."])).all()
+
+
+def test_without_normalisation(run, own_pairs, tmp_path):
+    run(*own_pairs, "--normalize_on", "none", "--num_members", 1, *FEW)
+    assert RewardIndex.load(tmp_path / "runs" / "reward_model").normalization is None
+    assert "None is stored" in (tmp_path / "runs" / "reward_model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "some/model"], "`--dataset_name` must be given"),
+        (["--normalize_on", "gold"], "`normalize_on` must be 'prior', 'none' or a column"),
+        (["--normalize_samples", 1], "`normalize_samples` must be at least 2, got 1"),
+        (["--columns", "chosen=better"], "`columns` must name columns of `dataset_name`"),
+        (["--num_members", 0], "`num_members` must be a whole number from 1, got 0"),
+    ],
+)
+def test_wrong_flags_end_before_the_model_is_loaded(script, run, monkeypatch, flags, message):
+    monkeypatch.setattr(script, "RewardTrainer", lambda **arguments: pytest.fail("a model would be loaded"))
+    with pytest.raises(ValueError, match=message):
+        run(*flags)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_configurations_are_understood(script, monkeypatch, path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), "--bf16", "false", "--use_cpu", "true"])
+    parsed = {name: value for part in script.parse_arguments() for name, value in vars(part).items()}
+    for name, value in yaml.safe_load(path.read_text()).items():
+        assert parsed[name] == value
