@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import toy
+from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ppo_klrl.py"
@@ -106,6 +108,56 @@ def test_without_a_kl_term_there_is_no_posterior_to_report(run_in_process, capsy
     assert row.count("–") == 2
 
 
+@pytest.fixture(scope="module")
+def reward_models(tmp_path_factory):
+    """A random model, and a random ensemble of two heads, on disk."""
+    folder = tmp_path_factory.mktemp("rewards")
+    tokenizer = AutoTokenizer.from_pretrained(toy.model_path())
+    for name, num_labels in (("one", 1), ("two", 2)):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(toy.model_path(), num_labels=num_labels)
+        (RewardModel if num_labels == 1 else RewardEnsemble)(model, tokenizer).save_pretrained(folder / name)
+    return folder
+
+
+def test_against_an_ensemble_pooled_with_caution(recipe, run_in_process, reward_models, monkeypatch, tmp_path, capsys):
+    trained_on = []
+
+    def trainer(reward_funcs, **arguments):
+        trained_on.extend(reward_funcs)
+        return train(reward_funcs=reward_funcs, **arguments)
+
+    train = recipe.PPOTrainer
+    monkeypatch.setattr(recipe, "PPOTrainer", trainer)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The hotel"}\n{"prompt": "The soup"}\n')
+    rule = ["--reward_model_path", reward_models / "two", "--reward_rule", "mean_minus_variance"]
+    flags = ["--reward_penalty", 0.5, "--dataset_name", "prompts.jsonl", "--output_dir", "out"]
+    run_in_process(*rule, *flags, "--reward_func", "rlhf_bayes.toy.rewards:sentiment_reward", *SMALL)
+    assert "policy (after)" in capsys.readouterr().out
+    _, pooled = trained_on
+    assert isinstance(pooled, PooledReward)
+    assert (pooled.rule, pooled.penalty, len(pooled.centers)) == ("mean_minus_variance", 0.5, 2)
+
+
+def test_against_the_mean_of_an_ensemble(run_in_process, reward_models, capsys):
+    run_in_process("--reward_model_path", reward_models / "two", "--output_dir", "out", *SMALL)
+    assert "policy (after)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("one", ["--reward_rule", "pessimistic"], "`reward_rule` must be 'mean' for a single reward model"),
+        ("two", ["--reward_penalty", 1], "`penalty` must be left out with the rule 'mean'"),
+        ("two", ["--reward_rule", "pessimistic", "--beta", 0], "`beta` must be positive"),
+    ],
+)
+def test_rules_that_do_not_fit(recipe, run_in_process, reward_models, monkeypatch, name, flags, message):
+    monkeypatch.setattr(recipe, "PPOTrainer", lambda **arguments: pytest.fail("a model would be loaded"))
+    with pytest.raises(ValueError, match=message):
+        run_in_process("--reward_model_path", reward_models / name, *flags, "--output_dir", "out")
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
 def test_stories_with_vader(tmp_path):
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed (extra `recipes`)")
@@ -149,6 +201,7 @@ def test_stories_with_vader(tmp_path):
         (["--model_name_or_path", "some/model"], ValueError, "`--dataset_name` must be given"),
         (["--model_name_or_path", "some/model", "--dataset_name", "rows.jsonl"], ValueError, "`--reward_func"),
         (["--beta", -1], ValueError, "`beta` must be at least 0"),
+        (["--reward_rule", "min"], ValueError, "`--reward_model_path` must be given with `--reward_rule`"),
     ],
 )
 def test_wrong_flags_end_before_the_model_is_loaded(
