@@ -18,8 +18,7 @@ from ..numerics import (
     reliability_bins,
     votes_to_prob,
 )
-from ..rewards import RewardEnsemble, RewardModel
-from ..trainers.preference_data import JUDGEMENT_COLUMNS, check_pairs, read_judgement
+from ..rewards import JUDGEMENT_COLUMNS, RewardEnsemble, RewardModel, check_pairs, read_judgement
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from rlhf_bayes.rewards.classifier import TextClassifier
 from rlhf_bayes.rewards.ensemble import EnsembleMember, RewardEnsemble, load_reward
 from rlhf_bayes.rewards.index import RewardIndex
+from rlhf_bayes.rewards.judgement import JUDGEMENT_COLUMNS, Judgement, check_pairs, read_judgement
 from rlhf_bayes.rewards.model import RewardModel
 from rlhf_bayes.rewards.normalization import Normalization
 from rlhf_bayes.rewards.pooling import PooledReward, PromptCenters, prompt_centers
@@ -10,7 +11,9 @@ from rlhf_bayes.rewards.scoring import RewardFunc, RewardScorer, check_rows, sco
 from rlhf_bayes.rewards.validation import checked
 
 __all__ = [
+    "JUDGEMENT_COLUMNS",
     "EnsembleMember",
+    "Judgement",
     "Normalization",
     "PooledReward",
     "PromptCenters",
@@ -20,9 +23,11 @@ __all__ = [
     "RewardModel",
     "RewardScorer",
     "TextClassifier",
+    "check_pairs",
     "check_rows",
     "checked",
     "load_reward",
     "prompt_centers",
+    "read_judgement",
     "score",
 ]

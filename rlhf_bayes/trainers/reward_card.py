@@ -7,7 +7,8 @@ import torch
 from datasets import Dataset
 
 from ..diagnostics import PreferenceSummary, reward_model_card
-from ..numerics import agreement, preference_metrics, reliability_bins
+from ..diagnostics.held_out import HeldOutRewards
+from ..numerics import agreement
 
 if TYPE_CHECKING:
     from .reward_trainer import RewardTrainer
@@ -30,20 +31,15 @@ def reward_card(
     trainer: "RewardTrainer", name: str, dataset_name: str | None = None, tags: list[str] | str | None = None
 ) -> str:
     """Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it."""
-    pairs = trainer.evaluation_pairs
-    bins = None
-    if pairs:
-        prob = (pairs["chosen"] - pairs["rejected"]).sigmoid().mean(0)  # (N,)
-        target = pairs.get("chosen_prob", torch.ones_like(prob))
-        bins = reliability_bins(prob, target)
+    judged = HeldOutRewards(**trainer.evaluation_pairs) if trainer.evaluation_pairs else None
     settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
     return reward_model_card(
         name=name,
         index=trainer.index,
         data=_summary(trainer, dataset_name),
         base_model=trainer.model.config._name_or_path or None,
-        metrics=preference_metrics(**pairs) if pairs else None,
-        bins=bins,
+        metrics=judged and judged.metrics,
+        bins=judged and judged.bins,
         settings={setting: value for setting, value in settings.items() if value},
         tags=[tags] if isinstance(tags, str) else list(tags or []),
     )

@@ -19,11 +19,11 @@ from ..numerics import (
     smoothed,
     vote_error_prob,
 )
-from ..rewards import Normalization, RewardEnsemble, RewardIndex, RewardModel
+from ..rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIndex, RewardModel, check_pairs
 from ._trl import PairRewards, PreferenceTrainer
 from .annotators import AnnotatorReliability
 from .members import add_adapters, widen_head
-from .preference_data import JUDGEMENT_COLUMNS, PairReader, annotators_in, check_pairs
+from .preference_data import PairReader, annotators_in
 from .reward_card import reward_card
 from .reward_config import RewardConfig
 

@@ -1,0 +1,172 @@
+"""What people said of a pair of completions: the evidence, row by row, and checked."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+
+from rlhf_bayes.numerics import votes_to_prob
+
+logger = logging.getLogger(__name__)
+
+JUDGEMENT_COLUMNS = ("chosen_prob", "votes", "annotator", "annotators", "annotator_votes")
+_LABELS = {"chosen": 1.0, "rejected": 0.0, "tie": 0.5}
+_VOTES = ("chosen", "rejected", "tie")
+
+
+class Judgement(NamedTuple):
+    """What people said of a pair."""
+
+    chosen_prob: float
+    """Share of the votes for chosen, half of the ties included."""
+    votes: list[int] | None
+    """Votes for chosen, for rejected, and ties."""
+    annotators: list[str] | None
+    """Who voted."""
+    labels: list[float] | None
+    """What each of them said: 1 chosen, 0 rejected, ½ tie."""
+
+
+def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
+    """
+    The judgement in a row: `chosen_prob`, or `votes`, or `annotators` with `annotator_votes`; `annotator` names who
+    made a judgement of one of the first two kinds. Without any, chosen was chosen.
+
+    Args:
+        row (`Mapping[str, Any]`): a row of the dataset.
+        where (`str`): the row's name in errors.
+
+    Raises:
+        `ValueError`: a probability outside of [0, 1], negative or no votes, or columns that contradict each other.
+    """
+    if "chosen_prob" in row and ("votes" in row or "annotator_votes" in row):
+        raise ValueError(
+            f"{where} must say once how the pair was judged, got `chosen_prob` and votes. Remove one of the columns."
+        )
+    if "annotator_votes" in row:
+        return _by_annotators(row, where)
+    votes, prob = None, 1.0
+    if "votes" in row:
+        votes = _checked_votes(row["votes"], where)
+        prob = float(votes_to_prob(torch.tensor(votes, dtype=torch.float)))
+    elif "chosen_prob" in row:
+        prob = row["chosen_prob"]
+        if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
+            raise ValueError(
+                f"`chosen_prob` must be a number in [0, 1], got {prob!r} in {where}: it is the share of people who "
+                "prefer the chosen text. Divide votes by their number."
+            )
+    annotator = row.get("annotator")
+    if "annotator" in row and annotator is None:
+        raise ValueError(f"`annotator` must be an id, got None in {where}. Name who judged the pair, or drop the row.")
+    by_one = annotator is not None
+    return Judgement(float(prob), votes, [str(annotator)] if by_one else None, [float(prob)] if by_one else None)
+
+
+def _by_annotators(row: Mapping[str, Any], where: str) -> Judgement:
+    names, said = row.get("annotators"), row["annotator_votes"]
+    if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(said) or not said:
+        raise ValueError(
+            f"`annotators` must list the one who cast each of `annotator_votes`, got {names!r} and {said!r} in "
+            f"{where}. Give both columns, of equal length and not empty."
+        )
+    unknown = [vote for vote in said if vote not in _LABELS]
+    if unknown:
+        raise ValueError(
+            f"`annotator_votes` must hold 'chosen', 'rejected' or 'tie', got {unknown[0]!r} in {where}. Map the "
+            "labels of your data to these."
+        )
+    votes = [said.count(name) for name in _VOTES]
+    if "votes" in row and _checked_votes(row["votes"], where) != votes:
+        raise ValueError(
+            f"`votes` must be the counts of `annotator_votes`, got {row['votes']!r} for {said!r} in {where}. Remove "
+            "one of the columns."
+        )
+    labels = [_LABELS[vote] for vote in said]
+    return Judgement(sum(labels) / len(labels), votes, [str(name) for name in names], labels)
+
+
+def _checked_votes(votes: Any, where: str) -> list[int]:
+    counts = [votes.get(name, 0) for name in _VOTES] if isinstance(votes, Mapping) else list(votes)
+    if len(counts) == 2:
+        counts = [*counts, 0]
+    whole = all(isinstance(count, int) and count >= 0 for count in counts)
+    if len(counts) != 3 or not whole or not sum(counts):
+        raise ValueError(
+            f"`votes` must count the votes for chosen, for rejected and the ties, at least one in all, got {votes!r} "
+            f"in {where}. Drop pairs that nobody judged."
+        )
+    return counts
+
+
+def check_pairs(name: str, dataset: Any) -> None:
+    """
+    Refuse preference data that nothing can be learnt from; count and report what is odd.
+
+    Args:
+        name (`str`): what the dataset is called in errors.
+        dataset (`Dataset`, or a mapping of several):
+            Pairs, as texts or token ids. A stream, which has no length, is checked as its rows come.
+
+    Raises:
+        `ValueError`: a missing column, no rows, or nothing but ties.
+        `TypeError`: a text that is neither a string nor a list of messages.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_pairs(f"{name}['{key}']", part)
+        return
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:  # a stream that does not know them
+        return
+    tokenised = {"chosen_ids", "rejected_ids"} <= set(columns)
+    if not tokenised and not {"chosen", "rejected"} <= set(columns):
+        raise ValueError(
+            f"`{name}` must have the columns `chosen` and `rejected`, got {list(columns)}. Rename those that hold the "
+            f"preferred and the other text: `dataset.rename_column({(columns or ['better'])[0]!r}, 'chosen')`."
+        )
+    if not isinstance(dataset, Dataset):
+        return
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` must hold at least one pair, got none. Check the split and the filters before it.")
+    if not tokenised:
+        _check_texts(name, dataset)
+    if set(columns) & set(JUDGEMENT_COLUMNS):
+        judged: Any = dataset.select_columns([column for column in columns if column in JUDGEMENT_COLUMNS])
+        probs = [read_judgement(row, f"`{name}` row {index}").chosen_prob for index, row in enumerate(judged)]
+        if all(prob == 0.5 for prob in probs):
+            raise ValueError(
+                f"`{name}` must hold at least one pair that is not a tie, got {len(dataset)} ties: no reward follows "
+                "from them. Check how votes were mapped."
+            )
+
+
+def _check_texts(name: str, dataset: Dataset) -> None:
+    identical = empty = 0
+    pairs: Any = dataset.select_columns(["chosen", "rejected"])
+    for index, row in enumerate(pairs):
+        for column, text in row.items():
+            if not isinstance(text, (str, list)):
+                raise TypeError(
+                    f"`{column}` must hold texts or lists of chat messages, got {text!r} in `{name}` row {index}. "
+                    "Drop or convert such rows."
+                )
+        identical += row["chosen"] == row["rejected"]
+        empty += not row["chosen"] or not row["rejected"]
+    if identical == len(dataset):
+        raise ValueError(
+            f"`{name}` must hold at least one pair of different texts, got {identical} pairs of identical ones. Check "
+            "which columns were taken for `chosen` and `rejected`."
+        )
+    if identical:
+        logger.warning(
+            f"{identical} of {len(dataset)} pairs in `{name}` have identical texts. They are kept, teach nothing, and "
+            "lower the accuracy: drop them with `dataset.filter(lambda row: row['chosen'] != row['rejected'])`."
+        )
+    if empty:
+        logger.warning(
+            f"{empty} of {len(dataset)} pairs in `{name}` have an empty text. They are kept: the reward of an empty "
+            "answer is learnt. Drop them if the text was lost on the way."
+        )
