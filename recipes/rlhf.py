@@ -43,14 +43,10 @@ MAX_COMPLETION_LENGTH = 32
 class Arguments:
     """The experiment."""
 
-    annotator: str = field(
-        default="average", metadata={"help": "Whose votes to learn from.", "choices": list(ERROR_RATES)}
-    )
+    annotator: str = field(default="average", metadata={"help": "Whose votes to use.", "choices": list(ERROR_RATES)})
     num_pairs: int = field(default=60, metadata={"help": "Pairs to learn from; ties are left out."})
     num_members: int = field(default=4, metadata={"help": "Members of the ensemble."})
-    reward_rule: str = field(
-        default="pessimistic", metadata={"help": "How they are pooled.", "choices": list(POOLING_RULES)}
-    )
+    reward_rule: str = field(default="pessimistic", metadata={"help": "Their pool.", "choices": list(POOLING_RULES)})
     reward_epochs: int = field(default=12, metadata={"help": "Epochs of reward training."})
     reward_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of reward training."})
     beta: float = field(default=0.01, metadata={"help": "What a nat from the prior costs, in sd of the reward."})
@@ -85,11 +81,9 @@ def judged_pairs(annotator: str, num_pairs: int, seed: int) -> Dataset:
     rows = []
     for row in toy.preferences("train").shuffle(seed=seed):
         vote = row["annotator_votes"][row["annotators"].index(annotator)]
-        texts = {"chosen": row["chosen"], "rejected": row["rejected"]}
-        if vote == "rejected":
-            texts = {"chosen": row["rejected"], "rejected": row["chosen"]}
+        chosen, rejected = ("rejected", "chosen") if vote == "rejected" else ("chosen", "rejected")
         if vote != "tie":
-            rows.append({"prompt": row["prompt"], **texts})
+            rows.append({"prompt": row["prompt"], "chosen": row[chosen], "rejected": row[rejected]})
     if not 0 < num_pairs <= len(rows):
         raise ValueError(f"`num_pairs` must be from 1 to {len(rows)}, those that are no ties, got {num_pairs}.")
     return Dataset.from_list(rows[:num_pairs])
@@ -140,12 +134,18 @@ def train_policy(args: Arguments, folder: str, reward, draws: Completions, seed:
     return Run([0] + [entry["step"] for entry in history], *curves, kl)
 
 
+def quieten() -> None:
+    """Twelve trainings in a row: what each would print is left out."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def main() -> None:
     (args,) = TrlParser(Arguments).parse_args_and_config()
     if args.num_seeds < 1:
-        raise ValueError(f"`num_seeds` must be at least 1, got {args.num_seeds}. Use 1 for a single repetition.")
-    disable_progress_bars()
-    logging.set_verbosity_error()
+        raise ValueError(f"`num_seeds` must be at least 1, got {args.num_seeds}.")
+    quieten()
     console = Console()
     prior = LanguageModel(toy.model_path(), max_completion_length=MAX_COMPLETION_LENGTH, batch_size=256)
     draws = prior.sample(toy.prompts(), n=32, generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,7 @@ def test_from_preferences_to_policies(recipe, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(toy, "prompts", lambda: ["The movie", "The hotel"])
-    monkeypatch.setattr(recipe, "disable_progress_bars", lambda: None)  # of the whole process
+    monkeypatch.setattr(recipe, "quieten", lambda: None)  # it is for the whole process
     monkeypatch.setattr(sys, "argv", ["rlhf.py", "--num_seeds", "2", "--num_members", "2", *FEW])
     recipe.main()
     output = capsys.readouterr().out
