@@ -120,9 +120,7 @@ def main() -> None:
     )
     gold = load_reward_func(args.gold_reward) if args.gold_reward else None
     paths = args.reward_model_path
-    last = [Path(path).name for path in paths]
-    names = [name if last.count(name) == 1 else path for path, name in zip(paths, last, strict=True)]
-    models = {name: load_reward(path, device=device) for path, name in zip(paths, names, strict=True)}
+    models = {name: load_reward(path, device=device) for name, path in zip(short_names(paths), paths, strict=True)}
 
     # pairs
     with console.status(f"Scoring {len(pairs):,} pairs"):
@@ -148,6 +146,15 @@ def main() -> None:
     plot = folder / "best_of_n.png"
     plot_overoptimization(curves, plot, "√KL(best of n‖prior) (√nats, at most)", "reward (sd under the prior)")
     console.print(f"Proxy and gold reward of the best of n in {plot}.")
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The last parts of each path, as few as tell them apart."""
+    for depth in range(1, max(len(Path(path).parts) for path in paths)):
+        names = ["/".join(Path(path).parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return paths
 
 
 def draw_and_score(

@@ -45,6 +45,7 @@ def script(monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
         module.main()
 
+    run.module = module
     return run
 
 
@@ -85,6 +86,14 @@ def test_a_gold_reward_of_ones_own(script, models, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "two, mean" in output
     assert "two, min" not in output
+
+
+def test_names_are_as_short_as_tells_them_apart(script):
+    names = script.module.short_names
+    assert names(["runs/a", "runs/b"]) == ["a", "b"]
+    assert names(["x/runs/a", "y/runs/a", "y/runs/b"]) == ["x/runs/a", "y/runs/a", "y/runs/b"]
+    assert names(["runs/1/reward", "runs/2/reward"]) == ["1/reward", "2/reward"]
+    assert names(["one"]) == ["one"]
 
 
 @pytest.mark.parametrize(
