@@ -49,7 +49,7 @@ ppo: $(VENV)/$(stamp)
 	$(VENV)/bin/accelerate launch recipes/ppo_klrl.py $(ARGS)
 
 rlhf: $(VENV)/$(stamp)
-	$(VENV)/bin/accelerate launch recipes/rlhf.py $(ARGS)
+	$(VENV)/bin/accelerate launch --num_processes 1 recipes/rlhf.py $(ARGS)
 
 test: $(VENV)/$(stamp)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 $(TESTS)
