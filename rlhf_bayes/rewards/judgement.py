@@ -67,7 +67,8 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
 
 def _by_annotators(row: Mapping[str, Any], where: str) -> Judgement:
     names, said = row.get("annotators"), row["annotator_votes"]
-    if not isinstance(names, Sequence) or isinstance(names, str) or len(names) != len(said) or not said:
+    lists = all(isinstance(column, Sequence) and not isinstance(column, str) for column in (names, said))
+    if not lists or len(names) != len(said) or not said:
         raise ValueError(
             f"`annotators` must list the one who cast each of `annotator_votes`, got {names!r} and {said!r} in "
             f"{where}. Give both columns, of equal length and not empty."
@@ -89,7 +90,16 @@ def _by_annotators(row: Mapping[str, Any], where: str) -> Judgement:
 
 
 def _checked_votes(votes: Any, where: str) -> list[int]:
-    counts = [votes.get(name, 0) for name in _VOTES] if isinstance(votes, Mapping) else list(votes)
+    unknown = set(votes) - set(_VOTES) if isinstance(votes, Mapping) else ()
+    if unknown:
+        raise ValueError(
+            f"`votes` must count 'chosen', 'rejected' and 'tie', got {sorted(map(str, unknown))[0]!r} in {where}. "
+            "Rename it, or leave it out."
+        )
+    if isinstance(votes, Mapping):
+        counts = [votes.get(name) or 0 for name in _VOTES]  # `datasets` puts None where only other rows have a name
+    else:
+        counts = list(votes) if isinstance(votes, Sequence) and not isinstance(votes, str) else []
     if len(counts) == 2:
         counts = [*counts, 0]
     whole = all(isinstance(count, int) and count >= 0 for count in counts)
@@ -131,8 +141,7 @@ def check_pairs(name: str, dataset: Any) -> None:
         return
     if len(dataset) == 0:
         raise ValueError(f"`{name}` must hold at least one pair, got none. Check the split and the filters before it.")
-    if not tokenised:
-        _check_texts(name, dataset)
+    _check_texts(name, dataset, ("chosen_ids", "rejected_ids") if tokenised else ("chosen", "rejected"))
     if set(columns) & set(JUDGEMENT_COLUMNS):
         judged: Any = dataset.select_columns([column for column in columns if column in JUDGEMENT_COLUMNS])
         probs = [read_judgement(row, f"`{name}` row {index}").chosen_prob for index, row in enumerate(judged)]
@@ -143,9 +152,10 @@ def check_pairs(name: str, dataset: Any) -> None:
             )
 
 
-def _check_texts(name: str, dataset: Dataset) -> None:
+def _check_texts(name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
     identical = empty = 0
-    pairs: Any = dataset.select_columns(["chosen", "rejected"])
+    chosen, rejected = columns
+    pairs: Any = dataset.select_columns(list(columns))
     for index, row in enumerate(pairs):
         for column, text in row.items():
             if not isinstance(text, (str, list)):
@@ -153,8 +163,8 @@ def _check_texts(name: str, dataset: Dataset) -> None:
                     f"`{column}` must hold texts or lists of chat messages, got {text!r} in `{name}` row {index}. "
                     "Drop or convert such rows."
                 )
-        identical += row["chosen"] == row["rejected"]
-        empty += not row["chosen"] or not row["rejected"]
+        identical += row[chosen] == row[rejected]
+        empty += not row[chosen] or not row[rejected]
     if identical == len(dataset):
         raise ValueError(
             f"`{name}` must hold at least one pair of different texts, got {identical} pairs of identical ones. Check "
@@ -163,7 +173,12 @@ def _check_texts(name: str, dataset: Dataset) -> None:
     if identical:
         logger.warning(
             f"{identical} of {len(dataset)} pairs in `{name}` have identical texts. They are kept, teach nothing, and "
-            "lower the accuracy: drop them with `dataset.filter(lambda row: row['chosen'] != row['rejected'])`."
+            f"lower the accuracy: drop them with `dataset.filter(lambda row: row['{chosen}'] != row['{rejected}'])`."
+        )
+    if empty and chosen == "chosen_ids":
+        raise ValueError(
+            f"`{name}` must hold at least one token a text, got none in {empty} of {len(dataset)} pairs: a reward is "
+            "read off the last token. Drop them, or let the trainer tokenise the texts, which appends EOS."
         )
     if empty:
         logger.warning(

@@ -25,6 +25,7 @@ def pairs(**columns):
         ({"votes": [3, 1, 0]}, 0.75, [3, 1, 0], None, None),
         ({"votes": [3, 1]}, 0.75, [3, 1, 0], None, None),
         ({"votes": {"rejected": 1, "tie": 2}}, 1 / 3, [0, 1, 2], None, None),
+        ({"votes": {"chosen": None, "rejected": 1, "tie": 2}}, 1 / 3, [0, 1, 2], None, None),
         ({"annotator": 7}, 1.0, None, ["7"], [1.0]),
         ({"annotator": "w", "chosen_prob": 0.0}, 0.0, None, ["w"], [0.0]),
         (
@@ -52,6 +53,9 @@ def test_judgements(row, prob, votes, annotators, labels):
         ({"votes": [0, 0, 0]}, r"got \[0, 0, 0\] in row 5. Drop pairs that nobody judged"),
         ({"votes": [1, 1, 1, 1]}, "`votes` must count"),
         ({"votes": [0.5, 0.5, 0]}, "`votes` must count"),
+        ({"votes": None}, "at least one in all, got None in row 5"),
+        ({"votes": {"chosen": 3, "rejected": 1, "ties": 5}}, "'chosen', 'rejected' and 'tie', got 'ties' in row 5"),
+        ({"annotators": ["w"], "annotator_votes": None}, "of equal length and not empty"),
         ({"chosen_prob": 0.5, "votes": [1, 1, 0]}, "got `chosen_prob` and votes"),
         ({"annotator": None}, "`annotator` must be an id, got None in row 5"),
         ({"annotators": ["w"], "annotator_votes": ["chosen", "tie"]}, "of equal length and not empty"),
@@ -99,3 +103,12 @@ def test_odd_pairs_are_counted(caplog):
     assert empty.startswith("1 of 3 pairs in `train_dataset` have an empty text. They are kept")
     check_pairs("eval_dataset", Dataset.from_dict({"chosen_ids": [[1]], "rejected_ids": [[2]]}))
     check_pairs("train_dataset", IterableDataset.from_generator(lambda: iter([{"chosen": "a", "rejected": "b"}])))
+
+
+def test_pairs_of_tokens_are_looked_at_too(caplog):
+    with caplog.at_level(logging.WARNING, WARNINGS):
+        check_pairs("train_dataset", Dataset.from_dict({"chosen_ids": [[1], [2]], "rejected_ids": [[1], [1, 2]]}))
+    assert "1 of 2 pairs in `train_dataset` have identical texts" in caplog.text
+    assert "row['chosen_ids'] != row['rejected_ids']" in caplog.text
+    with pytest.raises(ValueError, match="at least one token a text, got none in 1 of 2 pairs"):
+        check_pairs("train_dataset", Dataset.from_dict({"chosen_ids": [[1], []], "rejected_ids": [[2], [1]]}))
