@@ -142,11 +142,12 @@ def load_preferences(
                 f"`{flag}` must name columns of `dataset_name`, {dataset.column_names}, got {missing[0]!r}. Correct "
                 "the name."
             )
+    if len(set(renamed.values())) < len(renamed):
+        raise ValueError(f"`columns` must name each column once, got {list(columns)}. Copy it in the data instead.")
     dataset = dataset.remove_columns(list(drop_columns))
-    for name, column in renamed.items():
-        if name != column:
-            dataset = dataset.remove_columns(name) if name in dataset.column_names else dataset
-            dataset = dataset.rename_column(column, name)
+    # all at once: the new name of one may be the old name of another, as where two are swapped
+    replaced = [name for name in renamed if name in dataset.column_names and name not in renamed.values()]
+    dataset = dataset.remove_columns(replaced).rename_columns({column: name for name, column in renamed.items()})
     lacking = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
     if lacking:
         raise ValueError(

@@ -182,3 +182,14 @@ def test_a_single_model_has_nothing_to_pool(tmp_path):
     RewardModel(model, AutoTokenizer.from_pretrained(toy.model_path())).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`reward_rule` must be 'mean' for a single reward model"):
         load_pooled_reward(str(tmp_path), "pessimistic", LanguageModel(toy.model_path()), ["I"], beta=0.1)
+
+
+def test_preferences_may_swap_columns(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"chosen": "a", "rejected": "b", "other": "c"}) + "\n")
+    swapped = load_preferences(str(path), columns=["chosen=rejected", "rejected=chosen"])
+    assert swapped[0] == {"chosen": "b", "rejected": "a", "other": "c"}
+    moved = load_preferences(str(path), columns=["chosen=other", "rejected=chosen"])
+    assert moved[0] == {"chosen": "c", "rejected": "a"}
+    with pytest.raises(ValueError, match="`columns` must name each column once"):
+        load_preferences(str(path), columns=["prompt=other", "chosen=other"])
