@@ -11,11 +11,13 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 
 ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT_ADAPTER = "default"
+_WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -76,6 +78,11 @@ def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int |
             raise ValueError(
                 f"'{folder}' must hold the adapter '{adapter}' in '{place}', where there is no {ADAPTER_CONFIG}. Copy "
                 "the whole folder that was saved."
+            )
+        if any((place / name).is_file() for name in _WHOLE_MODEL):
+            raise ValueError(
+                f"'{place}' must hold an adapter or a whole model, and holds the weights of both: one of them was "
+                f"left there by an earlier run. Remove {ADAPTER_CONFIG} and adapter_model.*, or model.safetensors*."
             )
     labels = [_head_labels(place, adapter) for adapter, place in zip(adapters, folders, strict=True)]
     num_labels = labels[0] if num_labels is None else num_labels
