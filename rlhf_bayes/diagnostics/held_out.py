@@ -63,15 +63,10 @@ class HeldOutRewards:
 
 
 def raw_member_rewards(reward: RewardModel | RewardEnsemble, prompts: Sequence, completions: Sequence) -> Tensor:
-    """Logits of each member, as in training: (K, B), the stored normalisation undone."""
+    """Logits of each member, as in training: (K, B), without the stored normalisation."""
     if isinstance(reward, RewardModel):
         return reward.classifier.logits(prompts, completions)[:, :1].T
-    rewards = reward.member_rewards(prompts, completions)  # (K, B)
-    normalization = reward.index.normalization
-    if normalization is None:
-        return rewards
-    gain, bias = (rewards.new_tensor(values)[:, None] for values in (normalization.gain, normalization.bias))
-    return (rewards - bias) / gain
+    return reward.member_logits(prompts, completions)
 
 
 def held_out_rewards(reward: RewardModel | RewardEnsemble, dataset: Dataset) -> HeldOutRewards:
@@ -80,7 +75,7 @@ def held_out_rewards(reward: RewardModel | RewardEnsemble, dataset: Dataset) -> 
 
     Args:
         reward ([`~rlhf_bayes.rewards.RewardModel`] or [`~rlhf_bayes.rewards.RewardEnsemble`]):
-            The model. Whole models that were normalised before they became an ensemble are judged one by one.
+            The model.
         dataset (`Dataset`):
             Pairs as [`~rlhf_bayes.RewardTrainer`] takes them: texts or chats, with or without `prompt`, `votes`, ….
 

@@ -145,6 +145,12 @@ class RewardEnsemble:
         raw = self._members.raw_rewards(prompts, completions, range(self.num_members))  # (K, B)
         return raw if self.normalization is None else self.normalization.apply(raw)
 
+    def member_logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
+        """
+        The same before any normalisation, that of whole models included, as in training: (K, B), fp32, on the CPU.
+        """
+        return self._members.logits(prompts, completions)
+
     def __call__(self, prompts: list, completions: list, log_metric: Any = None, **columns: Any) -> list[float]:
         """
         Mean of the members for each completion. Their spread (standard deviation over members, mean over completions)

@@ -36,6 +36,10 @@ class Members(Protocol):
         """Rewards of the chosen members before the ensemble's normalization: (len(members), B), fp32, on the CPU."""
         ...
 
+    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
+        """The members' logits, without any normalization: (K, B), fp32, on the CPU."""
+        ...
+
     def save(self, folder: str | Path) -> None:
         """Write weights and tokenizers."""
         ...
@@ -60,6 +64,9 @@ class Heads:
         rewards = torch.cat(parts).T[list(members)] if parts else torch.empty(len(members), 0)  # (K, B)
         check_finite(rewards, self.classifier.name, _described(self.names, members), completions)
         return rewards
+
+    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
+        return self.raw_rewards(prompts, completions, range(len(self.names)))
 
     def save(self, folder: str | Path) -> None:
         _save(self.classifier, folder)
@@ -99,6 +106,9 @@ class Adapters:
         rewards = torch.cat(parts, dim=1) if parts else torch.empty(len(members), 0)  # (K, B)
         check_finite(rewards, self.classifier.name, _described(self.names, members), completions)
         return rewards
+
+    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
+        return self.raw_rewards(prompts, completions, range(len(self.names)))
 
     def save(self, folder: str | Path) -> None:
         # PEFT writes the base's own path where a config has none
@@ -160,6 +170,9 @@ class Models:
                 error.add_note(f"Raised by {described} of the reward ensemble.")
                 raise
         return torch.stack(rewards)  # (K, B)
+
+    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
+        return torch.stack([model.classifier.logits(prompts, completions)[:, 0] for model in self.models])  # (K, B)
 
     def save(self, folder: str | Path) -> None:
         for name, model in zip(self.names, self.models, strict=True):

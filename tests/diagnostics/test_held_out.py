@@ -96,3 +96,14 @@ def test_best_of_n_in_standard_deviations():
 def test_a_reward_without_spread_is_refused():
     with pytest.raises(ValueError, match="`gold` must vary between the draws, got 2"):
         best_of_n(torch.arange(4.0).view(1, 4), torch.full((1, 4), 2.0), [1])
+
+
+def test_raw_rewards_of_normalised_models_are_logits_too(tokenizer):
+    models = [RewardModel(classifier(1), tokenizer) for _ in range(2)]
+    prompts, texts = ["The movie"] * 3, [" was good.", " was bad.", " was fine."]
+    logits = torch.cat([raw_member_rewards(model, prompts, texts) for model in models])  # (K, B)
+    for model in models:
+        model.normalize(prompts, texts)
+    ensemble = RewardEnsemble(models)
+    ensemble.normalize(prompts, texts)
+    assert_close(raw_member_rewards(ensemble, prompts, texts), logits)
