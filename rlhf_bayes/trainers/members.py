@@ -45,18 +45,23 @@ def widen_head(model: nn.Module, num_members: int, seed: int) -> None:
 
 def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
     """
-    Add LoRA adapters to a PEFT model until it has one for each of K members, each with weights and a head of its own.
+    Add LoRA adapters to a PEFT model of one, so that each of K members has weights and a head of its own.
 
     Returns:
         `list[str]`: their names.
 
     Raises:
-        `ValueError`: the model has no adapter, or adapters do not bring their own head.
+        `ValueError`: the model has no adapter, or several, or it does not bring its own head.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
             f"`ensemble='lora'` needs a `peft_config`, or a PeftModel, got {type(model).__name__}. Pass "
             "`peft_config=LoraConfig(task_type='SEQ_CLS')`, or set `ensemble='heads'`."
+        )
+    if list(model.peft_config) != ["default"]:
+        raise ValueError(
+            "`ensemble='lora'` needs a PeftModel with one adapter, named 'default', the others being added to it; got "
+            f"{', '.join(model.peft_config)}. Pass the base model and a `peft_config`."
         )
     config = model.peft_config["default"]
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -57,6 +57,12 @@ def fit_length(dataset: Any, name: str, max_length: int | None, overlong: str) -
     if not isinstance(dataset, Dataset):  # a stream: dealt with as the pairs come, so not counted
         if overlong == "truncate":
             return dataset.map(functools.partial(_truncated, max_length=max_length))
+        if overlong == "error":
+            return dataset.filter(functools.partial(_must_fit, name=name, max_length=max_length))
+        logger.warning(
+            f"`{name}` is a stream: pairs with a text of more than `max_length` = {max_length} tokens are dropped "
+            "without being counted. Set `overlong` to 'truncate' to keep them, or to 'error' to find them."
+        )
         return dataset.filter(functools.partial(_fits, max_length=max_length))
     ids = dataset.select_columns(["chosen_ids", "rejected_ids"])
     fitting = [index for index, row in enumerate(ids) if _fits(row, max_length)]
@@ -79,6 +85,16 @@ def fit_length(dataset: Any, name: str, max_length: int | None, overlong: str) -
 
 def _fits(row: Mapping[str, Any], max_length: int) -> bool:
     return len(row["chosen_ids"]) <= max_length and len(row["rejected_ids"]) <= max_length
+
+
+def _must_fit(row: Mapping[str, Any], name: str, max_length: int) -> bool:
+    if _fits(row, max_length):
+        return True
+    longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    raise ValueError(
+        f"A pair in `{name}` has a text of {longest} tokens, and `max_length` is {max_length}. Raise `max_length`, or "
+        "set `overlong` to 'drop' or 'truncate'."
+    )
 
 
 def _truncated(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def reward_card(
     trainer: "RewardTrainer", name: str, dataset_name: str | None = None, tags: list[str] | str | None = None
 ) -> str:
     """Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it."""
-    judged = HeldOutRewards(**trainer.evaluation_pairs) if trainer.evaluation_pairs else None
+    pairs = trainer.evaluation_pairs
+    # rewards that diverged have no metrics, and a checkpoint is saved all the same
+    finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()
+    judged = HeldOutRewards(**pairs) if finite else None
     settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
     return reward_model_card(
         name=name,
@@ -52,7 +55,8 @@ def _summary(trainer: "RewardTrainer", dataset_name: str | None) -> PreferenceSu
     measured = math.nan
     if "pair_votes" in columns:
         measured = agreement(torch.tensor(data["pair_votes"]))
-    seen = len(data) if known else args.max_steps * args.train_batch_size * trainer.accelerator.num_processes
+    batch = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+    seen = len(data) if known else args.max_steps * batch
     return PreferenceSummary(
         dataset=dataset_name or "not named",
         num_train=seen,

@@ -23,7 +23,7 @@ from ..rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIn
 from ._trl import PairRewards, PreferenceTrainer
 from .annotators import AnnotatorReliability
 from .members import add_adapters, widen_head
-from .preference_data import PairReader, annotators_in
+from .preference_data import PAIR_COLUMNS, PairReader, annotators_in
 from .reward_card import reward_card
 from .reward_config import RewardConfig
 
@@ -182,7 +182,12 @@ class RewardTrainer(PreferenceTrainer):
                 "noise already. Set `label_smoothing` to smooth them all the same."
             )
         resampled = in_training and args.num_members > 1 and args.bootstrap == "pairs"
-        if "pair_prob" in columns or not (has_judgement or resampled):
+        if "pair_prob" in columns and not in_training:  # evaluated again
+            return dataset
+        # of another trainer, which may have had other options
+        if others := [column for column in PAIR_COLUMNS if column in columns]:
+            dataset = dataset.remove_columns(others)
+        if not (has_judgement or resampled):
             return dataset
         by_annotator = in_training and (self.reliability is not None or self._groups is not None)
         annotators = None
@@ -210,16 +215,19 @@ class RewardTrainer(PreferenceTrainer):
         return SequenceClassifierOutput(logits=torch.cat(logits, -1))  # (2B, K)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.normalization = None  # was of other weights
         if not self._adapters or self.is_deepspeed_enabled:
             loss = super().training_step(model, inputs, num_items_in_batch) / (len(self._adapters) or 1)
         else:
             losses = []
-            for member, name in enumerate(self._adapters):
-                self._training_member = member
-                # the backward pass of a checkpointed layer runs it again, under the adapter of then
-                with active_adapter(self.model, name):
-                    losses.append(super().training_step(model, dict(inputs), num_items_in_batch))
-            self._training_member = None
+            try:
+                for member, name in enumerate(self._adapters):
+                    self._training_member = member
+                    # the backward pass of a checkpointed layer runs it again, under the adapter of then
+                    with active_adapter(self.model, name):
+                        losses.append(super().training_step(model, dict(inputs), num_items_in_batch))
+            finally:  # an evaluation after an interrupted training is of all members
+                self._training_member = None
             loss = torch.stack(losses).mean()
         if self.reliability is not None and self.accelerator.sync_gradients:
             self.reliability.step(self.accelerator)
@@ -276,6 +284,11 @@ class RewardTrainer(PreferenceTrainer):
         return columns if self._training_member is None else columns[..., self._training_member, None]
 
     # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        if not isinstance(eval_dataset, str):  # the name of one that was checked
+            check_pairs("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def pair_metrics(self, chosen: Tensor, rejected: Tensor, pairs: dict[str, Tensor]) -> dict[str, float]:
         self.evaluation_pairs = {"chosen": chosen, "rejected": rejected}

@@ -62,6 +62,15 @@ def test_long_pairs_of_a_stream(overlong, expected):
     assert [row["chosen_ids"] for row in stream] == expected
 
 
+def test_long_pairs_of_a_stream_are_not_dropped_without_a_word(caplog):
+    stream = fit_length(TOKENS.to_iterable_dataset(), "train", 2, "error")
+    with pytest.raises(ValueError, match="A pair in `train` has a text of 4 tokens, and `max_length` is 2"):
+        list(stream)
+    with caplog.at_level(logging.WARNING, WARNINGS):
+        fit_length(TOKENS.to_iterable_dataset(), "train", 2, "drop")
+    assert "dropped without being counted" in caplog.text
+
+
 def test_bootstrap_weights_are_poisson_and_belong_to_the_row():
     reader = PairReader("train_dataset", None, 3, seed=4)
     weights = np.array([reader({}, index)["pair_weights"] for index in range(4000)])  # (N, K)

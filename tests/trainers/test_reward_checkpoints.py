@@ -114,3 +114,27 @@ def test_each_checkpoint_has_a_card(toy, tmp_path):
     assert f"{len(trainer.train_dataset)} for training, {len(trainer.eval_dataset)} held out" in text
     assert f"Left out: {24 - len(trainer.train_dataset)} pairs" in text
     assert f"{trainer.evaluate()['eval_log_loss']:.3f}" in text
+
+
+def test_a_run_that_diverged_is_saved_with_a_card(toy, tmp_path):
+    args = quiet(tmp_path, ours=True, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = trained(RewardTrainer, toy, args, hard_pairs(toy), train=False)
+    trainer.evaluation_pairs = {"chosen": torch.full((1, 3), torch.nan), "rejected": torch.zeros(1, 3)}
+    trainer.train()
+    assert "## Calibration\n\nNot measured." in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_counts_the_pairs_of_a_stream(toy, tmp_path):
+    args = quiet(tmp_path, ours=True, max_steps=2, gradient_accumulation_steps=3)
+    trainer = trained(RewardTrainer, toy, args, hard_pairs(toy, 48).to_iterable_dataset())
+    trainer.create_model_card()
+    assert "- Pairs: 48 for training" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("adapter_first", [True, False])
+def test_weights_of_two_runs_in_a_folder_are_not_mistaken(toy, tmp_path, adapter_first):
+    for with_adapter in (adapter_first, not adapter_first):
+        peft_config = LoraConfig(**LORA) if with_adapter else None
+        trained(RewardTrainer, toy, quiet(tmp_path, ours=True), hard_pairs(toy), peft_config=peft_config).save_model()
+    with pytest.raises(ValueError, match="holds the weights of both: one of them was left there by an earlier run"):
+        load_reward(tmp_path)

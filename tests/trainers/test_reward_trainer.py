@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from trl import RewardTrainer as TRLRewardTrainer
 
@@ -406,3 +406,63 @@ def test_rewards_that_are_not_finite_lose_no_run(toy, tmp_path, caplog):
         trainer.model.score.weight.fill_(float("nan"))
     assert "eval_log_loss" not in trainer.evaluate()
     assert "Rewards are not finite" in caplog.text
+
+
+def test_more_training_forgets_the_normalization(toy, tmp_path):
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True), hard_pairs(toy))
+    trainer.normalize([""] * 8, hard_pairs(toy)["chosen"])
+    assert trainer.index.normalization is not None
+    trainer.train()
+    assert trainer.index.normalization is None
+
+
+def test_an_evaluation_set_may_be_called_train(toy, tmp_path):
+    args = quiet(tmp_path, ours=True, num_members=2, annotator_reliability=True, max_length=64)
+    sets = {"train": hard_pairs(toy, 4, annotator=list("abca")), "test": hard_pairs(toy, 5, annotator=list("zzzzz"))}
+    pairs = hard_pairs(toy, annotator=list("abababab"))
+    trainer = trained(RewardTrainer, toy, args, pairs, train=False, eval_dataset=sets)
+    assert trainer.eval_dataset["train"].column_names == trainer.eval_dataset["test"].column_names
+    assert "pair_weights" in trainer.train_dataset.column_names
+    assert trainer.num_dropped == {"train": 0, "eval_train": 0, "test": 0}
+
+
+def test_data_of_another_trainer_are_read_anew(toy, tmp_path):
+    pairs = hard_pairs(toy, votes=[[1, 2, 0]] * 8)
+    first = trained(RewardTrainer, toy, quiet(tmp_path / "a", ours=True), pairs, train=False)
+    args = quiet(tmp_path / "b", ours=True, num_members=3)
+    second = trained(RewardTrainer, toy, args, first.train_dataset, train=False)
+    fresh = trained(RewardTrainer, toy, args, pairs, train=False)
+    assert second.train_dataset["pair_weights"][:] == fresh.train_dataset["pair_weights"][:]
+    third = trained(RewardTrainer, toy, quiet(tmp_path / "c", ours=True), second.train_dataset, train=False)
+    assert "pair_weights" not in third.train_dataset.column_names
+
+
+def test_data_of_an_evaluation_are_checked(toy, tmp_path):
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True), hard_pairs(toy), train=False)
+    with pytest.raises(ValueError, match="`eval_dataset` must hold at least one pair, got none"):
+        trainer.evaluate(hard_pairs(toy).select([]))
+
+
+def test_an_interrupted_training_leaves_all_members(toy, tmp_path):
+    args = quiet(tmp_path, ours=True, num_members=2, ensemble="lora")
+    trainer = trained(RewardTrainer, toy, args, hard_pairs(toy), train=False, peft_config=LoraConfig(**LORA))
+
+    def interrupted(rewards, batch):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "pair_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    trainer.evaluate(hard_pairs(toy, 5))
+    assert trainer.evaluation_pairs["chosen"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("names", [["other"], ["default", "member_1"]])
+def test_adapters_that_are_there_already_are_refused(toy, tmp_path, names):
+    model = get_peft_model(classifier(toy, tmp_path / "base"), LoraConfig(**LORA), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**LORA))
+    args = quiet(tmp_path, ours=True, num_members=2, ensemble="lora")
+    with pytest.raises(ValueError, match=f"one adapter, named 'default', .* got {', '.join(names)}"):
+        trained(RewardTrainer, toy, args, hard_pairs(toy), model=model)

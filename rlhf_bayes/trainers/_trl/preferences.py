@@ -47,6 +47,7 @@ class PreferenceTrainer(TRLRewardTrainer):
 
     def __init__(self, model, args, **trl_arguments):
         self.num_dropped: dict[str, int] = {}
+        self._train_prepared = False
         super().__init__(model, args, **trl_arguments)
         self.data_collator = PairCollator(self.data_collator)
         self._eval_rows: list[dict[str, Tensor]] = []
@@ -93,6 +94,9 @@ class PreferenceTrainer(TRLRewardTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if dataset_name == "train" and self._train_prepared:
+            dataset_name = "eval_train"  # TRL gives parts of an evaluation their keys, which may be this
+        self._train_prepared = True  # the first of all
         # TRL would drop long pairs without a word
         max_length, args.max_length = args.max_length, None
         try:
