@@ -66,7 +66,8 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
 
 
 def _by_annotators(row: Mapping[str, Any], where: str) -> Judgement:
-    names, said = row.get("annotators"), row["annotator_votes"]
+    names: Any = row.get("annotators")
+    said: Any = row["annotator_votes"]
     lists = all(isinstance(column, Sequence) and not isinstance(column, str) for column in (names, said))
     if not lists or len(names) != len(said) or not said:
         raise ValueError(
