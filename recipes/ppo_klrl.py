@@ -40,7 +40,7 @@ from rlhf_bayes.diagnostics import (
     posterior_fit,
     samples_table,
 )
-from rlhf_bayes.numerics import POOLING_RULES
+from rlhf_bayes.numerics import POOLING_RULES, uses_beta
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 ON_CPU = not torch.cuda.is_available()
@@ -102,6 +102,8 @@ def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
             "`--reward_func module:function` or `--reward_model_path` must be given with `--model_name_or_path`, got "
             "neither."
         )
+    if training_args.target_kl and uses_beta(args.reward_rule, args.reward_penalty):
+        raise ValueError(f"`--target_kl` must be left out with `--reward_rule {args.reward_rule}`: it moves β.")
     if args.reward_model_path is None and (args.reward_rule != "mean" or args.reward_penalty is not None):
         raise ValueError("`--reward_model_path` must be given with `--reward_rule` or `--reward_penalty`, got none.")
     return args, training_args, model_args

@@ -179,12 +179,12 @@ def mean_curves(runs: list[Run]) -> tuple[list[int], list[float], list[float]]:
 
 def table(runs: dict[str, list[Run]]) -> Table:
     """A row a policy: proxy, gold and KL to the prior where gold was best and at the end; then the mean over seeds."""
-    table = Table(title="Against the gold reward: sd under the prior, where both start at 0; KL in nats")
-    for column in ("", "seed", "best at step", "proxy", "gold", "KL", "at the end: proxy", "gold", "KL", "gold lost"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(title="Rewards in sd under the prior, where both start at 0; KL in nats; * where gold was highest")
+    table.add_column("", min_width=max(len(word) for name in runs for word in name.split()))
+    for column in ("seed", "step*", "proxy*", "gold*", "KL*", "proxy", "gold", "KL"):
+        table.add_column(column, justify="right")
     for name, of in runs.items():
         rows = torch.tensor([[run.steps[run.best], *run.at(run.best), *run.at(-1)] for run in of])  # (seeds, 7)
-        rows = torch.cat([rows, (rows[:, 2] - rows[:, 5])[:, None]], dim=1)  # (seeds, 8)
         for seed, row in enumerate(rows.tolist()):
             table.add_row(name, str(seed), f"{row[0]:.0f}", *(f"{value:.2f}" for value in row[1:]))
         if len(of) > 1:

@@ -19,14 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from trl import TrlParser, maybe_extract_prompt
+from trl import TrlParser
 
 from rlhf_bayes import LanguageModel, toy
-from rlhf_bayes.cli import load_preferences, load_reward_func
+from rlhf_bayes.cli import load_preferences, load_reward_func, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.diagnostics.held_out import BestOfN, best_of_n, held_out_rewards
 from rlhf_bayes.numerics import pool
@@ -119,6 +118,7 @@ def main() -> None:
         args.seed,
     )
     gold = load_reward_func(args.gold_reward) if args.gold_reward else None
+    prompts = prompts_of_pairs(pairs.shuffle(seed=args.seed), args.num_prompts) if gold is not None else []
     paths = args.reward_model_path
     models = {name: load_reward(path, device=device) for name, path in zip(short_names(paths), paths, strict=True)}
 
@@ -138,7 +138,7 @@ def main() -> None:
 
     # best of n
     with console.status(f"Drawing {args.num_samples} completions of up to {args.num_prompts} prompts"):
-        proxies, gold_rewards = draw_and_score(args, models, gold, pairs, device)
+        proxies, gold_rewards = draw_and_score(args, models, gold, prompts, device)
     ns = [2**power for power in range(args.num_samples.bit_length()) if 2**power <= args.num_samples]
     curves = {"gold itself": best_of_n(gold_rewards, gold_rewards, ns)}
     curves |= {name: best_of_n(proxy, gold_rewards, ns) for name, proxy in proxies.items()}
@@ -158,11 +158,9 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def draw_and_score(
-    args: Arguments, models: dict[str, RewardModel | RewardEnsemble], gold, pairs: Dataset, device: str
+    args: Arguments, models: dict[str, RewardModel | RewardEnsemble], gold, prompts: list, device: str
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Proxy rewards by name, and gold rewards, of N completions for each of P prompts: (P, N)."""
-    rows = [maybe_extract_prompt(row) for row in pairs.shuffle(seed=args.seed)]
-    prompts = list({str(row["prompt"]): row["prompt"] for row in rows if row["prompt"]}.values())[: args.num_prompts]
     policy = LanguageModel(args.policy_name_or_path, max_completion_length=args.max_completion_length)
     policy.model.to(device)
     draws = policy.sample(prompts, args.num_samples, torch.Generator().manual_seed(args.seed))

@@ -29,9 +29,10 @@ from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config, maybe_extract_prompt
 
 from rlhf_bayes import LanguageModel, RewardConfig, RewardTrainer, toy
-from rlhf_bayes.cli import hold_out, load_preferences, model_init_kwargs, parse_flags
+from rlhf_bayes.cli import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_reliability, preference_table
 from rlhf_bayes.diagnostics.held_out import HeldOutRewards
+from rlhf_bayes.trainers.reward_card import RELIABILITY_PLOT
 
 ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {
@@ -107,6 +108,8 @@ def load_data(args: Arguments, seed: int) -> tuple[Dataset, Dataset]:
     name = args.dataset_name or str(toy.preferences_path("train"))
     options = {"config": args.dataset_config, "columns": args.columns, "drop_columns": args.drop_columns}
     train = load_preferences(name, args.dataset_train_split, max_pairs=args.max_pairs, seed=seed, **options)
+    if args.held_out_by and (args.dataset_name is None or args.dataset_test_split):
+        raise ValueError("`--held_out_by` must be left out where there is a split to judge on. Remove one of them.")
     if args.dataset_name is None:
         return train, load_preferences(str(toy.preferences_path("test")), **options)
     if args.dataset_test_split is not None:
@@ -114,16 +117,15 @@ def load_data(args: Arguments, seed: int) -> tuple[Dataset, Dataset]:
     return hold_out(train, args.held_out, args.held_out_by, seed)
 
 
-def reference(args: Arguments, training_args: RewardConfig, model_path: str, data: Dataset) -> tuple[list, list, str]:
+def reference(
+    args: Arguments, training_args: RewardConfig, model_path: str, data: Dataset, prompts: list
+) -> tuple[list, list, str]:
     """Prompts, completions and what they are: those that the reward gets mean 0 and standard deviation 1 on."""
     if args.normalize_on != "prior":
         chosen = data.shuffle(seed=training_args.seed).select(range(min(args.normalize_samples, len(data))))
         rows = [row | maybe_extract_prompt(row) for row in chosen]
         completions = [row[args.normalize_on] for row in rows]
         return [row["prompt"] for row in rows], completions, f"the column `{args.normalize_on}` of its data"
-    prompts = [maybe_extract_prompt(row)["prompt"] for row in data]
-    # an empty one: the texts of a pair have no beginning in common
-    prompts = list({str(prompt): prompt for prompt in prompts if prompt}.values())[: args.normalize_samples]
     path = args.prior_name_or_path or model_path
     prior = LanguageModel(path, max_completion_length=args.max_completion_length)
     prior.model.to(training_args.device)
@@ -141,6 +143,7 @@ def main() -> None:
         raise ValueError(
             f"`normalize_on` must be 'prior', 'none' or a column of {train.column_names}, got {args.normalize_on!r}."
         )
+    prompts = prompts_of_pairs(train, args.normalize_samples) if args.normalize_on == "prior" else []
 
     # model
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
@@ -159,13 +162,13 @@ def main() -> None:
     trainer.evaluate()
     if args.normalize_on != "none":
         unset_hf_deepspeed_config()  # under ZeRO-3 the prior would be loaded in shards
-        trainer.normalize(*reference(args, training_args, model_args.model_name_or_path, train))
+        trainer.normalize(*reference(args, training_args, model_args.model_name_or_path, train, prompts))
     trainer.save_model()
-    trainer.create_model_card(dataset_name=args.dataset_name or "the bundled toy preferences")
 
     # report
     if trainer.is_world_process_zero():
         report(trainer)
+        trainer.create_model_card(dataset_name=args.dataset_name or "the bundled toy preferences")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
 
@@ -178,7 +181,7 @@ def report(trainer: RewardTrainer) -> None:
     console.print(preference_table({"Δ = 0": pairs.without_a_model.metrics, "this model": pairs.metrics}, title))
     for annotator, rate in trainer.annotator_error_rates.items():
         console.print(f"{annotator} errs in {rate:.1%} of the votes, as learnt.")
-    plot = folder / "reliability.png"
+    plot = folder / RELIABILITY_PLOT
     plot_reliability(pairs.bins, plot, num_pairs=pairs.chosen.shape[1])
     console.print(f"Reward model in {folder} with its card README.md, calibration in {plot}.")
 

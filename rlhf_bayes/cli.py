@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from datasets import Dataset, load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, maybe_extract_prompt
 
 from .lm import LanguageModel
-from .numerics import pool
+from .numerics import pool, uses_beta
 from .rewards import PooledReward, RewardEnsemble, RewardModel, load_reward, prompt_centers
+from .rewards.loading import whole_weights
 from .trainers import PPOConfig
-from .trainers.ppo_trainer import _whole_weights
 
 _BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
 
@@ -159,6 +159,23 @@ def load_preferences(
     return dataset
 
 
+def prompts_of_pairs(pairs: Dataset, max_prompts: int) -> list:
+    """
+    The first different prompts of preference data; what the texts of a pair begin with, where they are no column.
+
+    Raises:
+        ValueError: if no pair has one.
+    """
+    prompts = [maybe_extract_prompt(row)["prompt"] for row in pairs]
+    prompts = list({str(prompt): prompt for prompt in prompts if prompt}.values())[:max_prompts]
+    if not prompts:
+        raise ValueError(
+            "`dataset_name` must hold prompts to draw completions for, and the texts of no pair have a beginning in "
+            "common. Name their column, `--columns prompt=<column>`; or draw none, `--normalize_on chosen`."
+        )
+    return prompts
+
+
 def hold_out(dataset: Dataset, share: float, by: str | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
     """
     The rows to learn from, and those to judge on.
@@ -279,7 +296,7 @@ def load_language_model(path: str, args: PPOConfig, tokenizer: PreTrainedTokeniz
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Default: the one saved beside the model.
     """
-    with _whole_weights():
+    with whole_weights():
         model = AutoModelForCausalLM.from_pretrained(path, **(args.model_init_kwargs or {}))
     return LanguageModel(
         model.to(args.device),
@@ -323,8 +340,7 @@ def load_pooled_reward(
     Raises:
         ValueError: if the rule is unknown, a parameter is of no use to it, or there is a single model only.
     """
-    uses_beta = rule in ("pessimistic", "marginal") or (rule == "mean_minus_variance" and penalty is None)
-    beta = beta if uses_beta else None
+    beta = beta if uses_beta(rule, penalty) else None
     pool(torch.zeros(1, 1), rule, beta, penalty)  # refuses what the rule cannot use, before anything is loaded
     reward = load_reward(path, device=prior.device)
     if rule == "mean":

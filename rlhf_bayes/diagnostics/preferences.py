@@ -132,7 +132,8 @@ def plot_overoptimization(
     Proxy reward (dashed) and gold reward (solid) as an image, one colour a model; a dot marks the best gold reward.
 
     A proxy that rises while gold falls is over-optimised. Give both in one unit, normalised on the same completions,
-    and compare models at the same KL: against √KL, gold falls off as d(α − β·log d) with d = √KL.
+    and compare models at the same KL: with d = √KL, gold goes as d(α − β·log d) under RL, as d(α − β·d) for the best
+    of n.
 
     Args:
         runs (`Mapping[str, tuple]`):

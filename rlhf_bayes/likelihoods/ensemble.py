@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf_bayes.likelihoods.protocol import Likelihood
 from rlhf_bayes.likelihoods.reward import RewardLikelihood, check_beta
+from rlhf_bayes.numerics import uses_beta
 from rlhf_bayes.rewards import PooledReward, PromptCenters
 
 
@@ -88,8 +89,8 @@ class EnsembleLikelihood:
             )
         self.beta = check_beta(beta)
         self.ensemble = ensemble
-        uses_beta = rule in ("pessimistic", "marginal") or (rule == "mean_minus_variance" and penalty is None)
-        self.pooled = PooledReward(ensemble, rule, self.beta if uses_beta else None, penalty, centers)
+        pool_beta = self.beta if uses_beta(rule, penalty) else None
+        self.pooled = PooledReward(ensemble, rule, pool_beta, penalty, centers)
 
     def rewards(
         self,

@@ -11,7 +11,7 @@ from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
-from .pooling import POOLING_RULES, pool
+from .pooling import POOLING_RULES, pool, uses_beta
 from .ppo import (
     adapted_beta,
     clipped_policy_loss,
@@ -74,6 +74,7 @@ __all__ = [
     "smoothed",
     "token_rewards",
     "tv",
+    "uses_beta",
     "vote_error_prob",
     "votes_to_prob",
 ]

@@ -53,6 +53,11 @@ def pool(member_rewards: Tensor, rule: str, beta: float | None = None, penalty: 
     return mean
 
 
+def uses_beta(rule: str, penalty: float | None = None) -> bool:
+    """Whether `pool` wants a `beta` for this rule, given its `penalty`."""
+    return rule in ("pessimistic", "marginal") or (rule == "mean_minus_variance" and penalty is None)
+
+
 def _checked_scales(rule: str, beta: float | None, penalty: float | None) -> tuple[float | None, float | None]:
     """What the rule uses: β for the log-means, the penalty for the variance, neither otherwise."""
     if rule not in POOLING_RULES:

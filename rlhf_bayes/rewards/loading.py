@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations import deepspeed
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
@@ -148,6 +149,18 @@ def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int)
 def local_folder(path: str | Path) -> Path:
     """A folder as it is; a repository of the hub, downloaded whole."""
     return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Load models whole under ZeRO-3, which shards what is loaded: a model that runs by itself on each process."""
+    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 def found_index(folder: Path) -> RewardIndex:

@@ -2,15 +2,12 @@
 
 import logging
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed
 
 from ..likelihoods import combine_rewards
 from ..lm import CRITIC, CompletionScores
@@ -25,6 +22,7 @@ from ..numerics import (
     prompt_baseline,
 )
 from ..rewards import RewardModel, checked, load_reward
+from ..rewards.loading import whole_weights
 from ._trl import Rollout, RolloutTrainer
 from .checks import check_datasets
 from .critic import attach_critic
@@ -304,19 +302,7 @@ def _loaded_rewards(reward_funcs: Any, tokenizers: Any, args: PPOConfig) -> list
             f"`reward_processing_classes` must hold one tokenizer for each of the {len(funcs)} reward functions, got "
             f"{len(tokenizers)}. Put None where the function needs none."
         )
-    with _whole_weights():
+    with whole_weights():
         for index in paths:
             funcs[index] = load_reward(funcs[index], tokenizers[index], args.device)
     return funcs
-
-
-@contextmanager
-def _whole_weights() -> Iterator[None]:
-    # ZeRO-3 shards what is loaded while its configuration is set, and a reward function runs by itself on each process
-    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)

@@ -39,7 +39,7 @@ class PairReader:
             columns["pair_annotators"] = [self.annotators[name] for name in judgement.annotators]
             columns["pair_labels"] = judgement.labels
         if self.num_members > 1:
-            # a function of the row: no process, epoch or resume draws another sample
+            # by the row's place: no process, epoch or resume draws another sample (a stream may be shuffled anew)
             weights = np.random.default_rng((self.seed, index)).poisson(1.0, self.num_members)
             columns["pair_weights"] = weights.tolist()
         return columns

@@ -1,6 +1,7 @@
 """The model card of a reward model, filled in by its trainer."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from ..numerics import agreement
 if TYPE_CHECKING:
     from .reward_trainer import RewardTrainer
 
+RELIABILITY_PLOT = "reliability.png"
 _SETTINGS = (
     "learning_rate",
     "num_train_epochs",
@@ -30,11 +32,13 @@ _SETTINGS = (
 def reward_card(
     trainer: "RewardTrainer", name: str, dataset_name: str | None = None, tags: list[str] | str | None = None
 ) -> str:
-    """Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it."""
+    """Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it. A plot
+    `reliability.png` in the output folder is shown."""
     pairs = trainer.evaluation_pairs
     # rewards that diverged have no metrics, and a checkpoint is saved all the same
     finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()
     judged = HeldOutRewards(**pairs) if finite else None
+    plot = Path(trainer.args.output_dir, RELIABILITY_PLOT)
     settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
     return reward_model_card(
         name=name,
@@ -43,7 +47,9 @@ def reward_card(
         base_model=trainer.model.config._name_or_path or None,
         metrics=judged and judged.metrics,
         bins=judged and judged.bins,
-        settings={setting: value for setting, value in settings.items() if value},
+        reliability_plot=plot.name if judged and plot.is_file() else None,
+        # unset ones are None, 0, or -1
+        settings={setting: value for setting, value in settings.items() if value and value != -1},
         tags=[tags] if isinstance(tags, str) else list(tags or []),
     )
 

@@ -77,6 +77,13 @@ class RewardConfig(TRLRewardConfig):
         self._check_choice("overlong", ("drop", "truncate", "error"))
         if not isinstance(self.num_members, int) or self.num_members < 1:
             raise ValueError(f"`num_members` must be a whole number from 1, got {self.num_members!r}. For one, use 1.")
+        if self.num_members == 1 and self.bootstrap == "annotators":
+            raise ValueError(
+                "`bootstrap='annotators'` needs `num_members` above 1, got 1: there is nobody to share them with. Set "
+                "`num_members`, or leave `bootstrap` out."
+            )
+        if isinstance(self.label_smoothing, bool) or not isinstance(self.label_smoothing, (int, float)):
+            raise TypeError(f"`label_smoothing` must be a number, got {self.label_smoothing!r}. For none, use 0.")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}: it is the probability that a "

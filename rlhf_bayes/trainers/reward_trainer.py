@@ -124,20 +124,17 @@ class RewardTrainer(PreferenceTrainer):
             peft_config=peft_config,
             **quantization,
         )
-        if (
-            args.ensemble == "lora"
-            and args.num_members > 1
-            and self.is_deepspeed_enabled
-            and args.gradient_checkpointing
-        ):
+        adapters = args.ensemble == "lora" and args.num_members > 1
+        if adapters and self.is_deepspeed_enabled and args.gradient_checkpointing:
             raise ValueError(
                 "`gradient_checkpointing` must be False with `ensemble='lora'` under DeepSpeed, got True: members go "
                 "through one backward pass, which would run checkpointed layers again under the wrong adapter."
             )
         self._adapters: list[str] = []
         self._training_member: int | None = None
-        if args.num_members > 1 and args.ensemble == "lora":
-            self._adapters = add_adapters(self.model, args.num_members, args.seed)
+        if args.ensemble == "lora":
+            names = add_adapters(self.model, args.num_members, args.seed)
+            self._adapters = names if adapters else []
         elif args.num_members > 1:
             widen_head(self.model, args.num_members, args.seed)
         self.normalization: Normalization | None = None
@@ -175,7 +172,7 @@ class RewardTrainer(PreferenceTrainer):
         in_training = name == "train"
         columns = getattr(dataset, "column_names", None) or next(iter(dataset)).keys()
         has_judgement = bool(set(columns) & set(JUDGEMENT_COLUMNS))
-        if has_judgement and args.annotator_agreement is not None:
+        if in_training and has_judgement and args.annotator_agreement is not None:
             raise ValueError(
                 f"`annotator_agreement` must be left out where the data say how a pair was judged, got "
                 f"{args.annotator_agreement} and {sorted(set(columns) & set(JUDGEMENT_COLUMNS))}: votes hold the "
@@ -204,14 +201,14 @@ class RewardTrainer(PreferenceTrainer):
     def first_pass(self) -> bool:
         return self._training_member in (None, 0)
 
-    def score(self, model, input_ids, attention_mask):
+    def score(self, model, inputs):
         if not self._adapters:
-            return super().score(model, input_ids, attention_mask)
+            return super().score(model, inputs)
         members = range(len(self._adapters)) if self._training_member is None else [self._training_member]
         logits = []
         for member in members:
             with active_adapter(self.model, self._adapters[member]):
-                logits.append(super().score(model, input_ids, attention_mask).logits)
+                logits.append(super().score(model, inputs).logits)
         return SequenceClassifierOutput(logits=torch.cat(logits, -1))  # (2B, K)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -243,11 +240,13 @@ class RewardTrainer(PreferenceTrainer):
         if self.mode == "train" and "pair_annotators" in batch:
             losses = self._vote_losses(delta, batch)
         else:
-            prob = batch.get("pair_prob")  # (B,)
-            if prob is None and self.args.label_noise:
+            prob, noise = batch.get("pair_prob"), self.args.label_noise  # (B,)
+            if prob is None and noise:
                 prob = torch.ones_like(delta[:, 0])
             if prob is not None:
-                prob = smoothed(prob, self.args.label_noise)[:, None]
+                # votes that a model is judged by hold the annotators' noise already
+                of_votes = self.mode == "eval" and self.args.annotator_agreement is not None and "pair_prob" in batch
+                prob = smoothed(prob, 0.0 if of_votes else noise)[:, None]
             losses = bradley_terry_loss(delta, prob)  # (B, K)
         if self.mode == "train" and "pair_weights" in batch:
             losses = losses * self._of_members(batch["pair_weights"])
@@ -358,6 +357,13 @@ class RewardTrainer(PreferenceTrainer):
             (folder / "annotators.json").write_text(json.dumps(self.annotator_error_rates, indent=1) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved, own = RewardIndex.load(resume_from_checkpoint), self.index
+        if saved is not None and (saved.kind, saved.members) != (own.kind, own.members):
+            raise ValueError(
+                f"`resume_from_checkpoint` must hold the ensemble that is trained, {own.num_members} × {own.kind}, "
+                f"got {saved.num_members} × {saved.kind} in `{resume_from_checkpoint}`. Set `num_members` and "
+                "`ensemble` as they were."
+            )
         with kept_trainable(self.model):  # an adapter that is loaded beside the active one would be frozen
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

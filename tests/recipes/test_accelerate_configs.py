@@ -48,6 +48,7 @@ def test_multi_cpu_starts_two_processes(tmp_path):
         "from accelerate import PartialState\n"
         "state = PartialState(cpu=True)\n"
         "print(f'process {state.process_index} of {state.num_processes}, {state.device.type}', flush=True)\n"
+        "state.wait_for_everyone()\n"
         "import os; os._exit(0)  # the teardown of a process group may abort\n"
     )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]

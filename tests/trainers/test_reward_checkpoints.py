@@ -138,3 +138,11 @@ def test_weights_of_two_runs_in_a_folder_are_not_mistaken(toy, tmp_path, adapter
         trained(RewardTrainer, toy, quiet(tmp_path, ours=True), hard_pairs(toy), peft_config=peft_config).save_model()
     with pytest.raises(ValueError, match="holds the weights of both: one of them was left there by an earlier run"):
         load_reward(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["heads", "lora"])
+def test_an_ensemble_of_another_size_does_not_resume(toy, tmp_path, kind):
+    make(toy, tmp_path / "three", kind)
+    two = make(toy, tmp_path / "two", kind, train=False, num_members=2)
+    with pytest.raises(ValueError, match=rf"must hold the ensemble that is trained, 2 × {kind}, got 3 × {kind}"):
+        two.train(resume_from_checkpoint=str(tmp_path / "three" / "checkpoint-5"))

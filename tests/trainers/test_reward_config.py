@@ -31,6 +31,7 @@ def test_every_field_has_help():
         ({"ensemble": "models"}, r"`ensemble` must be one of \('heads', 'lora'\), got 'models'"),
         ({"bootstrap": True}, "`bootstrap` must be one of"),
         ({"overlong": "cut"}, "`overlong` must be one of"),
+        ({"bootstrap": "annotators"}, "needs `num_members` above 1, got 1"),
         ({"label_smoothing": 0.5}, r"`label_smoothing` must be in \[0, 0\.5\), got 0\.5"),
         ({"label_smoothing": -0.1}, r"got -0\.1"),
         ({"label_smoothing_factor": 0.1}, "Set `label_smoothing` instead"),

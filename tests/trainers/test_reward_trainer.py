@@ -335,6 +335,7 @@ def test_the_reward_is_what_was_trained(toy, tmp_path, kind):
     ("options", "data", "message"),
     [
         ({"num_members": 2, "ensemble": "lora"}, {}, r"`ensemble='lora'` needs a `peft_config`"),
+        ({"ensemble": "lora"}, {}, r"`ensemble='lora'` needs a `peft_config`"),
         ({"annotator_reliability": True}, {}, r"`annotator_reliability=True` needs .* the column `annotator`"),
         ({"num_members": 2, "bootstrap": "annotators"}, {"votes": VOTES}, r"`bootstrap='annotators'` needs"),
         (
@@ -466,3 +467,24 @@ def test_adapters_that_are_there_already_are_refused(toy, tmp_path, names):
     args = quiet(tmp_path, ours=True, num_members=2, ensemble="lora")
     with pytest.raises(ValueError, match=f"one adapter, named 'default', .* got {', '.join(names)}"):
         trained(RewardTrainer, toy, args, hard_pairs(toy), model=model)
+
+
+def test_an_agreement_is_for_labels_and_leaves_votes_to_judge_by_alone(toy, tmp_path):
+    judged = hard_pairs(toy, votes=VOTES)
+    trainer = trained(
+        RewardTrainer, toy, quiet(tmp_path, ours=True, annotator_agreement=0.7), hard_pairs(toy), eval_dataset=judged
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_log_loss"], rel=1e-5)
+
+
+def test_whole_evaluations_have_means_of_their_own(toy, tmp_path):
+    pairs = hard_pairs(toy, 11)
+    args = quiet(tmp_path, ours=True, num_members=2, per_device_eval_batch_size=4)
+    trainer = trained(RewardTrainer, toy, args, pairs, eval_dataset=pairs)
+    metrics = trainer.evaluate()
+    chosen, rejected = (trainer.evaluation_pairs[name].mean(0).tolist() for name in ("chosen", "rejected"))
+    assert metrics["eval_margin"] == pytest.approx(sum(chosen) / 11 - sum(rejected) / 11, rel=1e-4)
+    assert metrics["eval_mean_reward"] == pytest.approx((sum(chosen) + sum(rejected)) / 22, rel=1e-4)
+    assert metrics["eval_min_reward"] == pytest.approx(min(chosen + rejected))
+    assert metrics["eval_max_reward"] == pytest.approx(max(chosen + rejected))

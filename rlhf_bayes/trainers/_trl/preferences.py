@@ -58,9 +58,9 @@ class PreferenceTrainer(TRLRewardTrainer):
         """The dataset with what `pair_loss` needs of `PAIR_COLUMNS`. Called before the trainer is set up."""
         return dataset
 
-    def score(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def score(self, model: nn.Module, inputs: dict[str, Tensor]) -> Any:
         """The model's output for (2B, L) tokens, with `logits` (2B, K)."""
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return model(**inputs, use_cache=False)
 
     def pair_loss(self, rewards: PairRewards, batch: dict[str, Tensor]) -> Tensor:
         """Mean over this micro-batch of the loss: (). Defined by the objective."""
@@ -118,8 +118,7 @@ class PreferenceTrainer(TRLRewardTrainer):
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        outputs = self.score(model, inputs.pop("input_ids"), inputs["attention_mask"])
+        outputs = self.score(model, {n: x for n, x in inputs.items() if n not in (*PAIR_COLUMNS, "margin")})
         rewards = PairRewards(*outputs.logits.chunk(2))  # (B, K) each
         loss = self.pair_loss(rewards, inputs)
         self._report(rewards, inputs)
@@ -157,7 +156,14 @@ class PreferenceTrainer(TRLRewardTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self._eval_rows:
             pairs = {name: torch.cat([rows[name] for rows in self._eval_rows]) for name in self._eval_rows[0]}
-            metrics = self.pair_metrics(pairs.pop("chosen").T, pairs.pop("rejected").T, pairs)
+            chosen, rejected = pairs.pop("chosen").T, pairs.pop("rejected").T  # (K, N)
+            rewards = torch.cat([chosen.mean(0), rejected.mean(0)])  # (2N,)
+            metrics = {
+                "min_reward": rewards.min().item(),
+                "mean_reward": rewards.mean().item(),
+                "max_reward": rewards.max().item(),
+                "margin": (chosen - rejected).mean().item(),
+            } | self.pair_metrics(chosen, rejected, pairs)
             # in the place of TRL's means over batches, which count a small last batch like the others
             self._metrics["eval"].update({name: [value] for name, value in metrics.items()})
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
