@@ -98,7 +98,7 @@ def plot_reliability(
     axes.set(ylabel="votes for the predicted text (share)", xlim=(0.48, 1.02), title="Reliability")
     axes.set_ylim(min(0.45, axes.get_ylim()[0]), 1.02)
     counts.set(ylabel="share of pairs" if num_pairs is None else "pairs", xlabel="confidence max(p, 1 − p)")
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper left", frameon=False)
     for part in (axes, counts):
         part.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
