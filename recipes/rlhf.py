@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback
@@ -179,18 +180,18 @@ def mean_curves(runs: list[Run]) -> tuple[list[int], list[float], list[float]]:
 
 def table(runs: dict[str, list[Run]]) -> Table:
     """A row a policy: proxy, gold and KL to the prior where gold was best and at the end; then the mean over seeds."""
-    table = Table(title="Rewards in sd under the prior, where both start at 0; KL in nats; * where gold was highest")
+    title = "Rewards in sd under the prior, where both start at 0; KL in nats; * where gold was highest"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("", min_width=max(len(word) for name in runs for word in name.split()))
     for column in ("seed", "step*", "proxy*", "gold*", "KL*", "proxy", "gold", "KL"):
         table.add_column(column, justify="right")
     for name, of in runs.items():
         rows = torch.tensor([[run.steps[run.best], *run.at(run.best), *run.at(-1)] for run in of])  # (seeds, 7)
-        for seed, row in enumerate(rows.tolist()):
-            table.add_row(name, str(seed), f"{row[0]:.0f}", *(f"{value:.2f}" for value in row[1:]))
-        if len(of) > 1:
-            error = rows.std(0) / math.sqrt(len(rows))
-            cells = [f"{m:.2f} ± {e:.2f}" for m, e in zip(rows.mean(0).tolist(), error.tolist(), strict=True)]
-            table.add_row(name, "mean", *cells)
+        lines = dict(zip(map(str, range(len(rows))), rows, strict=True))
+        if len(rows) > 1:
+            lines |= {"mean": rows.mean(0), "±": rows.std(0) / math.sqrt(len(rows))}
+        for index, (label, (step, *values)) in enumerate(lines.items()):
+            table.add_row("" if index else name, label, f"{step:.0f}", *(f"{value:.2f}" for value in values))
         table.add_section()
     return table
 
