@@ -1,12 +1,14 @@
 """The recipe with few steps; that it votes as the annotator does, and where it sees the best gold reward."""
 
 import importlib.util
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlhf_bayes import toy
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, load_reward
 from rlhf_bayes.toy.rewards import sentiment
 
@@ -24,16 +26,14 @@ def recipe():
     del sys.modules["rlhf_recipe"]
 
 
-def test_from_preferences_to_policies(recipe, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setattr(toy, "prompts", lambda: ["The movie", "The hotel"])
-    monkeypatch.setattr(recipe, "quieten", lambda: None)  # it is for the whole process
-    monkeypatch.setattr(sys, "argv", ["rlhf.py", "--num_seeds", "2", "--num_members", "2", *FEW])
-    recipe.main()
-    output = capsys.readouterr().out
-    assert output.count("single reward model") == 3  # two seeds and their mean
-    assert output.count("pessimistic ensemble") == 3
+def test_from_preferences_to_policies(tmp_path):
+    command = [sys.executable, str(RECIPE), "--num_seeds", "2", "--num_members", "2", *FEW]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # a row a seed, then two for their mean
+    rows = [line.split() for line in done.stdout.splitlines() if re.search(r"\d\.\d\d\s*$", line)]
+    assert [row[-8] for row in rows] == ["0", "1", "mean", "±"] * 2
     folder = tmp_path / "runs" / "rlhf"
     assert (folder / "overoptimization.png").read_bytes().startswith(b"\x89PNG")
     assert isinstance(load_reward(folder / "single_reward_model_1" / "reward"), RewardModel)
