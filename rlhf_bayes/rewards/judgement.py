@@ -1,6 +1,7 @@
 """What people said of a pair of completions: the evidence, row by row, and checked."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,6 +144,8 @@ def check_pairs(name: str, dataset: Any) -> None:
     if len(dataset) == 0:
         raise ValueError(f"`{name}` must hold at least one pair, got none. Check the split and the filters before it.")
     _check_texts(name, dataset, ("chosen_ids", "rejected_ids") if tokenised else ("chosen", "rejected"))
+    if "margin" in columns:
+        _check_margins(name, dataset["margin"])
     if set(columns) & set(JUDGEMENT_COLUMNS):
         judged: Any = dataset.select_columns([column for column in columns if column in JUDGEMENT_COLUMNS])
         probs = [read_judgement(row, f"`{name}` row {index}").chosen_prob for index, row in enumerate(judged)]
@@ -150,6 +153,15 @@ def check_pairs(name: str, dataset: Any) -> None:
             raise ValueError(
                 f"`{name}` must hold at least one pair that is not a tie, got {len(dataset)} ties: no reward follows "
                 "from them. Check how votes were mapped."
+            )
+
+
+def _check_margins(name: str, margins: Sequence[Any]) -> None:
+    for index, margin in enumerate(margins):
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            raise ValueError(
+                f"`margin` must be a finite number, got {margin!r} in `{name}` row {index}. Use 0 for a pair without "
+                "one, or remove the column."
             )
 
 

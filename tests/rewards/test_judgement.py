@@ -85,6 +85,8 @@ def test_bad_judgements(row, message):
             "`rejected` must hold texts .* got None in `train_dataset` row 1",
         ),
         (pairs(chosen=["a", "b"], rejected=["a", "b"]), ValueError, "at least one pair of different texts, got 2"),
+        (pairs(margin=[0.5, None, 1.0]), ValueError, "`margin` must be a finite number, got None in .* row 1"),
+        (pairs(margin=[0.5, 1.0, float("nan")]), ValueError, "`margin` must be a finite number, got nan in .* row 2"),
         (pairs(votes=[[1, 1, 0], [0, 0, 3]]), ValueError, "at least one pair that is not a tie, got 2 ties"),
         (pairs(chosen_prob=[0.5, 0.2, -0.1]), ValueError, "got -0.1 in `train_dataset` row 2"),
         ({"held": pairs().select([])}, ValueError, r"`train_dataset\['held'\]` must hold at least one pair"),
