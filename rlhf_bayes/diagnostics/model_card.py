@@ -22,7 +22,7 @@ _METRICS = {
     "accuracy": ("accuracy on plurality labels", "share of pairs, even votes left out"),
     "log_loss": ("log loss", "nats; log 2 = 0.693 says nothing"),
     "log_loss_member": ("log loss of a member alone", "nats, mean over members"),
-    "brier": ("Brier score", "0.25 says nothing"),
+    "brier": ("Brier score", "0.25 says nothing, where labels are 0 or 1"),
     "vote_accuracy": ("accuracy on single votes", "share of votes, ties left out"),
     "vote_ceiling": ("… at most, given the agreement", "share of votes"),
     "vote_accuracy_of_ceiling": ("… as a share of that", "1 is as good as an annotator without noise"),
