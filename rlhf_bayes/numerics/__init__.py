@@ -1,5 +1,5 @@
 """Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
-preferences and their calibration, pooled rewards, best of n.
+exponential families with given moments, preferences and their calibration, pooled rewards, best of n.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
@@ -11,6 +11,7 @@ from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
+from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, uses_beta
 from .ppo import (
     adapted_beta,
@@ -34,6 +35,7 @@ from .preferences import (
 
 __all__ = [
     "POOLING_RULES",
+    "MomentFit",
     "ReliabilityBins",
     "adapted_beta",
     "agreement",
@@ -46,6 +48,7 @@ __all__ = [
     "expected_best_of_n",
     "expected_calibration_error",
     "explained_variance",
+    "fit_moments",
     "forward_kl",
     "gae",
     "importance_ess",
