@@ -1,12 +1,21 @@
-"""The posterior of a prior and a likelihood, and the shortest way to one: a language model tilted by a reward."""
+"""The posterior of a prior and a likelihood, and the shortest ways to one: a language model tilted by a reward,
+conditioned on a predicate, or constrained to given moments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from rlhf_bayes.likelihoods import Likelihood, RewardLikelihood
+from rlhf_bayes.likelihoods import (
+    Constraint,
+    Likelihood,
+    MomentLikelihood,
+    ProductLikelihood,
+    RewardLikelihood,
+    checked_log_likelihood,
+    known_bound,
+)
 from rlhf_bayes.lm import as_completion
 from rlhf_bayes.rewards import RewardFunc, check_rows
 
@@ -66,6 +75,19 @@ class Posterior:
         """Units of reward per nat of evidence, or `None` where the likelihood has no such scale."""
         return getattr(self.likelihood, "beta", None)
 
+    @property
+    def bound(self) -> float | None:
+        """Nats that `log_likelihood` never exceeds, or `None` where no bound is known. Exact rejection needs one."""
+        return known_bound(self.likelihood)
+
+    def tilt(self, reward_funcs: RewardFunc | Sequence[RewardFunc], beta: float, **options: Any) -> "Posterior":
+        """π*(x | c)·exp(r(c, x)/β)/Z′(c), a reward on top of this evidence: see [`tilt`], which takes the options."""
+        return self._with(tilt(self.prior, reward_funcs, beta, **options).likelihood)
+
+    def condition(self, predicate: Callable) -> "Posterior":
+        """π*(x | c)·b(c, x)/Z′(c), a hard constraint on top of this evidence: see [`condition`]."""
+        return self._with(Constraint(predicate))
+
     def log_likelihood(
         self,
         prompts: Sequence[Any],
@@ -111,25 +133,13 @@ class Posterior:
         log_prior = self.prior.log_prob(prompts, ids)  # (B,), first: it refuses ids outside of the support
         return log_prior + self._log_likelihood(prompts, completions, ids, columns).to(log_prior.device)
 
+    def _with(self, likelihood: Likelihood) -> "Posterior":
+        return Posterior(self.prior, ProductLikelihood([self.likelihood, likelihood]))
+
     def _log_likelihood(
         self, prompts: Sequence[Any], completions: Sequence[Any], ids: list[list[int]], columns: Any
     ) -> Tensor:
-        name = type(self.likelihood).__name__
-        result = self.likelihood.log_likelihood(prompts, completions, ids, columns)
-        if not isinstance(result, Tensor) or result.shape != (len(prompts),):
-            got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
-            raise TypeError(
-                f"`{name}.log_likelihood` must return a tensor of shape ({len(prompts)},), got {got}. Return one "
-                "number of nats for each completion."
-            )
-        result = result.detach().float()
-        wrong = (result.isnan() | (result == torch.inf)).nonzero().flatten().tolist()
-        if wrong:
-            raise ValueError(
-                f"`{name}.log_likelihood` must be finite, or -inf for a forbidden completion; got "
-                f"{result[wrong[0]].item()} in row {wrong[0]}: prompt {prompts[wrong[0]]!r}, completion "
-                f"{completions[wrong[0]]!r}. Bound the evidence from above (a larger `beta`, or a clipped reward)."
-            )
+        result = checked_log_likelihood(self.likelihood, prompts, completions, ids, columns)
         return result.to(self.prior.device)
 
     def _both_forms(
@@ -217,6 +227,61 @@ def tilt(
         reward_processing_classes=reward_processing_classes,
         eos_token_ids=prior.eos_token_ids,
         device=prior.device,
+    )
+    return Posterior(prior, likelihood)
+
+
+def condition(prior: "LanguageModel", predicate: Callable) -> Posterior:
+    r"""
+    The prior, given that a predicate holds:
+
+        π*(x | c)  =  π0(x | c) · b(c, x) / Z(c)
+
+    Z(c) is how often the prior meets it. Of all distributions that always do, this is the closest to the prior, at
+    KL(π*‖π0) = −log Z(c).
+
+    Args:
+        prior (`LanguageModel`):
+            π0.
+        predicate (`Callable`):
+            b, in the protocol of TRL's reward functions: `bool`, 0 or 1 for each completion.
+
+    Returns:
+        [`Posterior`], with `bound` 0: a draw from the prior that meets the predicate is an exact draw.
+
+    Raises:
+        `TypeError`: not a function. What it returns is checked at each call, see `Constraint`.
+
+    Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, "pointwise constraints"; a prompt's own Z as in Korbak
+    et al. 2022, arXiv 2112.00791.
+    """
+    return Posterior(prior, Constraint(predicate))
+
+
+def constrain(
+    prior: "LanguageModel",
+    constraints: Mapping[str, tuple[RewardFunc, float]],
+    prompts: Sequence[Any],
+    *,
+    num_samples: int = 256,
+    generator: torch.Generator | None = None,
+    proposal: "LanguageModel | None" = None,
+    columns: Mapping[str, Sequence] | None = None,
+    feature_bounds: Mapping[str, tuple[float, float]] | None = None,
+) -> Posterior:
+    """
+    The distribution closest in KL to the prior in which features have given means: see `MomentLikelihood.fit`, which
+    takes these arguments. `posterior.likelihood.summary` says how well λ is known.
+    """
+    likelihood = MomentLikelihood.fit(
+        prior,
+        constraints,
+        prompts,
+        num_samples=num_samples,
+        generator=generator,
+        proposal=proposal,
+        columns=columns,
+        feature_bounds=feature_bounds,
     )
     return Posterior(prior, likelihood)
 

@@ -28,7 +28,10 @@ FIRST_LAYER_WITH_TRL = 3
 
 # (importing module, imported part): reason. Only inside a function or under TYPE_CHECKING.
 UPWARD = {
-    ("rlhf_bayes.lm.language_model", "posterior"): "`LanguageModel.tilt` starts from the prior, where a user starts",
+    (
+        "rlhf_bayes.lm.language_model",
+        "posterior",
+    ): "`tilt`, `condition`, `constrain` start from the prior, as a user does",
 }
 
 TRL_CONTACT = "rlhf_bayes.trainers._trl"

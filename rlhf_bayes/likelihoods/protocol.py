@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,41 @@ class Likelihood(Protocol):
         completion; NaN and `+inf` are refused by the posterior.
         """
         ...
+
+
+def checked_log_likelihood(
+    likelihood: Likelihood,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence] | None = None,
+) -> Tensor:
+    """
+    What a likelihood returns, if it is evidence: (B,), fp32, nats, without gradient, finite or `-inf`.
+
+    Raises:
+        `TypeError`: not a tensor of one number for each completion.
+        `ValueError`: NaN or `+inf`, with the row.
+    """
+    name = type(likelihood).__name__
+    result = likelihood.log_likelihood(prompts, completions, completion_ids, columns)
+    if not isinstance(result, Tensor) or result.shape != (len(prompts),):
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise TypeError(
+            f"`{name}.log_likelihood` must return a tensor of shape ({len(prompts)},), got {got}. Return one "
+            "number of nats for each completion."
+        )
+    result = result.detach().float()
+    wrong = (result.isnan() | (result == torch.inf)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"`{name}.log_likelihood` must be finite, or -inf for a forbidden completion; got "
+            f"{result[wrong[0]].item()} in row {wrong[0]}: prompt {prompts[wrong[0]]!r}, completion "
+            f"{completions[wrong[0]]!r}. Bound the evidence from above (a larger `beta`, or a clipped reward)."
+        )
+    return result
+
+
+def known_bound(likelihood: Likelihood) -> float | None:
+    """`likelihood.bound` in nats, or `None` where none is known."""
+    return getattr(likelihood, "bound", None)

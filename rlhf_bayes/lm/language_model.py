@@ -193,6 +193,22 @@ class LanguageModel:
 
         return tilt(self, reward_funcs, beta, **options)
 
+    def condition(self, predicate: Any) -> "Posterior":
+        """π*(x | c) ∝ π(x | c)·b(c, x), b in {0, 1}: see [`~rlhf_bayes.posterior.condition`]."""
+        from ..posterior import condition
+
+        return condition(self, predicate)
+
+    def constrain(self, constraints: Any, prompts: Sequence[Prompt], **options: Any) -> "Posterior":
+        """
+        π*(x | c) ∝ π(x | c)·exp(λ·φ(c, x)), with λ such that each feature has its mean over the prompts' completions:
+        `constrain({"animal": (mentions_animal, 0.5)}, prompts)`. See [`~rlhf_bayes.posterior.constrain`], which takes
+        the options.
+        """
+        from ..posterior import constrain
+
+        return constrain(self, constraints, prompts, **options)
+
     def prompt_token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """
         Token ids as TRL makes them: special tokens added to a text, the chat template with generation prompt for

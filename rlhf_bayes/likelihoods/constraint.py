@@ -1,0 +1,73 @@
+"""A hard constraint as evidence: allowed, or not."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_bayes.rewards import RewardScorer
+
+
+@final
+class Constraint:
+    r"""
+    Evidence of a predicate that must hold:
+
+        log_likelihood(c, x)  =  0 where b(c, x) = 1,  −inf where b(c, x) = 0
+
+    The posterior π0(x | c) · b(c, x) / Z(c) is the prior given that b holds. A binary reward under `RewardLikelihood`
+    is a preference instead: it forbids nothing.
+
+    Args:
+        predicate (`Callable`):
+            b, in the protocol of TRL's reward functions, sync or async: `f(prompts=, completions=, completion_ids=,
+            **columns)` returning `bool`, 0 or 1 for each completion.
+
+    Attributes:
+        bound (`float`): 0 nats. A draw from the prior that meets the predicate is an exact draw from the posterior.
+        name (`str`): of the predicate.
+
+    Raises:
+        `TypeError`: not a function.
+
+    Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.1, "pointwise constraints".
+    """
+
+    bound: float | None = 0.0
+
+    def __init__(self, predicate: Callable):
+        if isinstance(predicate, (str, nn.Module)) or not callable(predicate):
+            raise TypeError(
+                f"`predicate` must be a function that says for each completion whether it is allowed, got "
+                f"{type(predicate).__name__}. Pass `f(prompts, completions, **kwargs)` returning a list of bools; for "
+                "a model, use `ClassifierLikelihood`, or compare its score with a threshold in the function."
+            )
+        self._scorer = RewardScorer(predicate)
+        self.name = self._scorer.names[0]
+
+    def log_likelihood(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        0 or `-inf` for each completion: (B,), fp32.
+
+        Raises:
+            `TypeError` or `ValueError`: the predicate returned something other than `bool`, 0 or 1 for a completion,
+                or raised; with the row.
+        """
+        values = self._scorer(prompts, completions, completion_ids, columns)[:, 0]  # (B,)
+        wrong = ((values != 0) & (values != 1)).nonzero().flatten().tolist()
+        if wrong:
+            row = wrong[0]
+            got = "None" if values[row].isnan() else f"{values[row].item():.6g}"
+            raise ValueError(
+                f"The predicate '{self.name}' must return True or False (or 1 or 0) for each completion, got {got} in "
+                f"row {row}: prompt {prompts[row]!r}, completion {completions[row]!r}. Compare a score with a "
+                "threshold, or use `RewardLikelihood` for evidence by degrees."
+            )
+        return torch.where(values == 1, 0.0, -torch.inf)
