@@ -188,9 +188,8 @@ class MomentLikelihood:
 
             (1/P) Σ_c E_π*(·|c)[φ]  =  μ̄,        π*(x | c)  =  π0(x | c) · exp(λ·φ(c, x)) / Z(c)
 
-        **One λ for all prompts**, each prompt with its own Z: "half of the stories" is half of all the prompts'
-        stories, more of one prompt's and less of another's. What is minimised is the mean of KL(π*(·|c)‖π0(·|c)).
-        For half of *each* prompt's stories, fit each prompt by itself.
+        **One λ for all prompts**, each with its own Z: "half of the stories" is half of all the prompts' stories, more
+        of one prompt's and less of another's, at the least mean KL. For half of *each* prompt's, fit it by itself.
 
         A binary feature at moment 1 or 0 becomes a condition: λ = ±∞, and the other moments are those given it.
 
@@ -204,25 +203,23 @@ class MomentLikelihood:
             prompts (`Sequence` of `str` or of chats):
                 P prompts. Their choice is part of the target.
             num_samples (`int`, *optional*, defaults to `256`):
-                Completions drawn for each prompt, at least 2. The bias of λ is of the order of 1/num_samples, however
-                many prompts there are.
+                Completions a prompt, at least 2. The bias of λ is of the order of 1/num_samples, for any P.
             generator (`torch.Generator`, *optional*):
                 Makes the draw reproducible.
             proposal (`LanguageModel`, *optional*):
-                Where to draw, with the prior's tokenizer and `max_completion_length`: a policy trained towards these
-                moments reaches what the prior does not. Draws are weighted by π0/q. Default: the prior.
+                Where to draw, weighted by π0/q: a policy trained towards these moments reaches what the prior does
+                not. With the prior's tokenizer and `max_completion_length`. Default: the prior.
             columns (`Mapping[str, Sequence]`, *optional*):
                 Columns of the dataset that features ask for, P entries each.
             feature_bounds (`Mapping[str, tuple[float, float]]`, *optional*):
                 name -> (low, high). Default: (0, 1) for binary features, unknown for the others.
 
         Raises:
-            `TypeError` or `ValueError`: constraints that are none, a proposal with another support, a feature that
-                returns no numbers, a condition that no draw of a prompt meets, moments outside of what the draws
-                reach, moments that contradict each other, features that follow from each other.
+            `TypeError` or `ValueError`: a proposal with another support, a feature that returns no numbers, a
+                condition that no draw of a prompt meets, moments that the draws do not reach or that contradict each
+                other.
 
-        Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, sections 2.1 and 2.2 (one prompt; λ by gradient
-        steps); the dual and its solution: see [`~rlhf_bayes.numerics.fit_moments`].
+        Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.2; [`~rlhf_bayes.numerics.fit_moments`].
         """
         wanted = _checked_moments(constraints)
         functions = {name: constraint[0] for name, constraint in constraints.items()}
