@@ -20,10 +20,9 @@ from ..lm import (
     score_completions,
     token_log_probs_and_exact_kl,
 )
-from ..numerics import importance_ess, khat, khat_threshold, log_z, log_z_standard_error
+from ..numerics import MIN_IMPORTANCE_ESS, importance_ess, khat, khat_threshold, log_z, log_z_standard_error
 from ..posterior import Posterior
 
-MIN_IMPORTANCE_ESS = 10.0
 NOT_TRUSTWORTHY = "not trustworthy"
 
 

@@ -9,9 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from rlhf_bayes.numerics import khat_threshold
+from rlhf_bayes.numerics import MIN_IMPORTANCE_ESS, khat_threshold
 
-MIN_IMPORTANCE_ESS = 10.0
 MIN_SAMPLES = 25
 
 

@@ -9,7 +9,15 @@ from .calibration import ReliabilityBins, brier_score, expected_calibration_erro
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
 from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
-from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
+from .log_weights import (
+    MIN_IMPORTANCE_ESS,
+    importance_ess,
+    khat,
+    khat_threshold,
+    log_importance_ess,
+    log_z,
+    log_z_standard_error,
+)
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, uses_beta
@@ -34,6 +42,7 @@ from .preferences import (
 )
 
 __all__ = [
+    "MIN_IMPORTANCE_ESS",
     "POOLING_RULES",
     "MomentFit",
     "ReliabilityBins",

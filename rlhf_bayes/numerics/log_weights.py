@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+MIN_IMPORTANCE_ESS = 10.0
+"""Below it, an estimate rests on so few draws that neither it nor its standard error means much."""
+
 
 def log_z(log_weights: Tensor, dim: int = -1) -> Tensor:
     """
