@@ -7,6 +7,7 @@ Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp6
 from .best_of_n import best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
+from .f_divergence import DIVERGENCES, f_divergence, pseudo_rewards
 from .gae import gae
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
@@ -33,6 +34,7 @@ from .preferences import (
 )
 
 __all__ = [
+    "DIVERGENCES",
     "POOLING_RULES",
     "ReliabilityBins",
     "adapted_beta",
@@ -46,6 +48,7 @@ __all__ = [
     "expected_best_of_n",
     "expected_calibration_error",
     "explained_variance",
+    "f_divergence",
     "forward_kl",
     "gae",
     "importance_ess",
@@ -69,6 +72,7 @@ __all__ = [
     "pool",
     "preference_metrics",
     "prompt_baseline",
+    "pseudo_rewards",
     "reliability_bins",
     "reverse_kl",
     "smoothed",
