@@ -1,5 +1,5 @@
 """Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
-preferences and their calibration, pooled rewards, best of n.
+distributional policy gradients, preferences and their calibration, pooled rewards, best of n.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
@@ -7,8 +7,10 @@ Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp6
 from .best_of_n import best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
+from .dpg import BASELINES, dpg_advantages
 from .f_divergence import DIVERGENCES, f_divergence, pseudo_rewards
 from .gae import gae
+from .groups import leave_one_out_baseline
 from .kl import exact_token_kl, k1, k2, k3
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
@@ -34,6 +36,7 @@ from .preferences import (
 )
 
 __all__ = [
+    "BASELINES",
     "DIVERGENCES",
     "POOLING_RULES",
     "ReliabilityBins",
@@ -44,6 +47,7 @@ __all__ = [
     "brier_score",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "dpg_advantages",
     "exact_token_kl",
     "expected_best_of_n",
     "expected_calibration_error",
@@ -60,6 +64,7 @@ __all__ = [
     "khat",
     "khat_threshold",
     "kl_penalised_advantages",
+    "leave_one_out_baseline",
     "log_importance_ess",
     "log_z",
     "log_z_standard_error",
