@@ -34,12 +34,14 @@ from .preferences import (
     vote_error_prob,
     votes_to_prob,
 )
+from .z_pool import ZPool
 
 __all__ = [
     "BASELINES",
     "DIVERGENCES",
     "POOLING_RULES",
     "ReliabilityBins",
+    "ZPool",
     "adapted_beta",
     "agreement",
     "best_of_n_kl_bound",
