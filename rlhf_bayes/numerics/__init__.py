@@ -1,5 +1,5 @@
 """Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
-distributional policy gradients, preferences and their calibration, pooled rewards, best of n.
+distributional policy gradients, the log-variance loss, preferences and their calibration, pooled rewards, best of n.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
@@ -12,6 +12,7 @@ from .f_divergence import DIVERGENCES, f_divergence, pseudo_rewards
 from .gae import gae
 from .groups import leave_one_out_baseline
 from .kl import exact_token_kl, k1, k2, k3
+from .log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
 from .log_weights import importance_ess, khat, khat_threshold, log_importance_ess, log_z, log_z_standard_error
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .pooling import POOLING_RULES, pool, uses_beta
@@ -40,6 +41,7 @@ __all__ = [
     "BASELINES",
     "DIVERGENCES",
     "POOLING_RULES",
+    "LogVarianceCentres",
     "ReliabilityBins",
     "ZPool",
     "adapted_beta",
@@ -68,6 +70,8 @@ __all__ = [
     "kl_penalised_advantages",
     "leave_one_out_baseline",
     "log_importance_ess",
+    "log_variance_centres",
+    "log_variance_loss",
     "log_z",
     "log_z_standard_error",
     "masked_mean",
