@@ -12,16 +12,21 @@ class LogVarianceCentres(NamedTuple):
     """What [`log_variance_loss`] needs to know of a completion's siblings. Constants."""
 
     centre: Tensor
-    """(B,): the group's estimate of −log Z, in nats; 0 where there is none."""
+    """(B,), in nats: what the completion's deviation is taken from, an estimate of −log Z while none is forbidden."""
     scale: Tensor
-    """(B,): n/(n − 1) for a group of n completions that are not forbidden; 0 where n < 2: one has no spread."""
+    """(B,): n/(n − 1) for the n completions of a prompt that take part; 0 for one alone, which has no spread."""
 
 
 def log_variance_centres(
-    log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor, groups: Tensor, huber_delta: float | None = None
+    log_policy: Tensor,
+    log_prior: Tensor,
+    log_likelihood: Tensor,
+    groups: Tensor,
+    huber_delta: float | None = None,
+    forbidden_gap: float = 10.0,
 ) -> LogVarianceCentres:
     """
-    Centre of `d = log π − log π0 − log_likelihood` over the completions of each prompt that are not forbidden.
+    Centre of `d = log π − log π0 − log_likelihood` over the completions of each prompt, that of [`log_variance_loss`].
 
     Apart from the loss, so that a prompt's completions may be spread over micro-batches: the loss has no gradient
     through its centre, whose derivative is 0.
@@ -34,6 +39,7 @@ def log_variance_centres(
             policy they were drawn.
         huber_delta (`float`, *optional*): as for the loss. The centre is then Huber's location, which an outlier
             hardly moves, in place of the mean.
+        forbidden_gap (`float`, defaults to `10.0`): as for the loss.
 
     Returns:
         `LogVarianceCentres`: of each completion.
@@ -44,18 +50,26 @@ def log_variance_centres(
 
     Source: as [`log_variance_loss`].
     """
-    check_huber_delta(huber_delta)
-    difference = _differences(log_policy.detach(), log_prior, log_likelihood)  # (B,)
+    _check_options(huber_delta, forbidden_gap)
+    log_policy = log_policy.detach()
+    difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
     if groups.shape != difference.shape:
         raise ValueError(f"`groups` must be {tuple(difference.shape)}, got {tuple(groups.shape)}: one a completion.")
-    layout = grouped(groups)
+    layout, forbidden = grouped(groups), difference == torch.inf
+    excess = _excess(log_policy, log_prior, forbidden_gap)
     # +inf is a forbidden completion: it would take the mean with it
-    allowed = torch.where(difference == torch.inf, torch.nan, difference.double())  # (B,)
-    table = layout.table(allowed, torch.nan)  # (G, M)
-    counts = (~table.isnan()).sum(-1, keepdim=True)  # (G, 1)
+    allowed = layout.table(torch.where(forbidden, torch.nan, difference).double(), torch.nan)  # (G, M)
+    too_likely = layout.table(torch.where(forbidden & (excess > 0), excess, torch.nan).double(), torch.nan)
+    any_allowed = ~allowed.isnan().all(-1, keepdim=True)  # (G, 1)
+    level = torch.where(any_allowed, huber_centre(allowed, huber_delta), 0.0)
+    above = torch.where(allowed.isnan(), too_likely, allowed - level)  # (G, M)
+    # without a permitted sibling there is nothing that the mass should go to instead: down, from 0
+    lift = torch.where(any_allowed, huber_centre(above, huber_delta), 0.0)
+    counts = (~above.isnan()).sum(-1, keepdim=True)  # (G, 1)
     scale = torch.where(counts > 1, counts / (counts - 1).clamp(min=1), 0.0)
-    centre = huber_centre(table, huber_delta).nan_to_num(nan=0.0)
-    return LogVarianceCentres(layout.rows(centre).to(difference.dtype), layout.rows(scale).to(difference.dtype))
+    scale = torch.where(any_allowed, scale, 1.0)
+    centre = torch.where(forbidden, layout.rows(lift), layout.rows(level + lift))  # (B,)
+    return LogVarianceCentres(centre.to(difference.dtype), layout.rows(scale).to(difference.dtype))
 
 
 def log_variance_loss(
@@ -76,14 +90,14 @@ def log_variance_loss(
     baseline. Off policy it is another loss with the same minimum on what the draws cover.
 
     A **forbidden** completion has d = +∞, and no finite π makes it constant. Left out, mass on it would cost nothing;
-    with a finite log-likelihood in its place, the posterior would no longer be the minimum. So it takes no part in d̄
-    and adds, on one side only,
+    with a finite log-likelihood in its place, the posterior would no longer be the minimum. So its d is
 
-        ½·max(0, log π − log π0 + gap)²
+        c + max(0, log π − log π0 + gap),    c: the mean d of the prompt's completions that are not forbidden
 
-    which is 0 at the posterior (π = 0), so that the posterior remains a minimum, exactly, and any policy without loss
-    puts at most `exp(−gap)` of its mass on forbidden completions. The gradient starts at `gap` nats a completion, some
-    times that of the others: `huber_delta` caps it.
+    and where that is c it takes no further part: at the posterior, where π = 0, every d is c. So the posterior
+    remains a minimum, exactly; a policy without loss puts at most `exp(−gap)` of its mass on forbidden completions;
+    and d̄, over all that take part, is a baseline, so that what is taken from the forbidden goes to the others. c and d̄
+    are constants. Where a prompt has forbidden completions only, they are compared with 0.
 
     Args:
         log_policy (`torch.Tensor`): log π (B,), in nats, with gradient.
@@ -92,9 +106,10 @@ def log_variance_loss(
         centres (`LogVarianceCentres`): of these completions, from [`log_variance_centres`].
         huber_delta (`float`, *optional*): deviations beyond it, in nats, count linearly: `δ·(|r| − ½ δ)` for `½ r²`.
         forbidden_gap (`float`, defaults to `10.0`): nats below its prior at which a forbidden completion is let be.
+            Give the centres the same.
 
     Returns:
-        `torch.Tensor`: (B,), in nats², with gradient; 0 for completions left out, and for one alone.
+        `torch.Tensor`: (B,), in nats², with gradient; 0 for completions left out, and for a permitted one alone.
 
     Raises:
         ValueError: if the shapes differ, a log-probability is not finite, or `huber_delta` or `forbidden_gap` is not
@@ -103,28 +118,33 @@ def log_variance_loss(
     Source: Richter et al. 2020, arXiv 2010.10436, definition 1 and proposition 1; with a group mean for log Z and old
     samples: Bartoldson et al. 2025, arXiv 2503.18929, section 3. Forbidden completions: ours.
     """
-    check_huber_delta(huber_delta)
-    if not 0 < forbidden_gap < torch.inf:
-        raise ValueError(
-            f"`forbidden_gap` must be positive and finite, got {forbidden_gap}: nats that a forbidden completion must "
-            "lie below its prior."
-        )
+    _check_options(huber_delta, forbidden_gap)
     difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
-    forbidden, left_out = difference == torch.inf, difference.isnan()
+    forbidden = difference == torch.inf
+    excess = _excess(log_policy, log_prior, forbidden_gap)
+    counts = ~difference.isnan() & ~(forbidden & (excess == 0))
     # filled before the arithmetic: inf and nan times 0 would leave a nan in the gradient
-    allowed = torch.where(forbidden | left_out, centres.centre, difference) - centres.centre
-    excess = (log_policy - log_prior + forbidden_gap).clamp(min=0)
-    loss = torch.where(forbidden, _huber(excess, huber_delta), centres.scale * _huber(allowed, huber_delta))
-    return torch.where(left_out, 0.0, loss)
+    value = torch.where(forbidden, excess, torch.where(difference.isfinite(), difference, 0.0))
+    residual = torch.where(counts, value - centres.centre, 0.0)
+    return centres.scale * _huber(residual, huber_delta)
 
 
-def check_huber_delta(huber_delta: float | None) -> None:
-    """Refuse a δ that is not positive: ValueError."""
+def _check_options(huber_delta: float | None, forbidden_gap: float) -> None:
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(
             f"`huber_delta` must be positive, got {huber_delta}: nats beyond which a deviation counts linearly. "
             "`None` squares them all."
         )
+    if not 0 < forbidden_gap < torch.inf:
+        raise ValueError(
+            f"`forbidden_gap` must be positive and finite, got {forbidden_gap}: nats that a forbidden completion must "
+            "lie below its prior."
+        )
+
+
+def _excess(log_policy: Tensor, log_prior: Tensor, forbidden_gap: float) -> Tensor:
+    """Nats by which a completion is likelier than a forbidden one may be."""
+    return (log_policy - log_prior + forbidden_gap).clamp(min=0)
 
 
 def _huber(residual: Tensor, delta: float | None) -> Tensor:

@@ -22,8 +22,7 @@ def target(toy):
 
 
 def loss_of(log_policy, log_prior, log_likelihood, groups, **options):
-    delta = options.get("huber_delta")
-    centres = log_variance_centres(log_policy, log_prior, log_likelihood, groups, delta)
+    centres = log_variance_centres(log_policy, log_prior, log_likelihood, groups, **options)
     return log_variance_loss(log_policy, log_prior, log_likelihood, centres, **options)
 
 
@@ -101,22 +100,32 @@ def test_huber_beyond_every_deviation_is_the_square(logits, target):
     assert_close(loss_of(*arguments, huber_delta=math.inf), loss_of(*arguments))
 
 
-@pytest.mark.parametrize("huber_delta", [None, 0.5])
-def test_forbidden_completions_keep_out_of_the_centre_and_are_pushed_down(huber_delta):
+def test_forbidden_completions_by_hand():
     log_policy = torch.tensor([-1.0, -2.0, -1.5, -2.5, -20.0], requires_grad=True)
     log_prior = torch.tensor([-1.5, -1.5, -2.0, -2.0, -2.0])
     log_likelihood = torch.tensor([0.0, 0.0, -torch.inf, 0.0, -torch.inf])
-    groups = torch.zeros(5, dtype=torch.long)
-    centres = log_variance_centres(log_policy, log_prior, log_likelihood, groups, huber_delta)
-    assert_close(centres.scale, torch.full((5,), 1.5))
-    loss = log_variance_loss(log_policy, log_prior, log_likelihood, centres, huber_delta, forbidden_gap=10.0)
+    loss = loss_of(log_policy, log_prior, log_likelihood, torch.zeros(5, dtype=torch.long), forbidden_gap=10.0)
+    # d = 0.5, −0.5, −0.5 for the permitted; half a nat above its prior counts 10.5 above their mean, and 18 nats below
+    # its prior not at all
+    level = -0.5 / 3
+    taking_part = torch.tensor([0.5, -0.5, level + 10.5, -0.5])
+    residual = taking_part - taking_part.mean()
+    expected = 4 / 3 * torch.cat([residual, torch.zeros(1)])
+    assert_close(torch.autograd.grad(loss.sum(), log_policy)[0], expected)
+    assert_close(loss[:4].mean(), 0.5 * taking_part.var())
+    assert loss[4] == 0
+
+
+@pytest.mark.parametrize("huber_delta", [None, 0.5])
+def test_what_is_taken_from_the_forbidden_goes_to_the_others(huber_delta):
+    log_policy = torch.tensor([-1.0, -2.0, -1.5, -2.5, -3.0], dtype=torch.float64, requires_grad=True)
+    log_likelihood = torch.tensor([0.0, 0.0, -torch.inf, 0.0, -torch.inf], dtype=torch.float64)
+    log_prior, groups = torch.full_like(log_likelihood, -2.0), torch.zeros(5, dtype=torch.long)
+    loss = loss_of(log_policy, log_prior, log_likelihood, groups, huber_delta=huber_delta)
     gradient = torch.autograd.grad(loss.sum(), log_policy)[0]
-    alone = [0, 1, 3]
-    same = loss_of(log_policy[alone], log_prior[alone], log_likelihood[alone], groups[alone], huber_delta=huber_delta)
-    assert_close(loss[alone], same)
-    # half a nat above its prior, and 18 nats below
-    assert_close(gradient[2].item(), 10.5 if huber_delta is None else huber_delta)
-    assert loss[4] == gradient[4] == 0
+    assert_close(gradient.sum().item(), 0.0)
+    assert (gradient[[2, 4]] > 0).all()
+    assert gradient[[1, 3]].max() < 0
 
 
 def test_the_posterior_of_a_condition_is_the_minimum_and_little_else_is(toy):
