@@ -50,8 +50,8 @@ def dpg_advantages(
         ValueError: as [`pseudo_rewards`]; if the baseline is unknown, a leave-one-out baseline has no group of two, or
             log π or log q is not finite.
 
-    Source: Khalifa et al. 2021, arXiv 2012.11635, algorithm 1; Go et al. 2023, arXiv 2302.08215, equation 5;
-    baselines: Korbak et al. 2022, arXiv 2206.00761, section 3.3.
+    Source: Khalifa et al. 2021, arXiv 2012.11635; Go et al. 2023, arXiv 2302.08215;
+    baselines: Korbak et al. 2022, arXiv 2206.00761.
     """
     if baseline not in BASELINES:
         raise ValueError(f"`baseline` must be one of {', '.join(BASELINES)}, got {baseline!r}.")

@@ -39,7 +39,7 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
         ValueError: if the divergence is unknown, `alpha` is missing, out of range or given to another divergence, a
             ratio is `+inf`, or the reverse KL (or α = 1) meets a forbidden completion.
 
-    Source: Go et al. 2023, arXiv 2302.08215, equation 5 and Table 1; alpha: Kruszewski et al. 2025, arXiv 2512.05962.
+    Source: Go et al. 2023, arXiv 2302.08215, Table 1; alpha: Kruszewski et al. 2025, arXiv 2512.05962.
     """
     check_divergence(divergence, alpha)
     s = log_density_ratio if log_density_ratio.dtype == torch.float64 else log_density_ratio.float()

@@ -77,7 +77,7 @@ def leave_one_out_baseline(
         ValueError: if the shapes differ, or `groups` is not integers.
 
     Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; importance ratios: Korbak et al.
-    2022, arXiv 2206.00761, section 3.3. The weight that counts as R₀: ours.
+    2022, arXiv 2206.00761. The weight that counts as R₀: ours.
     """
     log_ratio = torch.zeros_like(rewards) if log_ratio is None else log_ratio
     if not rewards.shape == groups.shape == log_ratio.shape:

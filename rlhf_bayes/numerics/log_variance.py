@@ -23,7 +23,7 @@ def log_variance_centres(
     log_likelihood: Tensor,
     groups: Tensor,
     huber_delta: float | None = None,
-    forbidden_gap: float = 10.0,
+    forbidden_gap: float = 5.0,
 ) -> LogVarianceCentres:
     """
     Centre of `d = log π − log π0 − log_likelihood` over the completions of each prompt, that of [`log_variance_loss`].
@@ -39,7 +39,7 @@ def log_variance_centres(
             policy they were drawn.
         huber_delta (`float`, *optional*): as for the loss. The centre is then Huber's location, which an outlier
             hardly moves, in place of the mean.
-        forbidden_gap (`float`, defaults to `10.0`): as for the loss.
+        forbidden_gap (`float`, defaults to `5.0`): as for the loss.
 
     Returns:
         `LogVarianceCentres`: of each completion.
@@ -78,7 +78,7 @@ def log_variance_loss(
     log_likelihood: Tensor,
     centres: LogVarianceCentres,
     huber_delta: float | None = None,
-    forbidden_gap: float = 10.0,
+    forbidden_gap: float = 5.0,
 ) -> Tensor:
     r"""
     Log-variance loss of each completion, wherever it was drawn from: no importance weights.
@@ -105,8 +105,9 @@ def log_variance_loss(
         log_likelihood (`torch.Tensor`): (B,), in nats; `-inf` for a forbidden completion, nan for one to be left out.
         centres (`LogVarianceCentres`): of these completions, from [`log_variance_centres`].
         huber_delta (`float`, *optional*): deviations beyond it, in nats, count linearly: `δ·(|r| − ½ δ)` for `½ r²`.
-        forbidden_gap (`float`, defaults to `10.0`): nats below its prior at which a forbidden completion is let be.
-            Give the centres the same.
+        forbidden_gap (`float`, defaults to `5.0`): nats below its prior at which a forbidden completion is let be.
+            Give the centres the same. The forbidden stand this far out at first: a larger gap leaves less mass and
+            makes noisier gradients, which `huber_delta` bounds.
 
     Returns:
         `torch.Tensor`: (B,), in nats², with gradient; 0 for completions left out, and for a permitted one alone.
@@ -115,8 +116,8 @@ def log_variance_loss(
         ValueError: if the shapes differ, a log-probability is not finite, or `huber_delta` or `forbidden_gap` is not
             positive.
 
-    Source: Richter et al. 2020, arXiv 2010.10436, definition 1 and proposition 1; with a group mean for log Z and old
-    samples: Bartoldson et al. 2025, arXiv 2503.18929, section 3. Forbidden completions: ours.
+    Source: Richter et al. 2020, arXiv 2010.10436; with a group mean for log Z and old
+    samples: Bartoldson et al. 2025, arXiv 2503.18929. Forbidden completions: ours.
     """
     _check_options(huber_delta, forbidden_gap)
     difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
