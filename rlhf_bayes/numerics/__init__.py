@@ -1,5 +1,6 @@
 """Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
-exponential families with given moments, preferences and their calibration, pooled rewards, best of n.
+distributional policy gradients, the log-variance loss, exponential families with given moments, preferences and their
+calibration, pooled rewards, best of n.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
@@ -7,8 +8,12 @@ Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp6
 from .best_of_n import best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
+from .dpg import BASELINES, dpg_advantages
+from .f_divergence import DIVERGENCES, f_divergence, pseudo_rewards
 from .gae import gae
+from .groups import leave_one_out_baseline
 from .kl import exact_token_kl, k1, k2, k3
+from .log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
 from .log_weights import (
     MIN_IMPORTANCE_ESS,
     importance_ess,
@@ -40,12 +45,17 @@ from .preferences import (
     vote_error_prob,
     votes_to_prob,
 )
+from .z_pool import ZPool
 
 __all__ = [
+    "BASELINES",
+    "DIVERGENCES",
     "MIN_IMPORTANCE_ESS",
     "POOLING_RULES",
+    "LogVarianceCentres",
     "MomentFit",
     "ReliabilityBins",
+    "ZPool",
     "adapted_beta",
     "agreement",
     "best_of_n_kl_bound",
@@ -53,10 +63,12 @@ __all__ = [
     "brier_score",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "dpg_advantages",
     "exact_token_kl",
     "expected_best_of_n",
     "expected_calibration_error",
     "explained_variance",
+    "f_divergence",
     "fit_moments",
     "forward_kl",
     "gae",
@@ -69,7 +81,10 @@ __all__ = [
     "khat",
     "khat_threshold",
     "kl_penalised_advantages",
+    "leave_one_out_baseline",
     "log_importance_ess",
+    "log_variance_centres",
+    "log_variance_loss",
     "log_z",
     "log_z_standard_error",
     "masked_mean",
@@ -81,6 +96,7 @@ __all__ = [
     "pool",
     "preference_metrics",
     "prompt_baseline",
+    "pseudo_rewards",
     "reliability_bins",
     "reverse_kl",
     "smoothed",

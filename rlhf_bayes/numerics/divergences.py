@@ -22,7 +22,7 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ, or a distribution does not sum to 1.
     """
-    _check_normalised(log_p, log_q)
+    check_normalised(log_p, log_q)
     return exact_token_kl(log_p, log_q)
 
 
@@ -74,7 +74,7 @@ def js(log_p: Tensor, log_q: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ, or a distribution does not sum to 1.
     """
-    _check_normalised(log_p, log_q)
+    check_normalised(log_p, log_q)
     outside = (log_p == -torch.inf) & (log_q == -torch.inf)  # (..., N)
     # filled before logaddexp, whose gradient at -inf, -inf is nan
     log_m = torch.logaddexp(torch.where(outside, 0.0, log_p), torch.where(outside, 0.0, log_q)) - math.log(2)
@@ -95,11 +95,12 @@ def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ, or a distribution does not sum to 1.
     """
-    _check_normalised(log_p, log_q)
+    check_normalised(log_p, log_q)
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
-def _check_normalised(log_p: Tensor, log_q: Tensor) -> None:
+def check_normalised(log_p: Tensor, log_q: Tensor) -> None:
+    """Refuse two tensors (..., N) that are not log-probabilities: ValueError."""
     for name, log_prob in (("log_p", log_p), ("log_q", log_q)):
         log_mass = log_prob.detach().logsumexp(-1)  # (...)
         # not (… <= …): nan must be refused too

@@ -1,0 +1,173 @@
+"""The log-variance loss: how far log π − log π0 − log_likelihood is from being the same for a prompt's completions."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .groups import grouped, huber_centre
+
+
+class LogVarianceCentres(NamedTuple):
+    """What [`log_variance_loss`] needs to know of a completion's siblings. Constants."""
+
+    centre: Tensor
+    """(B,), in nats: what the completion's deviation is taken from, an estimate of −log Z while none is forbidden."""
+    scale: Tensor
+    """(B,): n/(n − 1) for the n completions of a prompt that take part; 0 for one alone, which has no spread."""
+
+
+def log_variance_centres(
+    log_policy: Tensor,
+    log_prior: Tensor,
+    log_likelihood: Tensor,
+    groups: Tensor,
+    huber_delta: float | None = None,
+    forbidden_gap: float = 5.0,
+) -> LogVarianceCentres:
+    """
+    Centre of `d = log π − log π0 − log_likelihood` over the completions of each prompt, that of [`log_variance_loss`].
+
+    Apart from the loss, so that a prompt's completions may be spread over micro-batches: the loss has no gradient
+    through its centre, whose derivative is 0.
+
+    Args:
+        log_policy (`torch.Tensor`): log π (B,), in nats, as the policy is now.
+        log_prior (`torch.Tensor`): log π0 (B,), in nats.
+        log_likelihood (`torch.Tensor`): (B,), in nats; `-inf` for a forbidden completion, nan for one to be left out.
+        groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt, whenever and by whatever
+            policy they were drawn.
+        huber_delta (`float`, *optional*): as for the loss. The centre is then Huber's location, which an outlier
+            hardly moves, in place of the mean.
+        forbidden_gap (`float`, defaults to `5.0`): as for the loss.
+
+    Returns:
+        `LogVarianceCentres`: of each completion.
+
+    Raises:
+        ValueError: if the shapes differ, `groups` is not integers, a log-probability is not finite, or `huber_delta`
+            is not positive.
+
+    Source: as [`log_variance_loss`].
+    """
+    _check_options(huber_delta, forbidden_gap)
+    log_policy = log_policy.detach()
+    difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
+    if groups.shape != difference.shape:
+        raise ValueError(f"`groups` must be {tuple(difference.shape)}, got {tuple(groups.shape)}: one a completion.")
+    layout, forbidden = grouped(groups), difference == torch.inf
+    excess = _excess(log_policy, log_prior, forbidden_gap)
+    # +inf is a forbidden completion: it would take the mean with it
+    allowed = layout.table(torch.where(forbidden, torch.nan, difference).double(), torch.nan)  # (G, M)
+    too_likely = layout.table(torch.where(forbidden & (excess > 0), excess, torch.nan).double(), torch.nan)
+    any_allowed = ~allowed.isnan().all(-1, keepdim=True)  # (G, 1)
+    level = torch.where(any_allowed, huber_centre(allowed, huber_delta), 0.0)
+    above = torch.where(allowed.isnan(), too_likely, allowed - level)  # (G, M)
+    # without a permitted sibling there is nothing that the mass should go to instead: down, from 0
+    lift = torch.where(any_allowed, huber_centre(above, huber_delta), 0.0)
+    counts = (~above.isnan()).sum(-1, keepdim=True)  # (G, 1)
+    scale = torch.where(counts > 1, counts / (counts - 1).clamp(min=1), 0.0)
+    scale = torch.where(any_allowed, scale, 1.0)
+    centre = torch.where(forbidden, layout.rows(lift), layout.rows(level + lift))  # (B,)
+    return LogVarianceCentres(centre.to(difference.dtype), layout.rows(scale).to(difference.dtype))
+
+
+def log_variance_loss(
+    log_policy: Tensor,
+    log_prior: Tensor,
+    log_likelihood: Tensor,
+    centres: LogVarianceCentres,
+    huber_delta: float | None = None,
+    forbidden_gap: float = 5.0,
+) -> Tensor:
+    r"""
+    Log-variance loss of each completion, wherever it was drawn from: no importance weights.
+
+        ½·n/(n−1)·(d_i − d̄)²,    d = log π − log π0 − log_likelihood,    d̄: its mean over the prompt's n completions
+
+    The mean over a prompt's completions is half the unbiased variance of d. It is 0 at the posterior, where d = −log Z
+    for every completion, and for completions drawn from π its gradient is that of KL(π‖π*) with a leave-one-out
+    baseline. Off policy it is another loss with the same minimum on what the draws cover.
+
+    A **forbidden** completion has d = +∞, and no finite π makes it constant. Left out, mass on it would cost nothing;
+    with a finite log-likelihood in its place, the posterior would no longer be the minimum. So its d is
+
+        c + max(0, log π − log π0 + gap),    c: the mean d of the prompt's completions that are not forbidden
+
+    and where that is c it takes no further part: at the posterior, where π = 0, every d is c. So the posterior
+    remains a minimum, exactly; a policy without loss puts at most `exp(−gap)` of its mass on forbidden completions;
+    and d̄, over all that take part, is a baseline, so that what is taken from the forbidden goes to the others. c and d̄
+    are constants. Where a prompt has forbidden completions only, they are compared with 0.
+
+    Args:
+        log_policy (`torch.Tensor`): log π (B,), in nats, with gradient.
+        log_prior (`torch.Tensor`): log π0 (B,), in nats.
+        log_likelihood (`torch.Tensor`): (B,), in nats; `-inf` for a forbidden completion, nan for one to be left out.
+        centres (`LogVarianceCentres`): of these completions, from [`log_variance_centres`].
+        huber_delta (`float`, *optional*): deviations beyond it, in nats, count linearly: `δ·(|r| − ½ δ)` for `½ r²`.
+        forbidden_gap (`float`, defaults to `5.0`): nats below its prior at which a forbidden completion is let be.
+            Give the centres the same. The forbidden stand this far out at first: a larger gap leaves less mass and
+            makes noisier gradients, which `huber_delta` bounds.
+
+    Returns:
+        `torch.Tensor`: (B,), in nats², with gradient; 0 for completions left out, and for a permitted one alone.
+
+    Raises:
+        ValueError: if the shapes differ, a log-probability is not finite, or `huber_delta` or `forbidden_gap` is not
+            positive.
+
+    Source: Richter et al. 2020, arXiv 2010.10436; with a group mean for log Z and old
+    samples: Bartoldson et al. 2025, arXiv 2503.18929. Forbidden completions: ours.
+    """
+    _check_options(huber_delta, forbidden_gap)
+    difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
+    forbidden = difference == torch.inf
+    excess = _excess(log_policy, log_prior, forbidden_gap)
+    counts = ~difference.isnan() & ~(forbidden & (excess == 0))
+    # filled before the arithmetic: inf and nan times 0 would leave a nan in the gradient
+    value = torch.where(forbidden, excess, torch.where(difference.isfinite(), difference, 0.0))
+    residual = torch.where(counts, value - centres.centre, 0.0)
+    return centres.scale * _huber(residual, huber_delta)
+
+
+def _check_options(huber_delta: float | None, forbidden_gap: float) -> None:
+    if huber_delta is not None and not huber_delta > 0:
+        raise ValueError(
+            f"`huber_delta` must be positive, got {huber_delta}: nats beyond which a deviation counts linearly. "
+            "`None` squares them all."
+        )
+    if not 0 < forbidden_gap < torch.inf:
+        raise ValueError(
+            f"`forbidden_gap` must be positive and finite, got {forbidden_gap}: nats that a forbidden completion must "
+            "lie below its prior."
+        )
+
+
+def _excess(log_policy: Tensor, log_prior: Tensor, forbidden_gap: float) -> Tensor:
+    """Nats by which a completion is likelier than a forbidden one may be."""
+    return (log_policy - log_prior + forbidden_gap).clamp(min=0)
+
+
+def _huber(residual: Tensor, delta: float | None) -> Tensor:
+    if delta is None or delta == torch.inf:
+        return 0.5 * residual.square()
+    clipped = residual.clamp(-delta, delta)
+    return clipped * (residual - 0.5 * clipped)
+
+
+def _differences(log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor) -> Tensor:
+    """log π − log π0 − log_likelihood (B,): +inf where forbidden, nan where left out."""
+    if not log_policy.shape == log_prior.shape == log_likelihood.shape or log_policy.dim() != 1:
+        raise ValueError(
+            "`log_policy`, `log_prior` and `log_likelihood` must have the same shape (B,), got "
+            f"{tuple(log_policy.shape)}, {tuple(log_prior.shape)} and {tuple(log_likelihood.shape)}."
+        )
+    for name, log_prob in (("log_policy", log_policy), ("log_prior", log_prior)):
+        if not log_prob.isfinite().all():
+            raise ValueError(
+                f"`{name}` must be finite, got {int((~log_prob.isfinite()).sum())} that are not: a completion that "
+                "was drawn has a positive probability."
+            )
+    if bool((log_likelihood == torch.inf).any()):
+        raise ValueError("`log_likelihood` must be finite, -inf or nan, got +inf. Bound the evidence from above.")
+    return log_policy - log_prior - log_likelihood

@@ -1,0 +1,159 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_bayes.numerics import dpg_advantages, f_divergence, leave_one_out_baseline
+
+CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5)]
+# four completions: a target, a policy and a proposal without symmetry
+TARGET = torch.tensor([0.45, 0.3, 0.05, 0.2], dtype=torch.float64).log()
+LOGITS = torch.tensor([0.3, -0.8, 0.9, 0.1], dtype=torch.float64, requires_grad=True)
+PROPOSAL = torch.tensor([0.1, 0.35, 0.25, 0.3], dtype=torch.float64).log()
+CONDITIONED = torch.tensor([0.6, 0.0, 0.1, 0.3], dtype=torch.float64).log()
+
+
+def gradients(tuples, log_target, log_proposal, divergence, alpha, baseline):
+    """The estimate of each group of draws, (G, N), as the trainer would form it; tuples (G, n) of completions."""
+    log_policy = LOGITS.detach().log_softmax(-1)
+    scores = torch.eye(len(LOGITS), dtype=torch.float64) - log_policy.exp()  # (N, N): ∇ log π(x)
+    drawn = tuples.flatten()
+    groups = torch.arange(len(tuples)).repeat_interleave(tuples.size(1))
+    advantages = dpg_advantages(
+        log_target[drawn], log_policy[drawn], log_proposal[drawn], groups, divergence, alpha, baseline
+    )
+    return -(advantages[:, None] * scores[drawn]).view(*tuples.shape, -1).mean(1)
+
+
+def exact_gradient(log_target, divergence, alpha):
+    return torch.autograd.grad(f_divergence(log_target, LOGITS.log_softmax(-1), divergence, alpha), LOGITS)[0]
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+@pytest.mark.parametrize("baseline", ["leave_one_out", "constant", "none"])
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize("forbid", [False, True])
+def test_unbiased_by_enumeration_of_every_group_of_draws(divergence, alpha, baseline, on_policy, forbid):
+    if forbid and divergence == "reverse_kl":
+        pytest.skip("refused")
+    log_target = CONDITIONED if forbid else TARGET
+    log_proposal = LOGITS.detach().log_softmax(-1) if on_policy else PROPOSAL
+    tuples = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
+    estimates = gradients(tuples, log_target, log_proposal, divergence, alpha, baseline)
+    expectation = (log_proposal[tuples].sum(-1).exp()[:, None] * estimates).sum(0)
+    assert_close(expectation, exact_gradient(log_target, divergence, alpha), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_unbiased_within_standard_errors_on_the_toy(toy, divergence, alpha):
+    log_target, log_proposal = toy.log_posterior()[1].double(), toy.log_prior[1].double().log_softmax(-1)
+    log_policy = toy.log_probs(toy.random_policy(noise=0.2, seed=4))[1].detach().double().log_softmax(-1)
+    direction = torch.randn(len(log_policy), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    slopes = direction - (log_policy.exp() * direction).sum()  # (N,): of log π(x) along the direction
+    n_groups, n = 20_000, 4
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(log_proposal.exp(), n_groups * n, replacement=True, generator=generator)
+    groups = torch.arange(n_groups).repeat_interleave(n)
+    advantages = dpg_advantages(log_target[drawn], log_policy[drawn], log_proposal[drawn], groups, divergence, alpha)
+    estimates = -(advantages * slopes[drawn]).view(n_groups, n).mean(-1)
+    logits = log_policy.clone().requires_grad_()
+    exact = torch.autograd.grad(f_divergence(log_target, logits.log_softmax(-1), divergence, alpha), logits)[0]
+    se = estimates.std() / math.sqrt(n_groups)
+    error = (estimates.mean() - exact @ direction).item()
+    assert abs(error) < 5 * se, f"off by {error / se:.1f} standard errors"
+
+
+def test_a_baseline_without_the_ratio_would_be_biased():
+    """Why the baseline is multiplied by π/q: what every enumeration above would miss if it were not."""
+    log_policy = LOGITS.detach().log_softmax(-1)
+    scores = torch.eye(4, dtype=torch.float64) - log_policy.exp()
+    assert_close(log_policy.exp() @ scores, torch.zeros(4, dtype=torch.float64))
+    assert (PROPOSAL.exp() @ scores).abs().max() > 0.1
+
+
+def test_constant_baseline_is_the_z_of_korbak():
+    """P/q − Z·π/q, over Z, from unnormalised weights."""
+    log_density, log_z = TARGET + 1.7, 1.7
+    log_policy = LOGITS.detach().log_softmax(-1)
+    expected = ((log_density - PROPOSAL).exp() - math.exp(log_z) * (log_policy - PROPOSAL).exp()) / math.exp(log_z)
+    groups = torch.arange(4)
+    by_constant = dpg_advantages(TARGET, log_policy, PROPOSAL, groups, "forward_kl", baseline="constant")
+    assert_close(by_constant, expected.float())
+
+
+def test_ratios_beyond_single_precision_multiply_to_what_they_are():
+    """The policy has left a completion that the target and an old proposal share: p/π = e¹⁰⁰, π/q = e⁻¹⁰⁰."""
+    log_target, log_policy = torch.tensor([-100.0, -1.0]), torch.tensor([-200.0, -1.0])
+    log_proposal = torch.tensor([-100.0, -1.0])
+    by_constant = dpg_advantages(log_target, log_policy, log_proposal, torch.arange(2), "forward_kl", None, "constant")
+    assert_close(by_constant, torch.tensor([1.0, 0.0]))
+    # b = 1 + (1 − e⁻¹⁰⁰) / 1 for the second, not the e¹⁰⁰ of its one sibling
+    by_sibling = dpg_advantages(log_target, log_policy, log_proposal, torch.tensor([0, 0]), "forward_kl")
+    assert_close(by_sibling, torch.tensor([1.0, -1.0]))
+
+
+def test_leave_one_out_baseline_by_hand():
+    rewards = torch.tensor([1.0, 10.0, 2.0, 6.0, 20.0, 7.0])
+    groups = torch.tensor([5, 3, 5, 5, 3, 8])
+    assert_close(leave_one_out_baseline(rewards, groups), torch.tensor([4.0, 20.0, 3.5, 1.5, 10.0, 0.0]))
+    log_ratio = torch.tensor([1.0, 1.0, 3.0, 4.0, 5.0, 1.0]).log()
+    # of groups 5 and 3; the last has no sibling
+    weighted = torch.tensor([30 / 7, 20.0, 25 / 5, 7 / 4, 10.0, 0.0])
+    assert_close(leave_one_out_baseline(rewards, groups, log_ratio), weighted)
+
+
+def test_weight_that_the_siblings_lack_counts_as_the_default():
+    rewards, groups = torch.tensor([1.0, 10.0, 2.0]), torch.zeros(3, dtype=torch.long)
+    log_ratio = torch.tensor([0.5, 0.25, 0.5]).log()
+    # two siblings with weights 0.25 and 0.5: 1.25 of 2 is missing
+    expected = (0.25 * 10 + 0.5 * 2 + 1.25 * 4) / 2
+    assert_close(leave_one_out_baseline(rewards, groups, log_ratio, 4.0)[0], torch.tensor(expected))
+    assert_close(leave_one_out_baseline(rewards, groups, log_ratio - 500, 4.0), torch.full((3,), 4.0))
+    assert_close(leave_one_out_baseline(rewards[:1], groups[:1], None, 4.0), torch.tensor([4.0]))
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_no_advantage_once_the_policy_is_the_target(divergence, alpha):
+    drawn = torch.tensor([0, 1, 3, 3])
+    for baseline in ("leave_one_out", "constant"):
+        advantages = dpg_advantages(
+            TARGET[drawn],
+            TARGET[drawn],
+            PROPOSAL[drawn],
+            torch.zeros(4, dtype=torch.long),
+            divergence,
+            alpha,
+            baseline,
+        )
+        assert_close(advantages, torch.zeros(4))
+
+
+def test_completions_left_out_have_no_part_in_the_baseline():
+    rewards = torch.tensor([1.0, torch.nan, 3.0, torch.nan, 4.0])
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    assert_close(leave_one_out_baseline(rewards, groups), torch.tensor([3.0, 2.0, 1.0, 4.0, 0.0]))
+    nan_target = torch.tensor([-1.0, torch.nan, -3.0, torch.nan, -2.0])
+    advantages = dpg_advantages(nan_target, torch.full((5,), -2.0), torch.full((5,), -2.0), groups, "reverse_kl")
+    assert_close(advantages, torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0]))
+
+
+def test_an_outlier_leaves_its_siblings_mean_exact():
+    rewards = torch.tensor([1.0, math.exp(45), 3.0], dtype=torch.float64)
+    baseline = leave_one_out_baseline(rewards, torch.zeros(3, dtype=torch.long))
+    assert baseline[1] == 2.0
+
+
+def test_refusals():
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(ValueError, match="`baseline` must be one of leave_one_out, constant, none, got 'mean'"):
+        dpg_advantages(two, two, two, two.long(), "js", baseline="mean")
+    with pytest.raises(ValueError, match="at least two completions"):
+        dpg_advantages(one, one, one, one.long(), "js")
+    with pytest.raises(ValueError, match=r"`log_proposal` must be finite .* with 1 that"):
+        dpg_advantages(two, two, torch.tensor([0.0, -torch.inf]), two.long(), "js")
+    with pytest.raises(ValueError, match="`groups` must be integers"):
+        leave_one_out_baseline(two, two)
+    with pytest.raises(ValueError, match="same shape"):
+        leave_one_out_baseline(two, one.long())

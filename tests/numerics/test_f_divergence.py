@@ -1,0 +1,136 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_bayes.numerics import DIVERGENCES, f_divergence, js, pseudo_rewards, tv
+
+CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5), ("alpha", 0.2)]
+GENERATORS = {
+    "forward_kl": lambda t, alpha: -t.log(),
+    "reverse_kl": lambda t, alpha: t * t.log(),
+    "js": lambda t, alpha: 0.5 * (t * t.log() - (t + 1) * ((t + 1) / 2).log()),
+    "tv": lambda t, alpha: 0.5 * (t - 1).abs(),
+    "alpha": lambda t, alpha: (t**alpha - alpha * t + alpha - 1) / (alpha * (alpha - 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def logits(toy):
+    """Of a policy that is neither the prior nor the posterior, in fp64: (N,), leaf."""
+    return toy.log_probs(toy.random_policy(noise=0.3, seed=4))[1].detach().double().requires_grad_()
+
+
+@pytest.fixture(scope="module")
+def log_target(toy):
+    return toy.log_posterior()[1].double().log_softmax(-1)
+
+
+def conditioned(log_target):
+    """A third of the completions forbidden."""
+    kept = torch.arange(len(log_target)) % 3 != 0
+    return torch.where(kept, log_target, -torch.inf).log_softmax(-1)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [*CASES, ("alpha", 0.9)])
+def test_pseudo_reward_is_the_negative_derivative_of_the_generator(divergence, alpha):
+    t = torch.linspace(0.05, 4.0, 20, dtype=torch.float64, requires_grad=True)
+    derivative = torch.autograd.grad(GENERATORS[divergence](t, alpha).sum(), t)[0]
+    assert_close(pseudo_rewards(-t.detach().log(), divergence, alpha), -derivative)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [*CASES, ("alpha", 0.9)])
+def test_divergence_is_the_expectation_of_the_generator(logits, log_target, divergence, alpha):
+    log_q = logits.detach().log_softmax(-1)
+    expected = (log_target.exp() * GENERATORS[divergence]((log_q - log_target).exp(), alpha)).sum()
+    assert_close(f_divergence(log_target, log_q, divergence, alpha), expected)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [*CASES, ("alpha", 0.0), ("alpha", 0.8), ("alpha", 1.0)])
+@pytest.mark.parametrize("forbid", [False, True])
+def test_expected_policy_gradient_is_the_exact_gradient(logits, log_target, divergence, alpha, forbid):
+    if forbid and (divergence == "reverse_kl" or alpha == 1.0):
+        pytest.skip("infinite")
+    log_target = conditioned(log_target) if forbid else log_target
+    log_policy = logits.log_softmax(-1)
+    exact = torch.autograd.grad(f_divergence(log_target, log_policy, divergence, alpha), logits, retain_graph=True)[0]
+    rewards = pseudo_rewards(log_target - log_policy.detach(), divergence, alpha)
+    surrogate = -(log_policy.detach().exp() * rewards * log_policy).sum()
+    assert_close(torch.autograd.grad(surrogate, logits)[0], exact)
+    assert exact.norm() > 1e-3
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [case for case in CASES if case[0] != "reverse_kl"])
+def test_a_forbidden_completion_has_the_limit_of_ever_smaller_targets(divergence, alpha):
+    limit = {"forward_kl": 0.0, "js": -0.5 * math.log(2), "tv": -0.5}.get(divergence, -1 / (1 - (alpha or 0)))
+    ratios = torch.tensor([-torch.inf, -400.0], dtype=torch.float64)
+    assert_close(pseudo_rewards(ratios, divergence, alpha), torch.full_like(ratios, limit))
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [("reverse_kl", None), ("alpha", 1.0)])
+def test_the_reverse_kl_refuses_a_forbidden_completion(divergence, alpha):
+    with pytest.raises(ValueError, match=r"infinite for a policy that can draw a forbidden completion, and 2 of 3"):
+        pseudo_rewards(torch.tensor([-torch.inf, 0.5, -torch.inf]), divergence, alpha)
+
+
+@pytest.mark.parametrize(("end", "name", "constant"), [(0.0, "forward_kl", -1.0), (1.0, "reverse_kl", 1.0)])
+def test_alpha_ends_in_the_two_kls(logits, log_target, end, name, constant):
+    near = abs(end - 1e-7)
+    ratios = torch.linspace(-6, 6, 13, dtype=torch.float64)
+    expected = pseudo_rewards(ratios, name) + constant
+    assert_close(pseudo_rewards(ratios, "alpha", end), expected)
+    assert_close(pseudo_rewards(ratios, "alpha", near), expected, rtol=1e-5, atol=1e-5)
+    log_q = logits.detach().log_softmax(-1)
+    exact = f_divergence(log_target, log_q, name)
+    assert_close(f_divergence(log_target, log_q, "alpha", end), exact)
+    assert_close(f_divergence(log_target, log_q, "alpha", near), exact, rtol=1e-5, atol=0)
+    # single precision too, where 1 − Σ q^α p^(1−α) would be all rounding
+    assert_close(f_divergence(log_target.float(), log_q.float(), "alpha", near), exact.float(), rtol=1e-3, atol=0)
+
+
+def test_js_and_tv_are_those_of_the_package(logits, log_target):
+    log_q = logits.detach().log_softmax(-1)
+    assert f_divergence(log_target, log_q, "js") == js(log_target, log_q)
+    assert f_divergence(log_target, log_q, "tv") == tv(log_target, log_q)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_divergence_at_equality_and_without_common_support(log_target, divergence, alpha):
+    assert_close(f_divergence(log_target, log_target, divergence, alpha).abs().item(), 0.0)
+    left, right = torch.tensor([1.0, 0.0, 0.0]).log(), torch.tensor([0.0, 0.5, 0.5]).log()
+    value = f_divergence(left, right, divergence, alpha)
+    limits = {"forward_kl": torch.inf, "reverse_kl": torch.inf, "js": math.log(2), "tv": 1.0}
+    assert_close(value.item(), limits[divergence] if alpha is None else 1 / (alpha * (1 - alpha)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8])
+def test_alpha_has_a_finite_gradient_where_either_is_zero(alpha):
+    logits = torch.tensor([0.5, -1.0, -torch.inf, 0.3], dtype=torch.float64, requires_grad=True)
+    log_p = torch.tensor([0.6, 0.0, 0.1, 0.3], dtype=torch.float64).log()
+    f_divergence(log_p, logits.log_softmax(-1), "alpha", alpha).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_left_out_completions_stay_nan_and_halves_become_singles():
+    rewards = pseudo_rewards(torch.tensor([0.5, torch.nan], dtype=torch.bfloat16), "forward_kl")
+    assert rewards.dtype == torch.float32
+    assert rewards.isnan().tolist() == [False, True]
+
+
+def test_refusals():
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match=f"must be one of {', '.join(DIVERGENCES)}, got 'kl'"):
+        pseudo_rewards(one, "kl")
+    with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\] .*, got None"):
+        pseudo_rewards(one, "alpha")
+    with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\] .*, got 1\.5"):
+        f_divergence(one, one, "alpha", 1.5)
+    with pytest.raises(ValueError, match="`alpha` belongs to"):
+        pseudo_rewards(one, "js", 0.5)
+    with pytest.raises(ValueError, match=r"got \+inf"):
+        pseudo_rewards(one + torch.inf, "forward_kl")
+    with pytest.raises(ValueError, match="same shape"):
+        f_divergence(torch.zeros(1), torch.zeros(2), "alpha", 0.5)
+    with pytest.raises(ValueError, match="must be normalised"):
+        f_divergence(one + 1, one, "alpha", 0.5)
