@@ -1,6 +1,7 @@
 """The launch configurations: read by accelerate itself, and none of them a single process in disguise."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,4 +61,5 @@ def test_multi_cpu_starts_two_processes(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["process 0 of 2, cpu", "process 1 of 2, cpu"]
+    # two processes write to one pipe: their lines may meet
+    assert sorted(re.findall(r"process (\d) of 2, cpu", done.stdout)) == ["0", "1"]
