@@ -5,17 +5,15 @@ All texts have the same length, and arrive as token ids, so that all rows do equ
 """
 
 import argparse
-import gc
 import json
 import os
-import resource
 import tempfile
 from dataclasses import asdict, dataclass
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from speed_worker import WARM_UP, Clock, Shape, build_model, build_tokenizer, resident_mib
+from speed_worker import WARM_UP, Clock, Shape, build_model, build_tokenizer, measured
 from transformers import LlamaForSequenceClassification, TrainerCallback
 
 
@@ -93,15 +91,9 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     row, shape = Row(**args.row), Shape(**args.shape)
-    # a miniature run first, so that the pages of the libraries are resident before the memory of this run is measured
-    train(row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), 1, Clock())
-    gc.collect()
-    resident = resident_mib()
-    clock = Clock()
-    train(row, shape, args.steps, clock)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    clock, memory = measured(lambda *run: train(row, *run), shape, args.steps)
     totals = {name: column["total"] for name, column in clock.medians(shape.batch).items()}
-    print(json.dumps({"row": asdict(row), "memory": peak - resident, **totals}))
+    print(json.dumps({"row": asdict(row), "memory": memory, **totals}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -334,6 +335,17 @@ def resident_mib() -> float:
         return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
 
 
+def measured(run: Callable[[Shape, int, Clock], None], shape: Shape, steps: int) -> tuple[Clock, float]:
+    """The clock of a run, and its peak memory above what was resident before it, in MiB."""
+    # a miniature run first, so that the pages of the libraries are resident before the memory of this run is measured
+    run(Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), 1, Clock())
+    gc.collect()
+    resident = resident_mib()
+    clock = Clock()
+    run(shape, steps, clock)
+    return clock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - resident
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--row", type=json.loads, required=True)
@@ -342,14 +354,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     row, shape = Row(**args.row), Shape(**args.shape)
-    # a miniature run first, so that the pages of the libraries are resident before the memory of this run is measured
-    RUN[row.method](row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), 1, Clock())
-    gc.collect()
-    resident = resident_mib()
-    clock = Clock()
-    RUN[row.method](row, shape, args.rollouts, clock)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"row": asdict(row), "memory_mib": peak - resident, **clock.medians(shape.batch)}))
+    clock, memory = measured(lambda *run: RUN[row.method](row, *run), shape, args.rollouts)
+    print(json.dumps({"row": asdict(row), "memory_mib": memory, **clock.medians(shape.batch)}))
 
 
 if __name__ == "__main__":
