@@ -28,7 +28,7 @@ from rlhf_bayes import LanguageModel, toy
 from rlhf_bayes.cli import load_preferences, load_reward_func, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.diagnostics.held_out import BestOfN, best_of_n, held_out_rewards
-from rlhf_bayes.numerics import pool
+from rlhf_bayes.numerics import pool, pool_centered
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, RewardScorer, load_reward
 
 TOY_GOLD = "rlhf_bayes.toy.rewards:sentiment_reward"
@@ -174,9 +174,9 @@ def draw_and_score(
         proxies[f"{name}, mean"] = members.mean(0)
         if args.reward_rule != "mean":
             # comparisons leave a constant a prompt open: each member gets the same mean under the draws
-            centered = members - members.mean(-1, keepdim=True)
-            pooled = pool(centered, args.reward_rule, args.reward_beta, args.reward_penalty)  # (P, N)
-            proxies[f"{name}, {args.reward_rule}"] = pooled + members.mean(-1, keepdim=True).mean(0)
+            centers = members.mean(-1, keepdim=True)  # (K, P, 1)
+            pooled = pool_centered(members, centers, args.reward_rule, args.reward_beta, args.reward_penalty)
+            proxies[f"{name}, {args.reward_rule}"] = pooled  # (P, N)
     return proxies, RewardScorer(gold)(draws.prompts, draws.completions, draws.completion_ids)[:, 0].view(shape)
 
 

@@ -25,7 +25,7 @@ from .log_weights import (
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .moments import MomentFit, fit_moments
-from .pooling import POOLING_RULES, pool, uses_beta
+from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
     adapted_beta,
     clipped_policy_loss,
@@ -94,6 +94,7 @@ __all__ = [
     "noise_from_agreement",
     "noisy_vote_loss",
     "pool",
+    "pool_centered",
     "preference_metrics",
     "prompt_baseline",
     "pseudo_rewards",

@@ -53,6 +53,26 @@ def pool(member_rewards: Tensor, rule: str, beta: float | None = None, penalty: 
     return mean
 
 
+def pool_centered(
+    member_rewards: Tensor, centers: Tensor, rule: str, beta: float | None = None, penalty: float | None = None
+) -> Tensor:
+    """
+    [`pool`] once each member has the same zero: `pool_k[r_k − m_k] + 1/K Σ_k m_k`.
+
+    Args:
+        member_rewards (`torch.Tensor`): r_k (K, ...).
+        centers (`torch.Tensor`): m_k (K, ...) or broadcast to it, each member's mean under the prior.
+        rule, beta, penalty: as for [`pool`].
+
+    Returns:
+        `torch.Tensor`: pooled reward (...).
+
+    Raises:
+        ValueError: as [`pool`].
+    """
+    return pool(member_rewards - centers, rule, beta, penalty) + centers.mean(0)
+
+
 def uses_beta(rule: str, penalty: float | None = None) -> bool:
     """Whether `pool` wants a `beta` for this rule, given its `penalty`."""
     return rule in ("pessimistic", "marginal") or (rule == "mean_minus_variance" and penalty is None)

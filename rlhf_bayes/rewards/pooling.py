@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import LanguageModel
-from rlhf_bayes.numerics import pool
+from rlhf_bayes.numerics import pool, pool_centered
 
 
 class MemberRewards(Protocol):
@@ -137,33 +137,36 @@ class PooledReward:
 
     def rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """The pooled reward of each completion: (B,), fp32."""
-        return self._pooled(self._centered(prompts, completions), prompts)
+        return self._pooled(*self._members(prompts, completions))
 
     def __call__(self, prompts: list, completions: list, log_metric: Any = None, **columns: Any) -> list[float]:
         """
         Pooled reward of each completion. The spread of the centered members (standard deviation over members, mean
         over completions) goes to `log_metric` as `reward_spread`. `columns` are TRL's other arguments, not needed.
         """
-        centered = self._centered(prompts, completions)  # (K, B)
-        if log_metric is not None and centered.numel():
+        rewards, means = self._members(prompts, completions)  # (K, B)
+        if log_metric is not None and rewards.numel():
+            centered = rewards if means is None else rewards - means
             log_metric("reward_spread", centered.std(0, correction=0).mean().item())
-        return self._pooled(centered, prompts).tolist()
+        return self._pooled(rewards, means).tolist()
 
-    def _centered(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        rewards = self.ensemble.member_rewards(prompts, completions)  # (K, B)
+    def _members(self, prompts: Sequence, completions: Sequence) -> tuple[Tensor, Tensor | None]:
+        """Rewards of the members, and their centers: (K, B) each."""
+        rewards = self.ensemble.member_rewards(prompts, completions)
         if self.centers is None:
-            return rewards
-        means = self.centers.of(prompts)  # (K, B)
+            return rewards, None
+        means = self.centers.of(prompts)
         if means.shape != rewards.shape:
             raise ValueError(
                 f"`centers` must have one row for each of the {rewards.shape[0]} members, got {means.shape[0]}. "
                 "Compute them again with this ensemble."
             )
-        return rewards - means.to(rewards.device)
+        return rewards, means.to(rewards.device)
 
-    def _pooled(self, centered: Tensor, prompts: Sequence) -> Tensor:
-        pooled = pool(centered, self.rule, self.beta, self.penalty)  # (B,)
-        return pooled if self.centers is None else pooled + self.centers.of(prompts).mean(0).to(pooled.device)
+    def _pooled(self, rewards: Tensor, means: Tensor | None) -> Tensor:
+        if means is None:
+            return pool(rewards, self.rule, self.beta, self.penalty)  # (B,)
+        return pool_centered(rewards, means, self.rule, self.beta, self.penalty)  # (B,)
 
 
 def _key(prompt: Any) -> str:
