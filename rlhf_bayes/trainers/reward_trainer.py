@@ -107,7 +107,7 @@ class RewardTrainer(PreferenceTrainer):
             )
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             check_pairs(name, dataset)
-        self.reliability, self._groups = self._annotators(args, train_dataset)
+        self._annotator_ids, self.reliability, self._groups = self._annotators(args, train_dataset)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
             model,
@@ -124,30 +124,35 @@ class RewardTrainer(PreferenceTrainer):
             peft_config=peft_config,
             **quantization,
         )
-        adapters = args.ensemble == "lora" and args.num_members > 1
-        if adapters and self.is_deepspeed_enabled and args.gradient_checkpointing:
-            raise ValueError(
-                "`gradient_checkpointing` must be False with `ensemble='lora'` under DeepSpeed, got True: members go "
-                "through one backward pass, which would run checkpointed layers again under the wrong adapter."
-            )
-        self._adapters: list[str] = []
+        self._adapters: list[str] = self._add_members(args)
         self._training_member: int | None = None
-        if args.ensemble == "lora":
-            names = add_adapters(self.model, args.num_members, args.seed)
-            self._adapters = names if adapters else []
-        elif args.num_members > 1:
-            widen_head(self.model, args.num_members, args.seed)
         self.normalization: Normalization | None = None
         self.evaluation_pairs: dict[str, Tensor] = {}
+
+    def _add_members(self, args: RewardConfig) -> list[str]:
+        """Give the model its members; the names of their adapters, where that is what they are."""
+        if args.ensemble == "lora":
+            if args.num_members > 1 and self.is_deepspeed_enabled and args.gradient_checkpointing:
+                raise ValueError(
+                    "`gradient_checkpointing` must be False with `ensemble='lora'` under DeepSpeed, got True: members "
+                    "go through one backward pass, which would run checkpointed layers again under the wrong adapter."
+                )
+            names = add_adapters(self.model, args.num_members, args.seed)
+            return names if args.num_members > 1 else []
+        if args.num_members > 1:
+            widen_head(self.model, args.num_members, args.seed)
+        return []
 
     # Data
 
     @staticmethod
-    def _annotators(args: RewardConfig, dataset: Any) -> tuple[AnnotatorReliability | None, Tensor | None]:
-        """Error rates to learn, and the member (A,) that each annotator's votes go to, where asked for."""
+    def _annotators(
+        args: RewardConfig, dataset: Any
+    ) -> tuple[dict[str, int] | None, AnnotatorReliability | None, Tensor | None]:
+        """Their indices, error rates to learn, and the member (A,) that each one's votes go to, where asked for."""
         dealt_out = args.num_members > 1 and args.bootstrap == "annotators"
         if not args.annotator_reliability and not dealt_out:
-            return None, None
+            return None, None, None
         asked = "annotator_reliability=True" if args.annotator_reliability else "bootstrap='annotators'"
         columns = dataset.column_names if isinstance(dataset, Dataset) else None
         if columns is None or not {"annotator", "annotator_votes"} & set(columns):
@@ -157,16 +162,17 @@ class RewardTrainer(PreferenceTrainer):
                 "out."
             )
         names, num_votes = annotators_in(dataset)
+        ids = {name: index for index, name in enumerate(names)}
         reliability = AnnotatorReliability(names, num_votes, args.device) if args.annotator_reliability else None
         if not dealt_out:
-            return reliability, None
+            return ids, reliability, None
         if len(names) < args.num_members:
             raise ValueError(
                 f"`bootstrap='annotators'` needs at least one annotator for each of {args.num_members} members, got "
                 f"{len(names)}. Use fewer members, or `bootstrap='pairs'`."
             )
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))
-        return reliability, order.remainder(args.num_members).to(args.device)
+        return ids, reliability, order.remainder(args.num_members).to(args.device)
 
     def judged(self, dataset: Any, args: RewardConfig, name: str) -> Any:
         in_training = name == "train"
@@ -186,10 +192,7 @@ class RewardTrainer(PreferenceTrainer):
             dataset = dataset.remove_columns(others)
         if not (has_judgement or resampled):
             return dataset
-        by_annotator = in_training and (self.reliability is not None or self._groups is not None)
-        annotators = None
-        if by_annotator:
-            annotators = {annotator: index for index, annotator in enumerate(annotators_in(dataset)[0])}
+        annotators = self._annotator_ids if in_training else None
         num_members = args.num_members if resampled else 1
         reader = PairReader(f"{name}_dataset", annotators, num_members, args.seed)
         options = {"desc": f"Reading judgements of {name} dataset"} if isinstance(dataset, Dataset) else {}
