@@ -12,6 +12,8 @@ from trl import RewardConfig as TRLRewardConfig
 from rlhf_bayes import RewardConfig
 from rlhf_bayes.testing import EnumerableLM
 
+from .training import QUIET
+
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
 
 
@@ -19,12 +21,7 @@ def quiet(folder: str | Path, ours: bool = False, **changes: Any) -> TRLRewardCo
     """A configuration for the CPU: 8 pairs a step, plain SGD so that steps show the gradient."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **QUIET,
         "per_device_train_batch_size": 8,
         "max_steps": 1,
         "learning_rate": 0.1,
@@ -62,3 +59,17 @@ def trained(kind: type, toy: EnumerableLM, args: Any, pairs: Dataset, train: boo
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def expanded(pairs: Dataset) -> Dataset:
+    """One row a vote. Ties count for both, half each: two rows for each other vote keep the weights."""
+    rows = []
+    for row in pairs:
+        chosen, rejected, tie = row["votes"]
+        turned = {"chosen": row["rejected"], "rejected": row["chosen"]}
+        rows += [{"chosen": row["chosen"], "rejected": row["rejected"]}] * (2 * chosen + tie)
+        rows += [turned] * (2 * rejected + tie)
+    return Dataset.from_list(rows)
+
+
+VOTES = [[3, 1, 0], [0, 4, 0], [1, 1, 2], [4, 0, 0], [2, 1, 1], [0, 0, 4], [1, 3, 0], [2, 2, 0]]

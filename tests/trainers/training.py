@@ -10,17 +10,21 @@ from transformers import TrainerCallback
 from rlhf_bayes import PPOConfig, PPOTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
+QUIET = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+
 
 def config(folder: str | Path, **changes: Any) -> PPOConfig:
     """A quiet configuration for the CPU: 24 completions of 3 prompts a step, plain SGD so that noise stays small."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "report_to": "none",
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **QUIET,
         "max_completion_length": 3,
         "num_generations": 8,
         "per_device_train_batch_size": 24,
