@@ -18,14 +18,12 @@ that many optimizer steps, and `num_iterations` repeats them.
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +32,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
+from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlhf_bayes import PPOConfig, PPOTrainer
@@ -215,15 +213,6 @@ def train(target: Target, curve: Curve, cell: Cell) -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-def quiet() -> None:
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 @dataclass(frozen=True)

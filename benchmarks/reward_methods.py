@@ -25,14 +25,12 @@ parameters a run takes about 25 minutes on one core, and adapters, which the def
 
 import argparse
 import json
-import logging
 import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,14 +40,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import preference_files as files
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from peft import LoraConfig
+from quiet import quiet
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
 
 from rlhf_bayes import RewardConfig, RewardTrainer
 from rlhf_bayes.diagnostics import plot_reliability
@@ -274,15 +272,6 @@ def bounds(pairs: list[files.Pairs]) -> str:
         f"accuracy cannot pass {mean_and_error(ceilings)}. Log loss cannot fall below the mean entropy "
         f"of the share of votes, {mean_and_error(entropies)} nats."
     )
-
-
-def quiet() -> None:
-    torch.set_num_threads(1)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
