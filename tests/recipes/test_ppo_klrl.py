@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,25 +12,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_bayes import toy
 from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel
 
+from ..scripts import run_script
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ppo_klrl.py"
 SHARED = ROOT.parent / "shared"
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--num_generations", "4", "--report_prompts", "2"]
 SMALL = [*FEW, "--report_samples", "32", "--max_completion_length", "24"]
-
-
-def launch(*flags, cwd, launcher=(sys.executable,)):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
-    done = subprocess.run(
-        [*launcher, str(RECIPE), *map(str, flags)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +47,7 @@ def run_in_process(recipe, monkeypatch, tmp_path):
 
 def test_without_arguments_trains_the_bundled_model(tmp_path):
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
-    output = launch(*FEW, "--report_samples", 32, cwd=tmp_path, launcher=accelerate)
+    output = run_script(RECIPE, *FEW, "--report_samples", 32, cwd=tmp_path, launcher=accelerate)
     for expected in (
         "Samples",
         "The movie",
@@ -161,7 +147,8 @@ def test_rules_that_do_not_fit(recipe, run_in_process, reward_models, monkeypatc
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
 def test_stories_with_vader(tmp_path):
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed (extra `recipes`)")
-    output = launch(
+    output = run_script(
+        RECIPE,
         *("--model_name_or_path", SHARED / "models" / "stories260K"),
         *("--dataset_name", SHARED / "data" / "tinystories" / "first_sentences.jsonl.gz"),
         *("--prompt_column", "text", "--max_prompts", 20, "--reward_func", "rlhf_bayes.toy.rewards:vader_reward"),

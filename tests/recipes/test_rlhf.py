@@ -1,9 +1,7 @@
 """The recipe with few steps; that it votes as the annotator does, and where it sees the best gold reward."""
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import pytest
 
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, load_reward
 from rlhf_bayes.toy.rewards import sentiment
+
+from ..scripts import run_script
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "rlhf.py"
 FEW = ["--num_pairs", "12", "--reward_epochs", "1", "--max_steps", "2", "--batch_size", "8", "--logging_steps", "1"]
@@ -27,12 +27,9 @@ def recipe():
 
 
 def test_from_preferences_to_policies(tmp_path):
-    command = [sys.executable, str(RECIPE), "--num_seeds", "2", "--num_members", "2", *FEW]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = run_script(RECIPE, "--num_seeds", "2", "--num_members", "2", *FEW, cwd=tmp_path, columns=80)
     # a row a seed, then two for their mean
-    rows = [line.split() for line in done.stdout.splitlines() if re.search(r"\d\.\d\d\s*$", line)]
+    rows = [line.split() for line in output.splitlines() if re.search(r"\d\.\d\d\s*$", line)]
     assert [row[-8] for row in rows] == ["0", "1", "mean", "±"] * 2
     folder = tmp_path / "runs" / "rlhf"
     assert (folder / "overoptimization.png").read_bytes().startswith(b"\x89PNG")

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import toy
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel
+
+from ..scripts import run_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "reward_models" / "evaluate.py"
 FEW = ["--num_prompts", "3", "--num_samples", "8", "--max_completion_length", "12"]
@@ -50,17 +50,9 @@ def script(monkeypatch, tmp_path):
 
 
 def test_two_models_on_the_toy(models, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--reward_model_path", *models, "--max_pairs", "40", *FEW],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = run_script(SCRIPT, "--reward_model_path", *models, "--max_pairs", "40", *FEW, cwd=tmp_path)
     for expected in ("40 pairs (raw rewards)", "Δ = 0", "one", "two, mean", "two, min", "gold itself", "n = 8"):
-        assert expected in done.stdout
+        assert expected in output
     for plot in ("reliability.png", "best_of_n.png"):
         assert (tmp_path / "runs" / "evaluate" / plot).read_bytes().startswith(b"\x89PNG")
 

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +11,8 @@ import yaml
 
 from rlhf_bayes import toy
 from rlhf_bayes.rewards import RewardEnsemble, RewardIndex, RewardModel, load_reward
+
+from ..scripts import run_script
 
 FOLDER = Path(__file__).resolve().parents[2] / "reward_models"
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--normalize_samples", "60"]
@@ -60,17 +60,10 @@ def own_pairs(tmp_path):
 
 
 def test_without_arguments_trains_four_heads_on_the_toy(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", str(FOLDER / "train.py"), *FEW],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    output = run_script(FOLDER / "train.py", *FEW, cwd=tmp_path, launcher=launcher)
     for expected in ("608 pairs held out", "Δ = 0", "this model", "accuracy"):
-        assert expected in done.stdout
+        assert expected in output
     folder = tmp_path / "runs" / "reward_model"
     assert (folder / "reliability.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "README.md").read_text()
