@@ -1,0 +1,122 @@
+"""What a sampler returns: completions, what each counts, and how far to trust them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..lm import Completion, Completions, Prompt
+
+Guarantee = Literal["exact", "consistent", "bounded", "none"]
+"""
+`"exact"`: independent draws from the posterior. `"consistent"`: estimates converge to those of the posterior as draws,
+particles or steps grow. `"bounded"`: the distance of the draws' distribution from the posterior is known. `"none"`:
+another distribution.
+"""
+
+
+@dataclass(frozen=True)
+class LogZ:
+    """log Z of each prompt, as a sampler saw it: (P,), fp64, nats."""
+
+    log_z: Tensor
+    """Estimate; `-inf` where nothing that the posterior allows was drawn."""
+    low: Tensor
+    """Lower end of the confidence interval."""
+    high: Tensor
+    """Upper end."""
+    confidence: float = 0.95
+    """Of the interval."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """
+    Completions from a sampler, B rows in the order of the prompts. A prompt may have fewer than were asked for, where
+    the sampler's budget ended: see `counts`.
+    """
+
+    prompts: list[Prompt]
+    """The prompt of each row."""
+    prompt_index: Tensor
+    """(B,) integers: which of the P prompts."""
+    completion_ids: list[list[int]]
+    """Token ids up to and including the first EOS."""
+    texts: list[str]
+    """Decoded, special tokens skipped."""
+    completions: list[Completion]
+    """As reward functions take them: a text, or one assistant message for a chat prompt."""
+    log_weights: Tensor | None
+    """(B,) fp64, nats: log of posterior density over proposal density, up to a constant of each prompt; `-inf` is
+    weight 0. None where all rows of a prompt count alike."""
+    guarantee: Guarantee
+    """What the rows, weighted, are worth."""
+    num_prompts: int
+    """P."""
+    log_z: LogZ | None = None
+    """log Z of each prompt, where the sampler tells."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """How it went: acceptance rates, effective sample sizes, k̂, tokens evaluated, … Plain numbers and lists."""
+
+    @property
+    def counts(self) -> Tensor:
+        """(P,): rows of each prompt."""
+        return torch.bincount(self.prompt_index, minlength=self.num_prompts)
+
+    @property
+    def weights(self) -> Tensor:
+        """(B,) fp64: weights that sum to 1 over the rows of each prompt; 0 where all of a prompt's are 0."""
+        log_weights = torch.zeros(len(self.prompts)) if self.log_weights is None else self.log_weights
+        weights = torch.zeros(len(self.prompts), dtype=torch.float64)
+        for prompt in range(self.num_prompts):
+            rows = self.prompt_index == prompt
+            if bool((log_weights[rows] > -torch.inf).any()):
+                weights[rows] = log_weights[rows].double().softmax(0)
+        return weights
+
+    def __len__(self) -> int:
+        return len(self.completion_ids)
+
+    @classmethod
+    def of(
+        cls,
+        drawn: Completions,
+        num_prompts: int,
+        kept: Sequence[int] | None = None,
+        *,
+        guarantee: Guarantee,
+        log_weights: Tensor | None = None,
+        log_z: LogZ | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> "Draws":
+        """
+        From completions drawn with as many rows a prompt.
+
+        Args:
+            drawn (`Completions`):
+                P · n rows, grouped by prompt.
+            num_prompts (`int`):
+                P.
+            kept (`Sequence[int]`, *optional*):
+                The rows to keep, repeated where resampled, in the order of the prompts. Default: all.
+            guarantee, log_z, info:
+                As the fields.
+            log_weights (`Tensor`, *optional*):
+                Of the rows that are kept.
+        """
+        rows = list(range(len(drawn))) if kept is None else list(kept)
+        n = len(drawn) // num_prompts
+        return cls(
+            prompts=[drawn.prompts[row] for row in rows],
+            prompt_index=torch.tensor([row // n for row in rows], dtype=torch.long),
+            completion_ids=[drawn.completion_ids[row] for row in rows],
+            texts=[drawn.texts[row] for row in rows],
+            completions=[drawn.completions[row] for row in rows],
+            log_weights=None if log_weights is None else log_weights.double().cpu(),
+            guarantee=guarantee,
+            num_prompts=num_prompts,
+            log_z=log_z,
+            info=dict(info or {}),
+        )
