@@ -7,19 +7,21 @@ from rlhf_bayes.likelihoods.ensemble import EnsembleLikelihood
 from rlhf_bayes.likelihoods.moment_summary import MomentSummary
 from rlhf_bayes.likelihoods.moments import MomentLikelihood
 from rlhf_bayes.likelihoods.product import ProductLikelihood
-from rlhf_bayes.likelihoods.protocol import Likelihood, checked_log_likelihood, known_bound
+from rlhf_bayes.likelihoods.protocol import Evidence, Likelihood, checked_evidence, checked_log_likelihood, known_bound
 from rlhf_bayes.likelihoods.reward import RewardLikelihood, check_beta
 
 __all__ = [
     "ClassifierLikelihood",
     "Constraint",
     "EnsembleLikelihood",
+    "Evidence",
     "Likelihood",
     "MomentLikelihood",
     "MomentSummary",
     "ProductLikelihood",
     "RewardLikelihood",
     "check_beta",
+    "checked_evidence",
     "checked_log_likelihood",
     "combine_rewards",
     "known_bound",

@@ -6,6 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from rlhf_bayes.likelihoods.protocol import Evidence
 from rlhf_bayes.rewards import RewardScorer
 
 
@@ -53,8 +54,18 @@ class Constraint:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
+        """0 or `-inf` for each completion: (B,), fp32. Raises as `evidence` does."""
+        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
+
+    def evidence(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Evidence:
         """
-        0 or `-inf` for each completion: (B,), fp32.
+        0 or `-inf` for each completion, (B,), fp32, and what the predicate said, as 1 or 0.
 
         Raises:
             `TypeError` or `ValueError`: the predicate returned something other than `bool`, 0 or 1 for a completion,
@@ -70,4 +81,4 @@ class Constraint:
                 f"row {row}: prompt {prompts[row]!r}, completion {completions[row]!r}. Compare a score with a "
                 "threshold, or use `RewardLikelihood` for evidence by degrees."
             )
-        return torch.where(values == 1, 0.0, -torch.inf)
+        return Evidence(torch.where(values == 1, 0.0, -torch.inf), {self.name: values})

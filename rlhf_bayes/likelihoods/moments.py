@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.moment_summary import FeatureMoment, MomentSummary
+from rlhf_bayes.likelihoods.protocol import Evidence
 from rlhf_bayes.numerics import MomentFit, fit_moments
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
 
@@ -124,8 +125,18 @@ class MomentLikelihood:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
+        """λ·φ of each completion, nats: (B,), fp32. Raises as `evidence` does."""
+        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
+
+    def evidence(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Evidence:
         """
-        λ·φ of each completion, nats: (B,), fp32, `-inf` where a condition is not met.
+        λ·φ of each completion, nats, (B,), fp32, `-inf` where a condition is not met; and φ by name.
 
         Raises:
             `ValueError`: as `features`; a value outside of `feature_bounds`, or neither 0 nor 1 where λ is infinite.
@@ -144,7 +155,8 @@ class MomentLikelihood:
                 rule = f"between {low:g} and {high:g}, as `feature_bounds` says or the draws of the fit suggested"
                 self._check(name, (column >= low) & (column <= high), column, rule)
             total += lam * column
-        return torch.where(forbidden, -torch.inf, total).float()
+        by_name = {name: values[:, index].float() for index, name in enumerate(self.names)}
+        return Evidence(torch.where(forbidden, -torch.inf, total).float(), by_name)
 
     def _check(self, name: str, holds: Tensor, column: Tensor, rule: str) -> None:
         if holds.all():

@@ -1,5 +1,6 @@
 """Evidence of several kinds at once."""
 
+import itertools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from rlhf_bayes.likelihoods.protocol import Likelihood, checked_log_likelihood, known_bound
+from rlhf_bayes.likelihoods.protocol import Evidence, Likelihood, checked_evidence, known_bound
 
 
 @final
@@ -72,18 +73,38 @@ class ProductLikelihood:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
+        """Σ_k a_k · log_likelihood_k of each completion, nats: (B,), fp32. Raises as `evidence` does."""
+        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
+
+    def evidence(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Evidence:
         """
-        Σ_k a_k · log_likelihood_k of each completion, nats: (B,), fp32, `-inf` where one of them is.
+        Σ_k a_k · log_likelihood_k of each completion, nats, (B,), fp32, `-inf` where one of them is; and the features
+        of all, numbered from the second of a name on.
 
         Raises:
             `TypeError` or `ValueError`: a part that does not return one number of nats, or `-inf`, per completion.
         """
         total: Any = None
+        features: dict[str, Tensor] = {}
         for part, power in zip(self.likelihoods, self.powers, strict=True):
             # each is checked by itself: only then does no sum meet −inf + inf, nor a power overflow unseen
-            nats = power * checked_log_likelihood(part, prompts, completions, completion_ids, columns)
+            evidence = checked_evidence(part, prompts, completions, completion_ids, columns)
+            nats = power * evidence.log_likelihood
             total = nats if total is None else total.to(nats.device) + nats
-        return total
+            for name, values in evidence.features.items():
+                features[_free_name(name, features)] = values
+        return Evidence(total, features)
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in taken else next(other for other in numbered if other not in taken)
 
 
 def _checked_powers(powers: Sequence[float] | None, num_parts: int) -> list[float]:

@@ -1,10 +1,19 @@
 """What a posterior needs to know about the evidence."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+
+class Evidence(NamedTuple):
+    """What a likelihood says of B completions, and what it read off them."""
+
+    log_likelihood: Tensor
+    """(B,), nats; `-inf` forbids."""
+    features: dict[str, Tensor]
+    """name -> (B,): the features, predicates (0 or 1) or rewards behind it, to be reported."""
 
 
 @runtime_checkable
@@ -13,7 +22,8 @@ class Likelihood(Protocol):
     Evidence of completions. Any object with this method makes a posterior, `Posterior(prior, likelihood)`.
 
     It may also have an attribute `bound` (`float` or `None`), in nats, that `log_likelihood` never exceeds for any
-    prompt and completion: what exact sampling by rejection needs. Without one, no bound is known.
+    prompt and completion: what exact sampling by rejection needs. Without one, no bound is known. And it may have a
+    method `evidence`, with the arguments of `log_likelihood`, that returns [`Evidence`].
     """
 
     def log_likelihood(
@@ -37,15 +47,38 @@ def checked_log_likelihood(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence] | None = None,
 ) -> Tensor:
+    """The first part of `checked_evidence`: (B,), fp32, nats."""
+    return checked_evidence(likelihood, prompts, completions, completion_ids, columns).log_likelihood
+
+
+def checked_evidence(
+    likelihood: Likelihood,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence] | None = None,
+) -> Evidence:
     """
-    What a likelihood returns, if it is evidence: (B,), fp32, nats, without gradient, finite or `-inf`.
+    What a likelihood returns, if it is evidence: (B,), fp32, nats, without gradient, finite or `-inf`; with its
+    features, if it tells.
 
     Raises:
         `TypeError`: not a tensor of one number for each completion.
         `ValueError`: NaN or `+inf`, with the row.
     """
+    arguments = (prompts, completions, completion_ids, columns)
+    tells = getattr(likelihood, "evidence", None)
+    evidence = Evidence(likelihood.log_likelihood(*arguments), {}) if tells is None else tells(*arguments)
+    return Evidence(_checked(evidence.log_likelihood, likelihood, prompts, completions), evidence.features)
+
+
+def known_bound(likelihood: Likelihood) -> float | None:
+    """`likelihood.bound` in nats, or `None` where none is known."""
+    return getattr(likelihood, "bound", None)
+
+
+def _checked(result: Any, likelihood: Likelihood, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
     name = type(likelihood).__name__
-    result = likelihood.log_likelihood(prompts, completions, completion_ids, columns)
     if not isinstance(result, Tensor) or result.shape != (len(prompts),):
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
         raise TypeError(
@@ -61,8 +94,3 @@ def checked_log_likelihood(
             f"{completions[wrong[0]]!r}. Bound the evidence from above (a larger `beta`, or a clipped reward)."
         )
     return result
-
-
-def known_bound(likelihood: Likelihood) -> float | None:
-    """`likelihood.bound` in nats, or `None` where none is known."""
-    return getattr(likelihood, "bound", None)

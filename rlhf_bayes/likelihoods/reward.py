@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.combine import combine_rewards
+from rlhf_bayes.likelihoods.protocol import Evidence
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
 
 
@@ -110,7 +111,18 @@ class RewardLikelihood:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
         """r(c, x) / beta of each completion, nats: (B,), fp32, `-inf` where forbidden. Raises as `rewards` does."""
-        return self.rewards(prompts, completions, completion_ids, columns) / self.beta
+        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
+
+    def evidence(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Evidence:
+        """r(c, x) / beta of each completion, nats, (B,), fp32, and r as `"reward"`. Raises as `rewards` does."""
+        rewards = self.rewards(prompts, completions, completion_ids, columns)  # (B,)
+        return Evidence(rewards / self.beta, {"reward": rewards})
 
 
 def check_beta(beta: float) -> float:

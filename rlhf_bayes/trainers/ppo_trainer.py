@@ -205,6 +205,9 @@ class PPOTrainer(RolloutTrainer):
         policy_weight = 0.0 if self._critic_warms_up() else 1.0
         return policy_weight * masked_sum(policy_loss, mask) + self.args.vf_coef * masked_sum(value_loss, mask)
 
+    def loss_count(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch["loss_mask"].sum()
+
     def _advantages(self, log_probs: Tensor, values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         log_ratios = k1(log_probs, batch["ref_token_log_probs"])  # (B, T)
         values = values + batch["value_shift"][:, None]

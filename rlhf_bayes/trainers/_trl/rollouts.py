@@ -10,21 +10,20 @@ passed, exact KLs, means over the global token count, and a resume that continue
 one.
 """
 
-import logging
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import ProcessorMixin
-from trl import RLOOTrainer
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from ...lm import (
-    CRITIC,
     CompletionScores,
     LMHead,
     base_causal_lm,
@@ -35,14 +34,13 @@ from ...lm import (
     raw_generation_config,
     scatter,
     score_completions,
-    set_trainable,
-    split_critic,
     token_log_probs_and_exact_kl,
 )
 from ..checks import check_tokenizer
-from ..interruption import finished_before_signals
+from ..proposal import Snapshot
 from ..reference import Reference
 from ..sampler import SamplerByEpoch
+from .checkpoints import CheckpointTrainer
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -58,10 +56,6 @@ PRIVATE_NAMES = {
 }
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
 
-logger = logging.getLogger(__name__)
-
-_STATE = "rollout_state_{rank}.pt"
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -75,8 +69,10 @@ class Rollout:
     """(B, T) bool: completion tokens, the first EOS included."""
     ended: Tensor
     """(B,) bool: whether EOS was drawn."""
+    prompt_keys: Tensor
+    """(B,) int64: equal for rows of the data that are equal in every column, and the same in every process and run."""
     token_log_probs: Tensor
-    """(B, T): log π(x_t | prefix) under the policy that drew it."""
+    """(B, T): log π(x_t | prefix) under the policy as it is."""
     ref_token_log_probs: Tensor
     """(B, T): log π0(x_t | prefix)."""
     token_entropy: Tensor
@@ -85,13 +81,15 @@ class Rollout:
     """(B, T): exact KL(π(· | prefix) ‖ π0(· | prefix)); None where the weights are sharded."""
     values: Tensor | None
     """(B, T): the critic's value of each prefix, where the policy has a critic."""
+    log_proposal: Tensor
+    """(B,): log q(x | prompt) under what drew it; that of the policy, if it did."""
     rewards_per_func: Tensor
-    """(B, F): what each reward function returned; nan for None."""
+    """(B, F): what each reward function returned; nan for None, -inf where a completion is forbidden."""
     num_generations: int
     """Completions a prompt; rows of a prompt are neighbours in the batch of all processes."""
 
 
-class RolloutTrainer(RLOOTrainer):
+class RolloutTrainer(CheckpointTrainer):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, **trl_arguments):
@@ -121,6 +119,10 @@ class RolloutTrainer(RLOOTrainer):
         self.ref_model = self.reference.module
         if self.use_vllm:
             self._send_policy_without_critic()
+        self.proposal: str | Snapshot = "policy"
+        """What completions are drawn from in training: "policy", "prior", or the policy as it once was."""
+        self._step_batches: list[dict[str, Tensor]] = []
+        self._count_in_step = torch.tensor(1.0)
         self._scored: dict[str, Tensor] | None = None
         self._rewards_per_func: Tensor | None = None
         self._ended: Tensor | None = None
@@ -131,17 +133,28 @@ class RolloutTrainer(RLOOTrainer):
         """Tensors (B, …) or () to add to the batch; rows are shuffled and split along. Defined by the objective."""
         raise NotImplementedError(f"{type(self).__name__} must define `rollout_batch`.")
 
-    def rollout_loss(self, scores: CompletionScores, batch: dict[str, Tensor]) -> Tensor:
-        """Sum over this micro-batch's tokens of the loss per token: (). Defined by the objective."""
+    def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
+        """
+        Sum of the loss over this micro-batch's tokens or completions: (). Defined by the objective. `scores` is None
+        in evaluation, where the rollout's own say all there is to say.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `rollout_loss`.")
 
-    def rollout_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the objective to continue where it was."""
-        return {"beta": self.beta}
+    def loss_count(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many tokens or completions `rollout_loss` sums over: (). Defined by the objective."""
+        raise NotImplementedError(f"{type(self).__name__} must define `loss_count`.")
 
-    def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Take back what `rollout_state` returned."""
-        self.beta = state["beta"]
+    def step_batches(self, batches: list[dict[str, Tensor]], new_rollout: bool) -> list[dict[str, Tensor]]:
+        """
+        What an optimizer step learns from: by default, the rollout's own micro-batches.
+
+        Args:
+            batches (`list[dict[str, Tensor]]`):
+                Micro-batches of the step, one for each accumulation step, with the tensors of `rollout_batch`.
+            new_rollout (`bool`):
+                Whether they are the first of a rollout.
+        """
+        return batches
 
     @property
     def mode(self) -> str:
@@ -161,8 +174,24 @@ class RolloutTrainer(RLOOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         for row, ids in enumerate(prompt_ids):
             check_prompt_fits(base_causal_lm(self._plain_policy), len(ids), self.max_completion_length, row)
-        with raw_generation_config(self._plain_policy):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        with self._drawing() as module, raw_generation_config(self.accelerator.unwrap_model(module)):
+            policy, self.model_wrapped = self.model_wrapped, module
+            try:
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            finally:
+                self.model_wrapped = policy
+
+    @contextmanager
+    def _drawing(self) -> Iterator[nn.Module]:
+        """Within: the module that completions are drawn from."""
+        if self.mode == "eval" or self.proposal == "policy":
+            yield self.model_wrapped
+        elif isinstance(self.proposal, Snapshot):
+            with self.proposal.active(self._plain_policy):
+                yield self.model_wrapped
+        else:
+            with self.reference.active(self.model) as module:
+                yield module
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
@@ -184,6 +213,8 @@ class RolloutTrainer(RLOOTrainer):
                 )
         first = self.accelerator.process_index * len(prompts)
         self._rewards_per_func = rewards[first : first + len(prompts)]
+        # RLOO's own statistics are means: over what is not forbidden
+        rewards = torch.where(rewards == -torch.inf, torch.nan, rewards)
         eos = set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))
         self._ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
@@ -196,6 +227,7 @@ class RolloutTrainer(RLOOTrainer):
         rollout = Rollout(
             mask=output["completion_mask"].bool(),
             ended=self._ended,
+            prompt_keys=torch.tensor([_prompt_key(row) for row in inputs], device=self._ended.device),
             rewards_per_func=self._rewards_per_func,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
             **self._scored,
@@ -215,12 +247,19 @@ class RolloutTrainer(RLOOTrainer):
             name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in parts[0]
         }
 
+    def _log_proposal(self, sequences: tuple, scored: dict[str, Tensor | None]) -> Tensor:
+        if self.mode == "train" and self.proposal == "prior":
+            return scored["ref_token_log_probs"].sum(-1)
+        if self.mode == "train" and isinstance(self.proposal, Snapshot):
+            with self._drawing():
+                return score_completions(self.model, *sequences, with_values=False).log_probs.sum(-1)
+        return scored["token_log_probs"].sum(-1)
+
     @torch.no_grad()
     def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
         # a head that is sharded, or that PEFT switches with the adapter, can be used inside its own forward only
-        sharded = self.accelerator.distributed_type == DistributedType.FSDP or self._zero3
         switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
-        separate = not sharded and not switched
+        separate = not self.sharded and not switched
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
         with self.accelerator.autocast():
             policy = score_completions(self.model, *sequences, hidden_only=separate)
@@ -238,132 +277,50 @@ class RolloutTrainer(RLOOTrainer):
                     completion_ids[mask],
                 )
                 token_log_probs, ref_token_log_probs, token_entropy, token_kl = (scatter(c, mask) for c in columns)
-        return {
-            "token_log_probs": token_log_probs,
-            "ref_token_log_probs": ref_token_log_probs,
-            "token_entropy": token_entropy,
-            "token_kl": token_kl,
-            "values": policy.values,
-        }
+            scored = {
+                "token_log_probs": token_log_probs,
+                "ref_token_log_probs": ref_token_log_probs,
+                "token_entropy": token_entropy,
+                "token_kl": token_kl,
+                "values": policy.values,
+            }
+            return scored | {"log_proposal": self._log_proposal(sequences, scored)}
 
     # Loss
 
     def _prepare_inputs(self, generation_batch):
         generated = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.mode == "train" and self._buffered_inputs is not generated:
-            self._count_tokens()
-        return inputs
-
-    def _count_tokens(self) -> None:
-        # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
+        if self.mode == "eval":
+            return inputs
         accumulation = self.args.gradient_accumulation_steps
-        local = torch.stack([batch["loss_mask"].sum() for batch in self._buffered_inputs])  # (steps_per_generation,)
-        tokens = self.accelerator.reduce(local.float(), reduction="sum").view(-1, accumulation).sum(-1)
-        for index, batch in enumerate(self._buffered_inputs):
-            batch["tokens_in_step"] = tokens[index // accumulation].clamp(min=1.0)
+        if self._step % accumulation == 0:
+            first = self._step % self.args.steps_per_generation
+            batches = self._buffered_inputs[first : first + accumulation]
+            self._step_batches = self.step_batches(batches, new_rollout=self._buffered_inputs is not generated)
+            # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
+            count = torch.stack([self.loss_count(batch).float() for batch in self._step_batches]).sum()
+            self._count_in_step = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
+        return self._step_batches[self._step % accumulation]
 
     def _compute_loss(self, model, inputs):
         if self.mode == "eval":
-            # a rollout's own scores say all there is to say: no second forward
-            return self.rollout_loss(None, inputs) / inputs["loss_mask"].sum().clamp(min=1)
-        scores = score_completions(
-            model,
-            inputs["prompt_ids"],
-            inputs["prompt_mask"],
-            inputs["completion_ids"],
-            inputs["completion_mask"],
-            self.temperature,
-        )
-        loss = self.rollout_loss(scores, inputs) / inputs["tokens_in_step"]
+            return self.rollout_loss(None, inputs) / self.loss_count(inputs).clamp(min=1)
+        loss = self.rollout_loss(self.score(model, inputs), inputs) / self._count_in_step
         # Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over processes
         return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
-    # Checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        with finished_before_signals():
-            super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir=None, state_dict=None):
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        critic_state = None
-        if state_dict is not None:
-            state_dict, critic_state = split_critic(state_dict)
-        with detached_critic(base_causal_lm(self._plain_policy)) as critic:
-            super()._save(output_dir, state_dict)
-        if critic is not None and self.args.should_save:
-            critic.save_pretrained(Path(output_dir) / CRITIC, critic_state)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled:  # one state dict, critic included
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with detached_critic(base_causal_lm(self._plain_policy)) as critic:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_critic(critic, resume_from_checkpoint)
-
-    def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_best_model()
-            return
-        with detached_critic(base_causal_lm(self._plain_policy)) as critic:
-            super()._load_best_model()
-        self._load_critic(critic, self.state.best_model_checkpoint)
-
-    def _load_critic(self, critic, checkpoint) -> None:
-        if critic is not None:
-            critic.load(Path(checkpoint) / CRITIC)
-            if critic.adapter is not None:  # Trainer takes only the active adapter back from the best checkpoint
-                weights = load_peft_weights(str(Path(checkpoint) / CRITIC), device=str(self.args.device))
-                set_peft_model_state_dict(self._plain_policy, weights, adapter_name=critic.adapter)
-            # `load_adapter` freezes every adapter but the active one
-            set_trainable(base_causal_lm(self._plain_policy), critic)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        state = {
-            "num_processes": self.accelerator.num_processes,
-            "step": self._step,
-            "buffered_inputs": self._buffered_inputs,
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "objective": self.rollout_state(),
-        }
-        torch.save(state, Path(output_dir) / _STATE.format(rank=self.accelerator.process_index))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._load_rollout_state(Path(checkpoint))
-
-    def _load_rollout_state(self, checkpoint: Path) -> None:
-        # without the file, or with another number of processes, the rollout in flight is lost and drawn anew
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        self._buffered_inputs = None
-        path = checkpoint / _STATE.format(rank=self.accelerator.process_index)
-        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else None
-        if state is None:
-            logger.warning(
-                f"`{path}` is missing: β and the rollout in flight start anew, so the run will differ from one "
-                "that was not interrupted."
-            )
-            return
-        self.load_rollout_state(state["objective"])
-        if state["num_processes"] != self.accelerator.num_processes:
-            logger.warning(
-                f"The checkpoint was written by {state['num_processes']} processes, this run has "
-                f"{self.accelerator.num_processes}: the rollout in flight is drawn anew."
-            )
-            return
-        self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
-        for name, values in state["metrics"].items():
-            self._metrics["train"][name] = values
+    def score(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionScores:
+        """The batch's completions under a model, with gradient where it is enabled."""
+        sequences = (batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+        return score_completions(model, *sequences, self.temperature)
 
     # Engines
 
     @property
-    def _plain_policy(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+    def sharded(self) -> bool:
+        """Whether no process holds all the weights."""
+        return self.accelerator.distributed_type == DistributedType.FSDP or self._zero3
 
     @property
     def _zero3(self) -> bool:
@@ -386,3 +343,9 @@ class RolloutTrainer(RLOOTrainer):
                 sync_weights()
 
         self.vllm_generation.sync_weights = sync_policy
+
+
+def _prompt_key(row: dict[str, Any]) -> int:
+    # the evidence, and with it Z, may depend on every column
+    text = json.dumps(row, sort_keys=True, default=repr)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

@@ -1,4 +1,4 @@
-"""What `_trl/rollouts.py` relies on in TRL, by name: a release that moves a name fails here, and says which."""
+"""What `_trl/rollouts.py` and `_trl/checkpoints.py` rely on in TRL, by name: a release that moves a name fails here, and says which."""
 
 import ast
 import inspect
@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers._trl import rollouts
+from rlhf_bayes.trainers._trl import checkpoints, rollouts
 
 from ..training import config, prompts_of, trainer
 from .names import lost, moved, names_used
@@ -79,14 +79,19 @@ def test_attributes(rloo):
     assert lost(rloo, rollouts.PRIVATE_ATTRIBUTES) == []
 
 
+def all_names_used() -> set[str]:
+    used = names_used(rollouts, "RolloutTrainer") - vars(checkpoints.CheckpointTrainer).keys()
+    return used | names_used(checkpoints, "CheckpointTrainer")
+
+
 def test_every_name_that_is_used(rloo):
-    used = names_used(rollouts, "RolloutTrainer")
+    used = all_names_used()
     assert {"_step", "_buffered_inputs", "_prepare_inputs", "reward_func_names", "use_vllm"} <= used  # it sees them
     assert lost(rloo, used - NOT_ON_EVERY_INSTANCE) == []
 
 
 def test_the_list_is_complete(rloo):
-    private = {name for name in names_used(rollouts, "RolloutTrainer") if name.startswith("_")}
+    private = {name for name in all_names_used() if name.startswith("_")}
     missing = private - rollouts.PRIVATE_NAMES.keys() - set(rollouts.PRIVATE_ATTRIBUTES) - TRAINER_NAMES.keys()
     assert missing == set(), "name them in PRIVATE_NAMES or PRIVATE_ATTRIBUTES"
     overridden = {name for name in vars(rollouts.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")}
