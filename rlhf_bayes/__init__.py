@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .lm import Completions, LanguageModel
     from .posterior import Posterior
-    from .trainers import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+    from .trainers import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
 # trl takes seconds to import: the layers below it do not wait for it
 _HOMES = {
     "Completions": "lm",
+    "GDCConfig": "trainers",
+    "GDCTrainer": "trainers",
     "LanguageModel": "lm",
     "PPOConfig": "trainers",
     "PPOTrainer": "trainers",
@@ -18,7 +20,17 @@ _HOMES = {
     "RewardTrainer": "trainers",
 }
 
-__all__ = ["Completions", "LanguageModel", "PPOConfig", "PPOTrainer", "Posterior", "RewardConfig", "RewardTrainer"]
+__all__ = [
+    "Completions",
+    "GDCConfig",
+    "GDCTrainer",
+    "LanguageModel",
+    "PPOConfig",
+    "PPOTrainer",
+    "Posterior",
+    "RewardConfig",
+    "RewardTrainer",
+]
 
 
 def __getattr__(name: str):

@@ -8,10 +8,10 @@ Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp6
 from .best_of_n import best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
-from .dpg import BASELINES, dpg_advantages
-from .f_divergence import DIVERGENCES, f_divergence, pseudo_rewards
+from .dpg import BASELINES, DPGAdvantages, dpg_advantages, dpg_baselines
+from .f_divergence import DIVERGENCES, check_divergence, f_divergence, f_divergence_terms, pseudo_rewards
 from .gae import gae
-from .groups import leave_one_out_baseline
+from .groups import grouped, leave_one_out_baseline
 from .kl import exact_token_kl, k1, k2, k3
 from .log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
 from .log_weights import (
@@ -52,6 +52,7 @@ __all__ = [
     "DIVERGENCES",
     "MIN_IMPORTANCE_ESS",
     "POOLING_RULES",
+    "DPGAdvantages",
     "LogVarianceCentres",
     "MomentFit",
     "ReliabilityBins",
@@ -61,17 +62,21 @@ __all__ = [
     "best_of_n_kl_bound",
     "bradley_terry_loss",
     "brier_score",
+    "check_divergence",
     "clipped_policy_loss",
     "clipped_value_loss",
     "dpg_advantages",
+    "dpg_baselines",
     "exact_token_kl",
     "expected_best_of_n",
     "expected_calibration_error",
     "explained_variance",
     "f_divergence",
+    "f_divergence_terms",
     "fit_moments",
     "forward_kl",
     "gae",
+    "grouped",
     "importance_ess",
     "jeffreys",
     "js",

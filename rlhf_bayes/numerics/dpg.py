@@ -1,5 +1,7 @@
 """Advantages of distributional policy gradients: importance ratio times pseudo-reward less its baseline."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,15 +12,73 @@ BASELINES = ("leave_one_out", "constant", "none")
 """Names of the baselines of `dpg_advantages`."""
 
 
-def dpg_advantages(
+def dpg_baselines(
     log_target: Tensor,
     log_policy: Tensor,
     log_proposal: Tensor,
     groups: Tensor,
     divergence: str,
     alpha: float | None = None,
-    baseline: str = "leave_one_out",
+    baseline: str = "constant",
 ) -> Tensor:
+    r"""
+    Baseline b of the pseudo-reward of each completion, for [`dpg_advantages`].
+
+    Which one has the least noise depends on the divergence. With 4 draws a prompt on a toy, on policy, the constant
+    has less than leave-one-out for all but the reverse KL, whose mean reward −KL(π‖p) − 1 is far from its constant
+    before it has learnt: a mean of three siblings is noisy.
+
+    Args:
+        log_target, log_policy, log_proposal (`torch.Tensor`): (B,), nats, as for [`dpg_advantages`]; any policy will
+            do, such as that which drew the completions.
+        groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt.
+        divergence (`str`): one of `DIVERGENCES`.
+        alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
+        baseline (`str`, defaults to `"constant"`): `"leave_one_out"` is [`leave_one_out_baseline`]; `"constant"` is
+            −f′(1), the reward of every completion once π = p: for the forward KL the exact mean at any π, for `"js"`,
+            `"tv"` and `"alpha"` 0; `"none"` is 0.
+
+    Returns:
+        `torch.Tensor`: (B,) fp64, constant.
+
+    Raises:
+        ValueError: as [`pseudo_rewards`]; if the baseline is unknown, or a leave-one-out baseline has no group of two.
+
+    Source: Korbak et al. 2022, arXiv 2206.00761; the constant: ours.
+    """
+    if baseline not in BASELINES:
+        raise ValueError(f"`baseline` must be one of {', '.join(BASELINES)}, got {baseline!r}.")
+    log_target, log_policy, log_proposal = (x.detach().double() for x in (log_target, log_policy, log_proposal))
+    at_equality = float(pseudo_rewards(log_policy.new_zeros(()), divergence, alpha))
+    if baseline != "leave_one_out":
+        return torch.full_like(log_policy, at_equality if baseline == "constant" else 0.0)
+    if groups.numel() and int(groups.unique(return_counts=True)[1].max()) < 2:
+        raise ValueError(
+            '`baseline` "leave_one_out" wants at least two completions of a prompt, got one each. Raise '
+            '`num_generations`, or use "constant".'
+        )
+    rewards = pseudo_rewards(log_target - log_policy, divergence, alpha)  # (B,)
+    return leave_one_out_baseline(rewards, groups, log_policy - log_proposal, at_equality)
+
+
+class DPGAdvantages(NamedTuple):
+    """What [`dpg_advantages`] returns."""
+
+    advantages: Tensor
+    """(B,) fp32, constant; 0 for completions left out."""
+    clipped: Tensor
+    """(B,) fp32: importance ratio times what `max_pseudo_reward` took off the pseudo-reward."""
+
+
+def dpg_advantages(
+    log_target: Tensor,
+    log_policy: Tensor,
+    log_proposal: Tensor,
+    baselines: Tensor,
+    divergence: str,
+    alpha: float | None = None,
+    max_pseudo_reward: float | None = None,
+) -> DPGAdvantages:
     r"""
     Advantages of completions drawn from q, whose policy gradient descends D_f(π‖p) without bias.
 
@@ -27,34 +87,25 @@ def dpg_advantages(
     for the loss `−mean(A·log π)`, A constant. With the constant baseline of the forward KL, b = E_π[p/π] = 1, that is
     `p/q − π/q`: the weights of distributional policy gradients less Z·π/q, over Z.
 
-    Which baseline has the least noise depends on the divergence. With 4 draws a prompt on a toy, on policy, the
-    constant has less than leave-one-out for all but the reverse KL, whose mean reward −KL(π‖p) − 1 is far from its
-    constant before it has learnt: a mean of three siblings is noisy.
-
     Args:
         log_target (`torch.Tensor`): log p = log π0 + log_likelihood − log Z of each completion (B,), in nats; `-inf`
             for a forbidden one, nan for one to be left out.
         log_policy (`torch.Tensor`): log π (B,), as the policy is now.
         log_proposal (`torch.Tensor`): log q (B,), as it was when the completion was drawn.
-        groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt.
+        baselines (`torch.Tensor`): b (B,), from [`dpg_baselines`].
         divergence (`str`): one of `DIVERGENCES`.
         alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
-        baseline (`str`, defaults to `"leave_one_out"`): `"leave_one_out"` is [`leave_one_out_baseline`];
-            `"constant"` is −f′(1), the reward of every completion once π = p: for the forward KL the exact mean at any
-            π, for `"js"`, `"tv"` and `"alpha"` 0; `"none"` is 0.
+        max_pseudo_reward (`float`, *optional*): R is lowered to it. The optimum moves where it takes effect.
 
     Returns:
-        `torch.Tensor`: (B,) fp32, constant; 0 for completions left out.
+        [`DPGAdvantages`]
 
     Raises:
-        ValueError: as [`pseudo_rewards`]; if the baseline is unknown, a leave-one-out baseline has no group of two, or
-            log π or log q is not finite.
+        ValueError: as [`pseudo_rewards`]; if log π or log q is not finite.
 
     Source: Khalifa et al. 2021, arXiv 2012.11635; Go et al. 2023, arXiv 2302.08215;
-    baselines: Korbak et al. 2022, arXiv 2206.00761.
+    baselines: Korbak et al. 2022, arXiv 2206.00761; the clip: Kruszewski et al. 2025, arXiv 2512.05962.
     """
-    if baseline not in BASELINES:
-        raise ValueError(f"`baseline` must be one of {', '.join(BASELINES)}, got {baseline!r}.")
     # fp64: far from the policy p/π may pass e⁸⁸ where π/q is as small, and only their product has a size
     log_target, log_policy, log_proposal = (x.detach().double() for x in (log_target, log_policy, log_proposal))
     for name, log_prob in (("log_policy", log_policy), ("log_proposal", log_proposal)):
@@ -64,17 +115,11 @@ def dpg_advantages(
                 f"{tuple(log_prob.shape)} with {int((~log_prob.isfinite()).sum())} that are not finite: a completion "
                 "that was drawn has a positive probability."
             )
-    log_ratio = log_policy - log_proposal  # (B,)
+    ratio = (log_policy - log_proposal).exp()  # (B,)
     rewards = pseudo_rewards(log_target - log_policy, divergence, alpha)  # (B,)
-    at_equality = float(pseudo_rewards(log_ratio.new_zeros(()), divergence, alpha))
-    if baseline == "leave_one_out":
-        if groups.numel() and int(groups.unique(return_counts=True)[1].max()) < 2:
-            raise ValueError(
-                '`baseline` "leave_one_out" wants at least two completions of a prompt, got one each. Raise '
-                '`num_generations`, or use "constant".'
-            )
-        centre = leave_one_out_baseline(rewards, groups, log_ratio, at_equality)  # (B,)
-    else:
-        centre = torch.full_like(rewards, at_equality if baseline == "constant" else 0.0)
-    advantages = log_ratio.exp() * (rewards - centre)  # (B,)
-    return torch.where(rewards.isnan(), 0.0, advantages).float()
+    kept = rewards if max_pseudo_reward is None else rewards.clamp(max=max_pseudo_reward)
+    left_out = rewards.isnan()
+    return DPGAdvantages(
+        torch.where(left_out, 0.0, ratio * (kept - baselines)).float(),
+        torch.where(left_out, 0.0, ratio * (rewards - kept)).float(),
+    )

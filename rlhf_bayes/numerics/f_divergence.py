@@ -68,6 +68,48 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
     return s - 1 if divergence == "reverse_kl" else s
 
 
+def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
+    r"""
+    What a completion drawn from π adds to the divergence: `(p/π)·f(π/p)`, whose mean over π is D_f(π‖p).
+
+    f is that of [`pseudo_rewards`], plus the multiple of t − 1 that makes it 0 with its slope at t = 1, and so nowhere
+    negative: the mean is the same for a normalised p, and an estimate cannot fall below 0.
+
+    Args:
+        log_density_ratio (`torch.Tensor`): as for [`pseudo_rewards`].
+        divergence (`str`): one of `DIVERGENCES`.
+        alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
+
+    Returns:
+        `torch.Tensor`: shape kept, in nats (`"tv"`: a probability), at least 0; `+inf` for a forbidden completion
+            under the reverse KL, nan where nan came.
+
+    Raises:
+        ValueError: if the divergence is unknown, or `alpha` does not fit it.
+
+    Source: Go et al. 2023, arXiv 2302.08215, Table 1; for the KLs, Schulman 2020, "Approximating KL divergence".
+    """
+    check_divergence(divergence, alpha)
+    if divergence == "alpha":
+        divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(alpha or 0.0), divergence)
+    s = log_density_ratio if log_density_ratio.dtype == torch.float64 else log_density_ratio.float()
+    forbidden = s == -torch.inf
+    finite = torch.where(forbidden, 0.0, s)
+    ratio = s.exp()  # p/π
+    if divergence == "forward_kl":
+        return torch.where(forbidden, 1.0, ratio * finite - torch.expm1(finite))
+    if divergence == "reverse_kl":
+        return torch.where(forbidden, torch.inf, torch.expm1(finite) - finite)
+    if divergence == "js":
+        # −½·s − ½·(1 + p/π)·(log (1 + exp(−s)) − log 2), with the logarithm that stays small taken out
+        softplus = torch.nn.functional.softplus(s) - math.log(2)
+        return torch.where(forbidden, 0.5 * math.log(2), 0.5 * (ratio * finite - (1 + ratio) * softplus))
+    if divergence == "tv":
+        return 0.5 * (ratio - 1).abs()
+    power = 1 - float(alpha or 0.0)
+    return (torch.expm1(power * s) - power * (ratio - 1)) / (-power * (1 - power))
+
+
 def f_divergence(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
     """
     The divergence that `pseudo_rewards` descends, exact on enumerated distributions: `Σ_i p_i·f(q_i/p_i)`.

@@ -125,6 +125,12 @@ class ZPool:
         log_total = torch.logaddexp(past[:, 1:], share + counts.log())
         return self._bounded(torch.where(log_total == -torch.inf, torch.nan, log_sum - log_total))
 
+    def subset(self, keys: Sequence[str]) -> "ZPool":
+        """A pool of its own with what is known of these prompts."""
+        pool = ZPool(self.log_z_bound)
+        pool._entries = {key: self._entries[key] for key in keys if key in self._entries}
+        return pool
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON or `torch.save`: five a prompt."""
         return {"log_z_bound": self.log_z_bound, "entries": {key: list(entry) for key, entry in self._entries.items()}}

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from trl import RLOOConfig
+from .rollout_config import NumberRules, RolloutConfig
 
 _KL_ESTIMATORS = {
     "k3": "its optimum is not the posterior: in the reward it penalises KL(π‖π0) − KL(π0‖π) in expectation",
@@ -14,12 +14,10 @@ _KL_ESTIMATORS = {
         "reported"
     ),
 }
-# keys of `generation_kwargs` that do not change which completions come with which probability
-_HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "max_time", "cache_config", "prefill_chunk_size"}
 
 
 @dataclass
-class PPOConfig(RLOOConfig):
+class PPOConfig(RolloutConfig):
     r"""
     Configuration of [`PPOTrainer`]: that of [`~trl.RLOOConfig`], and the parameters below.
 
@@ -48,10 +46,6 @@ class PPOConfig(RLOOConfig):
             Subtracted from the reward of completions without EOS, in units of the reward. Part of the posterior.
     """
 
-    disable_dropout: bool = field(
-        default=True,
-        metadata={"help": "Whether to disable dropout. Must be True: dropout makes the policy's density random."},
-    )
     kl_estimator: str = field(
         default="k1",
         metadata={
@@ -88,56 +82,23 @@ class PPOConfig(RLOOConfig):
         metadata={"help": "KL(policy || prior) in nats per sequence that beta adapts to. If `None`, beta is fixed."},
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which beta adapts to `target_kl`."})
-    missing_eos_penalty: float | None = field(
-        default=None,
-        metadata={"help": "Subtracted from the reward of completions without EOS. Moves the posterior."},
-    )
 
-    def __post_init__(self):
-        # before TRL divides by `num_generations`
-        self._check_numbers()
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # RLOO's last check: it needs siblings as a baseline, a critic does not
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
-        self._check_posterior()
-        self._check_sampling()
-        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
-            raise ValueError(
-                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "
-                f"`steps_per_generation` ({self.steps_per_generation}): the loss is a mean over the tokens of a whole "
-                f"optimizer step, which must all have been drawn. Set "
-                f"`steps_per_generation={self.gradient_accumulation_steps}` or a multiple."
-            )
-
-    def _check_numbers(self) -> None:
-        rules = {
+    def _number_rules(self) -> NumberRules:
+        return super()._number_rules() | {
             "beta": (self.beta, lambda x: 0 <= x < math.inf, "at least 0 (0 is plain RL)"),
             "lam": (self.lam, lambda x: 0 <= x <= 1, "in [0, 1]"),
             "vf_coef": (self.vf_coef, lambda x: 0 <= x < math.inf, "at least 0"),
             "cliprange_value": (self.cliprange_value, lambda x: 0 < x < math.inf, "positive, or None for no clipping"),
             "critic_warmup_steps": (self.critic_warmup_steps, lambda x: x >= 0, "at least 0"),
+            "critic": (self.critic, ("shared", "separate").__contains__, "'shared' or 'separate'"),
             "target_kl": (self.target_kl, lambda x: 0 < x < math.inf, "positive (nats per sequence), or None"),
             "kl_horizon": (self.kl_horizon, lambda x: x >= 1, "at least 1 (episodes)"),
-            "missing_eos_penalty": (self.missing_eos_penalty, lambda x: 0 <= x < math.inf, "at least 0, or None"),
-            "num_generations": (self.num_generations, lambda x: x >= 1, "at least 1"),
-            "num_iterations": (self.num_iterations, lambda x: x >= 1, "at least 1"),
-            "max_completion_length": (self.max_completion_length, lambda x: x >= 1, "at least 1 (tokens)"),
             "epsilon": (self.epsilon, lambda x: 0 < x <= 1, "in (0, 1]"),
             "epsilon_high": (self.epsilon_high, lambda x: 0 < x < math.inf, "positive, or None for `epsilon`"),
-            "reward_weights": (self.reward_weights, lambda x: all(map(math.isfinite, x)), "finite"),
-            "reward_clip_range": (self.reward_clip_range, lambda x: x[0] < x[1], "(low, high) with low < high"),
-            "temperature": (self.temperature, lambda x: 0 < x < math.inf, "positive and finite"),
         }
-        for name, (value, holds, rule) in rules.items():
-            if value is not None and not holds(value):
-                raise ValueError(f"`{name}` must be {rule}, got {value}.")
-        if self.critic not in ("shared", "separate"):
-            raise ValueError(f"`critic` must be 'shared' or 'separate', got {self.critic!r}.")
 
     def _check_posterior(self) -> None:
+        super()._check_posterior()
         if self.kl_estimator != "k1":
             reason = _KL_ESTIMATORS.get(self.kl_estimator, "it is not known")
             raise ValueError(f"`kl_estimator` must be 'k1', got {self.kl_estimator!r}: {reason}. Leave it at 'k1'.")
@@ -145,36 +106,4 @@ class PPOConfig(RLOOConfig):
             raise ValueError(
                 f"`beta` must be positive with `target_kl`={self.target_kl}, got 0: β adapts by factors. Start from, "
                 "say, `beta=0.05`."
-            )
-        if self.mask_truncated_completions:
-            raise ValueError(
-                "`mask_truncated_completions` must be False: completions cut at `max_completion_length` are ordinary "
-                "members of the support, and leaving them out trains towards another distribution. Use "
-                "`missing_eos_penalty` to make them unlikely."
-            )
-        if self.sync_ref_model:
-            raise ValueError(
-                "`sync_ref_model` must be False: the reference is the prior of the posterior, and moving it moves the "
-                "target. Lower `beta` to go further from the prior."
-            )
-
-    def _check_sampling(self) -> None:
-        neutral = {"top_p": (1.0,), "top_k": (0, -1, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-        for name, values in neutral.items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"`{name}` must be {values[0]}, got {getattr(self, name)}: rollouts would come from another "
-                    f"distribution than the policy whose log-probs are trained. Remove `{name}`; `temperature` "
-                    "tempers policy and prior alike."
-                )
-        for name in self.generation_kwargs or {}:
-            if name not in _HARMLESS_GENERATION_KWARGS:
-                raise ValueError(
-                    f"`generation_kwargs` may hold {sorted(_HARMLESS_GENERATION_KWARGS)}, got {name!r}: it may change "
-                    "the distribution that rollouts come from. Remove it."
-                )
-        if not self.disable_dropout:
-            raise ValueError(
-                "`disable_dropout` must be True: under dropout the policy that draws, the policy that is scored and "
-                "the policy that is trained are three different ones. Remove it."
             )

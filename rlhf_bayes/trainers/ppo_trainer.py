@@ -2,8 +2,7 @@
 
 import logging
 import textwrap
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +20,13 @@ from ..numerics import (
     masked_sum,
     prompt_baseline,
 )
-from ..rewards import RewardModel, checked, load_reward
-from ..rewards.loading import whole_weights
+from ..rewards import RewardModel
 from ._trl import Rollout, RolloutTrainer
 from .checks import check_datasets
 from .critic import attach_critic
 from .metrics import posterior_metrics
 from .ppo_config import PPOConfig
+from .reward_funcs import checked_reward_funcs
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +43,8 @@ class PPOTrainer(RolloutTrainer):
 
     The token reward is −β·log(πθ/π0) of the token, plus the score at the last one; advantages come from GAE with
     discount 1, so the advantage at t holds the log-ratios from t on and is 0 everywhere at the optimum, given an exact
-    critic. Three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593), each measured to come closer to
-    the
-    posterior (`benchmarks/exact_posterior.py`):
+    critic. Three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593), each measured to come
+    closer to the posterior (`benchmarks/exact_posterior.py`):
 
     - The critic forecasts the return of the whole completion, u, and the KL already paid is added in closed form:
       V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i). At the optimum u is the constant β·log Z(c).
@@ -124,7 +122,7 @@ class PPOTrainer(RolloutTrainer):
                 "RLOOConfig is one of PPOConfig."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        reward_funcs = [checked(func) for func in _loaded_rewards(reward_funcs, reward_processing_classes, args)]
+        reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device)
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
@@ -289,23 +287,3 @@ class PPOTrainer(RolloutTrainer):
         *totals, tokens = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
         for name, total in zip(columns, totals, strict=True):
             self.log_metric(name, total / max(tokens, 1.0))
-
-
-def _loaded_rewards(reward_funcs: Any, tokenizers: Any, args: PPOConfig) -> list:
-    # TRL would read the weights of a path, and not the normalization beside them
-    funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-    paths = [index for index, func in enumerate(funcs) if isinstance(func, (str, Path))]
-    if not paths:
-        return funcs
-    tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
-    if tokenizers == [None]:
-        tokenizers = [None] * len(funcs)
-    if len(tokenizers) != len(funcs):
-        raise ValueError(
-            f"`reward_processing_classes` must hold one tokenizer for each of the {len(funcs)} reward functions, got "
-            f"{len(tokenizers)}. Put None where the function needs none."
-        )
-    with whole_weights():
-        for index in paths:
-            funcs[index] = load_reward(funcs[index], tokenizers[index], args.device)
-    return funcs

@@ -144,15 +144,17 @@ class RolloutTrainer(CheckpointTrainer):
         """How many tokens or completions `rollout_loss` sums over: (). Defined by the objective."""
         raise NotImplementedError(f"{type(self).__name__} must define `loss_count`.")
 
-    def step_batches(self, batches: list[dict[str, Tensor]], new_rollout: bool) -> list[dict[str, Tensor]]:
+    def step_batches(
+        self, batches: list[dict[str, Tensor]], new_rollout: list[dict[str, Tensor]] | None
+    ) -> list[dict[str, Tensor]]:
         """
         What an optimizer step learns from: by default, the rollout's own micro-batches.
 
         Args:
             batches (`list[dict[str, Tensor]]`):
                 Micro-batches of the step, one for each accumulation step, with the tensors of `rollout_batch`.
-            new_rollout (`bool`):
-                Whether they are the first of a rollout.
+            new_rollout (`list[dict[str, Tensor]]`, *optional*):
+                All micro-batches of a rollout, at its first step.
         """
         return batches
 
@@ -297,7 +299,8 @@ class RolloutTrainer(CheckpointTrainer):
         if self._step % accumulation == 0:
             first = self._step % self.args.steps_per_generation
             batches = self._buffered_inputs[first : first + accumulation]
-            self._step_batches = self.step_batches(batches, new_rollout=self._buffered_inputs is not generated)
+            new_rollout = None if self._buffered_inputs is generated else self._buffered_inputs
+            self._step_batches = self.step_batches(batches, new_rollout)
             # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
             count = torch.stack([self.loss_count(batch).float() for batch in self._step_batches]).sum()
             self._count_in_step = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
