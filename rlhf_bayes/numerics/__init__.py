@@ -45,6 +45,8 @@ from .preferences import (
     vote_error_prob,
     votes_to_prob,
 )
+from .proportions import clopper_pearson
+from .quasi_rejection import QuasiRejectionCurve, quasi_rejection_curve
 from .z_pool import ZPool
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "DPGAdvantages",
     "LogVarianceCentres",
     "MomentFit",
+    "QuasiRejectionCurve",
     "ReliabilityBins",
     "ZPool",
     "adapted_beta",
@@ -65,6 +68,7 @@ __all__ = [
     "check_divergence",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "clopper_pearson",
     "dpg_advantages",
     "dpg_baselines",
     "exact_token_kl",
@@ -103,6 +107,7 @@ __all__ = [
     "preference_metrics",
     "prompt_baseline",
     "pseudo_rewards",
+    "quasi_rejection_curve",
     "reliability_bins",
     "reverse_kl",
     "smoothed",
