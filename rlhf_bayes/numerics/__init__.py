@@ -24,6 +24,7 @@ from .log_weights import (
     log_z_standard_error,
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
+from .mcmc import effective_sample_size, rhat
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
@@ -71,6 +72,7 @@ __all__ = [
     "clopper_pearson",
     "dpg_advantages",
     "dpg_baselines",
+    "effective_sample_size",
     "exact_token_kl",
     "expected_best_of_n",
     "expected_calibration_error",
@@ -110,6 +112,7 @@ __all__ = [
     "quasi_rejection_curve",
     "reliability_bins",
     "reverse_kl",
+    "rhat",
     "smoothed",
     "token_rewards",
     "tv",
