@@ -45,6 +45,8 @@ from .preferences import (
     vote_error_prob,
     votes_to_prob,
 )
+from .proportions import clopper_pearson
+from .quasi_rejection import QuasiRejectionCurve, quasi_rejection_curve
 from .z_pool import ZPool
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "POOLING_RULES",
     "LogVarianceCentres",
     "MomentFit",
+    "QuasiRejectionCurve",
     "ReliabilityBins",
     "ZPool",
     "adapted_beta",
@@ -63,6 +66,7 @@ __all__ = [
     "brier_score",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "clopper_pearson",
     "dpg_advantages",
     "exact_token_kl",
     "expected_best_of_n",
@@ -98,6 +102,7 @@ __all__ = [
     "preference_metrics",
     "prompt_baseline",
     "pseudo_rewards",
+    "quasi_rejection_curve",
     "reliability_bins",
     "reverse_kl",
     "smoothed",

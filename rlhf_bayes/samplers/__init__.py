@@ -2,5 +2,6 @@
 
 from .draws import Draws, Guarantee, LogZ
 from .protocol import Proposal, Sampler
+from .rejection import RejectionSampler
 
-__all__ = ["Draws", "Guarantee", "LogZ", "Proposal", "Sampler"]
+__all__ = ["Draws", "Guarantee", "LogZ", "Proposal", "RejectionSampler", "Sampler"]
