@@ -24,6 +24,7 @@ from .log_weights import (
     log_z_standard_error,
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
+from .mcmc import effective_sample_size, rhat
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
@@ -68,6 +69,7 @@ __all__ = [
     "clipped_value_loss",
     "clopper_pearson",
     "dpg_advantages",
+    "effective_sample_size",
     "exact_token_kl",
     "expected_best_of_n",
     "expected_calibration_error",
@@ -105,6 +107,7 @@ __all__ = [
     "quasi_rejection_curve",
     "reliability_bins",
     "reverse_kl",
+    "rhat",
     "smoothed",
     "token_rewards",
     "tv",

@@ -13,7 +13,16 @@ from ..lm import Prompt
 from ..numerics import clopper_pearson, quasi_rejection_curve
 from .draws import Draws, Guarantee, LogZ
 from .protocol import Proposal
-from .scored import Row, as_draws, check_count, check_supported, checked_request, draw_scored, importance_log_z
+from .scored import (
+    Row,
+    as_draws,
+    check_confidence,
+    check_count,
+    check_supported,
+    checked_request,
+    draw_scored,
+    importance_log_z,
+)
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -93,8 +102,7 @@ class RejectionSampler:
                 "`log_bound` = -inf is exceeded by every weight: each draw that the posterior allows is kept. Pass "
                 "`quasi=True` to say that this is wanted."
             )
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
+        check_confidence(confidence)
         self.proposal = proposal
         self.log_bound = log_bound
         self.quasi = quasi or max_tv is not None

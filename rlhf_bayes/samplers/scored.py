@@ -148,6 +148,12 @@ def check_count(name: str, value: Any, at_least: int = 1) -> None:
         raise ValueError(f"`{name}` must be an integer of at least {at_least}, got {value!r}.")
 
 
+def check_confidence(confidence: float) -> None:
+    """Refuse what is not between 0 and 1: ValueError."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
+
+
 def _check_support(
     posterior: "Posterior",
     proposal: Proposal,
