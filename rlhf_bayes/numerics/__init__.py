@@ -5,7 +5,7 @@ calibration, pooled rewards, best of n.
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
 
-from .best_of_n import best_of_n_kl_bound, expected_best_of_n
+from .best_of_n import best_of_n_kl, best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
 from .dpg import BASELINES, DPGAdvantages, dpg_advantages, dpg_baselines
@@ -63,6 +63,7 @@ __all__ = [
     "ZPool",
     "adapted_beta",
     "agreement",
+    "best_of_n_kl",
     "best_of_n_kl_bound",
     "bradley_terry_loss",
     "brier_score",
