@@ -12,6 +12,7 @@ from .dpg import BASELINES, dpg_advantages
 from .f_divergence import DIVERGENCES, f_divergence, pseudo_rewards
 from .gae import gae
 from .groups import leave_one_out_baseline
+from .jackknife import jackknife
 from .kl import exact_token_kl, k1, k2, k3
 from .log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
 from .log_weights import (
@@ -24,6 +25,7 @@ from .log_weights import (
     log_z_standard_error,
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
+from .mixture import log_fitted_mixture
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
@@ -73,6 +75,7 @@ __all__ = [
     "forward_kl",
     "gae",
     "importance_ess",
+    "jackknife",
     "jeffreys",
     "js",
     "k1",
@@ -82,6 +85,7 @@ __all__ = [
     "khat_threshold",
     "kl_penalised_advantages",
     "leave_one_out_baseline",
+    "log_fitted_mixture",
     "log_importance_ess",
     "log_variance_centres",
     "log_variance_loss",
