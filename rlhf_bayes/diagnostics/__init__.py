@@ -1,5 +1,6 @@
 """Criticism: how far a policy is from the posterior, in nats."""
 
+from .callback import PosteriorCallback
 from .diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
 from .estimates import Estimate, LogZEstimate, PosteriorFit, posterior_fits
 from .evaluate import Evaluation, evaluate
@@ -13,6 +14,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "LogZEstimate",
+    "PosteriorCallback",
     "PosteriorFit",
     "PosteriorProgress",
     "PreferenceSummary",
