@@ -34,7 +34,7 @@ class PosteriorCallback(TrainerCallback):
 
     Metrics are `eval_posterior_fit/…`, the fields of [`PosteriorFit`] (nats per sequence), most with a
     `…_standard_error`. Those that are not trustworthy, or infinite, are left out; `eval_posterior_fit/trustworthy` is
-    the share of prompts with a log Z to be believed. They are also in what `trainer.evaluate()` returns, for
+    1 where log Z is to be believed, else 0. They are also in what `trainer.evaluate()` returns, for
     `metric_for_best_model`. Every evaluation uses the same seed, and the prior's completions are drawn once. Training
     is left as it is, random state included.
 
@@ -112,7 +112,7 @@ class PosteriorCallback(TrainerCallback):
             model.train(was_training)
         self._from_prior = self.last.from_prior
         return _metrics(self.last.policy) | {
-            f"{PREFIX}trustworthy": self.last.log_z.trustworthy.double().mean().item(),
+            f"{PREFIX}trustworthy": float(self.last.log_z.trustworthy),
             f"{PREFIX}importance_ess": self.last.log_z.importance_ess.mean().item(),
         }
 

@@ -16,8 +16,8 @@ from ..numerics import (
     khat,
     khat_threshold,
     log_fitted_mixture,
-    log_z,
 )
+from ..numerics import log_z as importance_log_z
 from ..numerics.jackknife import NUM_GROUPS
 from .diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
 from .scored_draws import ScoredDraws
@@ -56,42 +56,61 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LogZEstimate:
-    """log Z of each prompt and what says whether to believe it. All (P,) fp64, nats."""
+    """log Z of P prompts and what says whether to believe it."""
 
     log_z: Tensor
+    """(P,) fp64, nats."""
     standard_error: Tensor
+    """(P,), nats, over the draws."""
     importance_ess: Tensor
-    """Draws that count under the posterior."""
-    khat: Tensor
-    """Pareto shape of the weights; infinite where too few of them are distinct to say."""
+    """(P,): draws that count under the posterior."""
+    khat: float
+    """
+    Pareto shape of the weights of all prompts together, each divided by its prompt's Z: to first order, the mean of
+    log Z over prompts is the mean of these. Infinite where too few are distinct to say. (Of 16 prompts one by one,
+    some k̂ is above its threshold by chance, even when no weight has a tail.)
+    """
     num_draws: int
     """A prompt, from prior and policy together."""
 
-    @property
-    def trustworthy(self) -> Tensor:
-        """
-        (P,) bool: at least 25 draws, of which 10 count, and k̂ below the threshold for that many.
+    @classmethod
+    def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor) -> "LogZEstimate":
+        """From log-weights (P, N) and what they gave."""
+        relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where no weight is above 0
+        tail = khat(relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten())
+        return cls(log_z, standard_error, importance_ess(log_weights), float(tail), log_weights.size(1))
 
-        Where k̂ is infinite, equal weights leave too short a tail to say anything, and the sample size decides.
+    @property
+    def enough_draws(self) -> Tensor:
+        """(P,) bool: at least 25 draws, of which 10 count."""
+        return (self.importance_ess >= MIN_IMPORTANCE_ESS) & (self.num_draws >= MIN_DRAWS)
+
+    @property
+    def trustworthy(self) -> bool:
         """
-        if self.num_draws < MIN_DRAWS:
-            return torch.zeros_like(self.khat, dtype=torch.bool)
-        tail = (self.khat < khat_threshold(self.num_draws)) | (self.khat == torch.inf)  # (P,)
-        return (self.importance_ess >= MIN_IMPORTANCE_ESS) & tail
+        Whether to believe the mean over prompts: enough draws of each, and k̂ below the threshold for that many.
+
+        Where k̂ is infinite, equal weights leave too short a tail to say anything, and the sample sizes decide.
+        """
+        return bool(self.enough_draws.all()) and (self.khat < self._threshold or self.khat == math.inf)
+
+    @property
+    def _threshold(self) -> float:
+        return khat_threshold(self.num_draws * len(self.log_z))
 
     def __str__(self) -> str:
-        good, prompts = int(self.trustworthy.sum()), len(self.log_z)
-        finite = self.khat[self.khat.isfinite()]
-        largest = f"k-hat at most {float(finite.max()):.2f}" if len(finite) else "no k-hat, for weights that tie"
+        good, prompts = int(self.enough_draws.sum()), len(self.log_z)
+        tail = f"k-hat {self.khat:.2f}" if math.isfinite(self.khat) else "no k-hat, for weights that tie,"
         text = (
-            f"log Z of {prompts} prompts from {self.num_draws} draws each: importance ESS "
-            f"{self.importance_ess.min():.0f} to {self.importance_ess.max():.0f}, {largest} "
-            f"(trusted below {khat_threshold(self.num_draws):.2f}), {good} prompts trustworthy."
+            f"log Z of {prompts} prompts from {self.num_draws} draws each is "
+            f"{'' if self.trustworthy else 'not '}trustworthy: importance ESS {self.importance_ess.min():.0f} to "
+            f"{self.importance_ess.max():.0f} ({good} prompts with 10 or more), {tail} (trusted below "
+            f"{self._threshold:.2f})."
         )
         if (self.log_z == -torch.inf).any():
             none = int((self.log_z == -torch.inf).sum())
-            text += f" No draw of {none} prompts is possible under the posterior: its support was not found."
-        if good < prompts:
+            text += f" For {none} prompts, no draw is possible under the posterior: its support was not found."
+        if not self.trustworthy:
             text += " Draw more completions a prompt, or pass a policy that is closer to the posterior, or raise β."
         return text
 
@@ -201,17 +220,11 @@ def posterior_fits(
 
     means, variances = jackknife(statistics, pool.sizes)
     columns = {name: (means[row], variances[row]) for row, name in enumerate(names)}
-    log_weights = pool.log_weights()  # (P, N)
-    normaliser = LogZEstimate(
-        log_z=columns["log_z"][0],
-        standard_error=columns["log_z"][1].sqrt(),
-        importance_ess=importance_ess(log_weights),
-        khat=torch.stack([khat(row) for row in log_weights]),
-        num_draws=log_weights.size(1),
-    )
-    trusted = bool(normaliser.trustworthy.all())  # one prompt that cannot be trusted spoils the mean
+    log_z, variance = columns["log_z"]
+    normaliser = LogZEstimate.of(pool.log_weights(), log_z, variance.sqrt())
     fits = [
-        _fit(columns, name, draws, beta, trusted) for name, draws in (("prior", from_prior), ("policy", from_policy))
+        _fit(columns, name, draws, beta, normaliser.trustworthy)
+        for name, draws in (("prior", from_prior), ("policy", from_policy))
     ]
     return fits[0], fits[1], normaliser
 
@@ -256,7 +269,7 @@ class _Pool:
         pooled, log_mixture = self._pooled(parts)
         evidence, log_prior = pooled["evidence"], pooled["log_prior"]
         log_weights = log_prior + evidence - log_mixture  # (P, N)
-        normaliser = log_z(log_weights)
+        normaliser = importance_log_z(log_weights)
         weights = log_weights.softmax(-1)  # nan where all are 0
         expected_evidence = torch.where(weights > 0, weights * evidence, 0.0).sum(-1)
         found = {

@@ -106,7 +106,7 @@ def test_no_support_among_the_draws_is_said():
     _, fit, log_z = posterior_fits(draws, draws, draws.log_prob, 1.0)
     assert str(fit.log_z) == str(fit.forward_kl) == str(fit.tv) == "not trustworthy"
     assert fit.entropy.mean == pytest.approx(math.log(2))
-    assert "No draw of 1 prompts is possible under the posterior" in str(log_z)
+    assert "For 1 prompts, no draw is possible under the posterior" in str(log_z)
 
 
 def test_a_policy_that_misses_the_posterior_does_no_harm():
@@ -129,13 +129,28 @@ def test_a_policy_that_misses_the_posterior_does_no_harm():
 
 def test_trust_needs_draws_that_count_and_a_tail_that_is_light():
     def trusted(ess, khat, n):
-        return LogZEstimate(torch.zeros(1), torch.ones(1), torch.tensor([ess]), torch.tensor([khat]), n).trustworthy
+        return LogZEstimate(torch.zeros(2), torch.ones(2), torch.tensor([80.0, ess]), khat, n).trustworthy
 
     assert trusted(50.0, 0.2, 100)
     assert not trusted(9.0, 0.2, 100)
     assert not trusted(50.0, 0.9, 100)
+    assert trusted(50.0, 0.55, 100)  # the threshold is that of 200 draws
     assert trusted(50.0, math.inf, 100)  # ties: no tail to judge
     assert not trusted(24.0, math.inf, 24)
+
+
+def test_the_tail_is_that_of_all_prompts_whatever_their_normalisers():
+    generator = torch.Generator().manual_seed(0)
+
+    def estimate(shape):
+        weights = torch.rand(50, 100, generator=generator, dtype=torch.float64) ** -shape  # Pareto
+        return LogZEstimate.of(weights.log() + 30 * torch.randn(50, 1, generator=generator), *torch.zeros(2, 50))
+
+    assert estimate(0.3).khat == pytest.approx(0.3, abs=0.15)
+    assert estimate(0.3).trustworthy
+    heavy = estimate(0.9)
+    assert heavy.khat > 0.6
+    assert not heavy.trustworthy
 
 
 def test_one_prompt_without_trust_takes_it_from_the_mean():
@@ -146,7 +161,7 @@ def test_one_prompt_without_trust_takes_it_from_the_mean():
     for evidence, expected in ((torch.cat([fine, fine]), True), (torch.cat([fine, wild]), False)):
         draws = ScoredDraws(["p", "q"], ids, texts, zeros, zeros, evidence, zeros, zeros)
         _, fit, log_z = posterior_fits(draws, draws, zeros, 1.0)
-        assert log_z.trustworthy.tolist() == [True, expected]
+        assert log_z.enough_draws.tolist() == [True, expected]
         for name in ("log_z", "gap", "forward_kl", "jeffreys", "tv", "posterior_reward", "posterior_kl_to_prior"):
             assert getattr(fit, name).trustworthy == expected
         assert fit.elbo.trustworthy

@@ -57,7 +57,7 @@ def test_both_fits_are_those_of_the_enumeration(setting, who):
         assert fit.gap.mean > 0.3  # far from the posterior, or nothing was tested
     else:
         assert fit.kl_to_prior.mean == fit.kl_to_prior.draws_standard_error == 0.0
-    assert evaluation.log_z.trustworthy.all()
+    assert evaluation.log_z.trustworthy
     assert fit.forbidden.mean == 0.0
 
 
