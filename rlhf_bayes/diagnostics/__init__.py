@@ -8,12 +8,14 @@ from .model_card import PreferenceSummary, reward_model_card
 from .preferences import plot_overoptimization, plot_reliability, preference_table
 from .progress import PosteriorProgress
 from .report import fit_table, plot_history, samples_table
+from .sandwich import LogZSandwich, log_z_sandwich
 from .scored_draws import ScoredDraws, draw
 
 __all__ = [
     "Estimate",
     "Evaluation",
     "LogZEstimate",
+    "LogZSandwich",
     "PosteriorCallback",
     "PosteriorFit",
     "PosteriorProgress",
@@ -24,6 +26,7 @@ __all__ = [
     "duplicates",
     "evaluate",
     "fit_table",
+    "log_z_sandwich",
     "plot_history",
     "plot_overoptimization",
     "plot_reliability",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from rich.table import Table
 
 from ..lm import Prompt
 from ..posterior import Posterior
-from ..samplers import Proposal
+from ..samplers import Draws, Proposal
 from .estimates import LogZEstimate, PosteriorFit, posterior_fits
 from .report import fit_table
+from .sandwich import LogZSandwich, exact_log_weights, log_z_sandwich
 from .scored_draws import ScoredDraws, draw
 
 
@@ -33,14 +34,17 @@ class Evaluation:
     """The policy's completions."""
     beta: float | None
     """Of the posterior, where its evidence has one."""
+    sandwich: LogZSandwich | None = None
+    """log Z from below and from above, where exact draws were given."""
 
     @property
     def verdict(self) -> str:
         """In words: is the posterior what is wanted, is it reached, and can one tell?"""
         if self.policy.log_z is None:
             return "No posterior, so no distance to it."
+        bounds = "" if self.sandwich is None else f" From exact draws, {self.sandwich}."
         if not self.policy.log_z.trustworthy:
-            return f"Cannot tell how far the policy is from the posterior. {self.log_z}"
+            return f"Cannot tell how far the policy is from the posterior.{bounds} {self.log_z}"
         gap, start = self.policy.gap, self.prior.gap
         assert gap is not None  # there is a log Z, so there are gaps
         assert start is not None
@@ -52,7 +56,7 @@ class Evaluation:
                 f" The policy's reward is {self.policy.reward}; the posterior's is {self.policy.posterior_reward}: if "
                 "that is not enough, another posterior is needed (lower β, other reward), not more training."
             )
-        return text
+        return text + bounds
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -61,6 +65,7 @@ class Evaluation:
             "prompts": len(self.from_policy.prompts),
             "prior": self.prior.as_dict(),
             "policy": self.policy.as_dict(),
+            "sandwich": None if self.sandwich is None else asdict(self.sandwich),
             "verdict": self.verdict,
         }
 
@@ -83,6 +88,7 @@ def evaluate(
     columns: Mapping[str, Sequence] | None = None,
     *,
     from_prior: ScoredDraws | None = None,
+    exact_draws: Draws | None = None,
     show_progress: bool = False,
 ) -> Evaluation:
     r"""
@@ -109,6 +115,8 @@ def evaluate(
             Columns of the dataset that reward functions ask for, P entries each.
         from_prior (`ScoredDraws`, *optional*):
             The prior's draws of an earlier evaluation, for the same prompts and posterior. Default: n new ones.
+        exact_draws ([`~rlhf_bayes.samplers.Draws`], *optional*):
+            Exact draws of the posterior for the same prompts, from a sampler: log Z is then bounded from above too.
         show_progress (`bool`, *optional*, defaults to `False`):
             Show a bar.
 
@@ -128,10 +136,13 @@ def evaluate(
             "`from_prior` must hold draws of the prompts that are evaluated, got those of "
             f"{len(from_prior.prompts)} others. Leave it out, and they are drawn."
         )
+    exact = None
+    if exact_draws is not None:
+        exact = exact_log_weights(exact_draws, policy, posterior, columns, list(prompts))
     # the policy first: it is refused where it does not fit, before anything is drawn
     from_policy = draw(policy, posterior, prompts, n, generator, columns, show_progress)
     if from_prior is None:
         from_prior = draw(posterior.prior, posterior, prompts, n, generator, columns, show_progress)
-    prior_draws_under_policy = from_prior.log_prob_under(policy)  # (P, n)
-    prior, policy_fit, log_z = posterior_fits(from_prior, from_policy, prior_draws_under_policy, posterior.beta)
-    return Evaluation(prior, policy_fit, log_z, from_prior, from_policy, posterior.beta)
+    prior, fit, log_z = posterior_fits(from_prior, from_policy, from_prior.log_prob_under(policy), posterior.beta)
+    sandwich = None if exact is None else log_z_sandwich(from_policy.log_weights, exact)
+    return Evaluation(prior, fit, log_z, from_prior, from_policy, posterior.beta, sandwich)

@@ -54,6 +54,11 @@ class ScoredDraws:
         """(P, n): tokens, EOS included."""
         return torch.tensor([[len(ids) for ids in rows] for rows in self.completion_ids])
 
+    @property
+    def log_weights(self) -> Tensor:
+        """(P, n) fp64, nats: log of the unnormalised posterior over q."""
+        return self.log_prior.double() + self.log_likelihood.double() - self.log_prob.double()
+
     def log_prob_under(self, other: Proposal) -> Tensor:
         """log π(x | c) of the same completions under another distribution: (P, n), nats."""
         n = self.log_prob.size(1)

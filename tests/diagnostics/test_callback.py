@@ -52,7 +52,7 @@ def make_trainer(toy, folder, tmp_path):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_each_evaluation_is_logged_and_training_is_left_as_it_is(toy, posterior, make_trainer, name):
     trainer, plain = make_trainer(name), make_trainer(name)
-    callback = PosteriorCallback(posterior, trainer, n=40)
+    callback = PosteriorCallback(posterior, trainer, n=200)
     trainer.add_callback(callback)
     for each in (trainer, plain):
         set_seed(0)
@@ -69,7 +69,7 @@ def test_each_evaluation_is_logged_and_training_is_left_as_it_is(toy, posterior,
     # the model that was trained, judged in the usual way
     policy = LanguageModel(trainer.model, toy.tokenizer, toy.max_completion_length)
     again = evaluate(
-        policy, posterior, toy.prompts, 40, torch.Generator().manual_seed(0), from_prior=callback.last.from_prior
+        policy, posterior, toy.prompts, 200, torch.Generator().manual_seed(0), from_prior=callback.last.from_prior
     )
     assert again.policy.gap.mean == pytest.approx(logged[1]["eval_posterior_fit/gap"], abs=1e-5)
     off = (again.policy.gap.mean - toy.reverse_kl(trainer.model).mean().item()) / again.policy.gap.draws_standard_error
