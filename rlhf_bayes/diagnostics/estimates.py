@@ -77,8 +77,9 @@ class LogZEstimate:
     def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor) -> "LogZEstimate":
         """From log-weights (P, N) and what they gave."""
         relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where no weight is above 0
-        tail = khat(relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten())
-        return cls(log_z, standard_error, importance_ess(log_weights), float(tail), log_weights.size(1))
+        relative = relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
+        shape = math.inf if _ties(relative) else float(khat(relative))
+        return cls(log_z, standard_error, importance_ess(log_weights), shape, log_weights.size(1))
 
     @property
     def enough_draws(self) -> Tensor:
@@ -337,6 +338,13 @@ def _fit(
         duplicates=of_texts(duplicates),
         num_draws=draws.log_prob.size(1),
     )
+
+
+def _ties(log_weights: Tensor) -> bool:
+    """Whether the largest weights (N,) are few values over and over, as for short completions or a reward of steps."""
+    # a Pareto distribution fitted to clumps has whatever shape the gaps between them give
+    tail = log_weights.topk(min(len(log_weights), math.ceil(3 * math.sqrt(len(log_weights))))).values
+    return len(tail.mul(1e4).round().unique()) < len(tail) / 2
 
 
 def over_prompts(values: Tensor, variances: Tensor | None = None, trustworthy: bool = True) -> Estimate:

@@ -153,6 +153,15 @@ def test_the_tail_is_that_of_all_prompts_whatever_their_normalisers():
     assert not heavy.trustworthy
 
 
+def test_weights_of_few_values_have_no_tail_to_judge():
+    # a reward of steps: the largest of three values is rare, and would pass for a heavy tail
+    log_weights = torch.tensor([0.0] * 150 + [0.2] * 40 + [2.0] * 10).double()[None]
+    estimate = LogZEstimate.of(log_weights, torch.zeros(1), torch.zeros(1))
+    assert estimate.khat == math.inf
+    assert estimate.trustworthy
+    assert "no k-hat, for weights that tie" in str(estimate)
+
+
 def test_one_prompt_without_trust_takes_it_from_the_mean():
     generator = torch.Generator().manual_seed(0)
     fine, wild = torch.zeros(1, 100), 8 * torch.randn(1, 100, generator=generator)
