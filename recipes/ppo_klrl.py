@@ -31,15 +31,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import PPOConfig, PPOTrainer, cli, toy
-from rlhf_bayes.diagnostics import (
-    PosteriorProgress,
-    draw,
-    estimate_log_z,
-    fit_table,
-    plot_history,
-    posterior_fit,
-    samples_table,
-)
+from rlhf_bayes.diagnostics import PosteriorProgress, evaluate, fit_table, plot_history, samples_table
 from rlhf_bayes.numerics import POOLING_RULES, uses_beta
 from rlhf_bayes.toy.rewards import sentiment_reward
 
@@ -175,22 +167,18 @@ def report(trainer: PPOTrainer, args: Arguments, model_path: str, reward_funcs: 
     chosen = dataset.select(range(min(args.report_prompts, len(dataset))))
     columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
     prompts, generator = list(chosen["prompt"]), torch.Generator().manual_seed(training_args.seed)
-    with console.status(f"Drawing {args.report_samples} completions of {len(prompts)} prompts, before and after"):
-        before, after = (
-            draw(source, policy, posterior, prompts, args.report_samples, generator, columns)
-            for source in (prior, policy)
-        )
-    log_z = estimate_log_z(before, after) if trainer.beta else None
-    fits = {
-        "prior (before)": posterior_fit(before.as_untrained(), log_z, posterior.beta),
-        "policy (after)": posterior_fit(after, log_z, posterior.beta),
-    }
+    evaluation = evaluate(policy, posterior, prompts, args.report_samples, generator, columns, show_progress=True)
+    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
+    draws = {"prior (before)": evaluation.from_prior, "policy (after)": evaluation.from_policy}
+    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {trainer.beta:g}"
+    if not trainer.beta:
+        fits, title = {name: fit.without_posterior() for name, fit in fits.items()}, "β = 0: no posterior"
 
-    console.print(samples_table(prompts[:4], {"prior (before)": before, "policy (after)": after}, title="Samples"))
-    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {trainer.beta:g}" if trainer.beta else "β = 0: no posterior"
+    console.print(samples_table(prompts[:4], draws, title="Samples"))
     console.print(fit_table(fits, title=title))
-    if log_z is not None:
-        console.print(str(log_z))
+    if trainer.beta:
+        console.print(evaluation.verdict)
+        console.print(str(evaluation.log_z))
     curves = output_dir / "curves.png"
     plot_history(trainer.state.log_history, fits["policy (after)"].log_z, curves)
     console.print(f"Model in {output_dir}, curves in {curves}.")

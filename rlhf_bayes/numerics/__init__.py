@@ -12,6 +12,7 @@ from .dpg import BASELINES, DPGAdvantages, dpg_advantages, dpg_baselines
 from .f_divergence import DIVERGENCES, check_divergence, f_divergence, f_divergence_terms, pseudo_rewards
 from .gae import gae
 from .groups import grouped, leave_one_out_baseline
+from .jackknife import jackknife
 from .kl import exact_token_kl, k1, k2, k3
 from .log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
 from .log_weights import (
@@ -25,6 +26,7 @@ from .log_weights import (
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .mcmc import effective_sample_size, rhat
+from .mixture import log_fitted_mixture
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
@@ -85,6 +87,7 @@ __all__ = [
     "gae",
     "grouped",
     "importance_ess",
+    "jackknife",
     "jeffreys",
     "js",
     "k1",
@@ -94,6 +97,7 @@ __all__ = [
     "khat_threshold",
     "kl_penalised_advantages",
     "leave_one_out_baseline",
+    "log_fitted_mixture",
     "log_importance_ess",
     "log_variance_centres",
     "log_variance_loss",
