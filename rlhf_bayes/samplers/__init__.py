@@ -3,21 +3,30 @@
 from .best_of_n import BestOfN
 from .draws import Draws, Guarantee, LogZ
 from .expectation import Expectation, expectation
+from .guided import GuidedProposal
 from .importance import ImportanceSampler
 from .metropolis_hastings import MetropolisHastings
 from .protocol import Proposal, Sampler
 from .rejection import RejectionSampler
+from .values import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
 
 __all__ = [
     "BestOfN",
+    "CriticValue",
     "Draws",
+    "EnumeratedValue",
     "Expectation",
+    "ExpertsValue",
     "Guarantee",
+    "GuidedProposal",
+    "HeadValue",
     "ImportanceSampler",
     "LogZ",
     "MetropolisHastings",
+    "PrefixValue",
     "Proposal",
     "RejectionSampler",
     "Sampler",
+    "Value",
     "expectation",
 ]
