@@ -8,10 +8,12 @@ from .importance import ImportanceSampler
 from .metropolis_hastings import MetropolisHastings
 from .protocol import Proposal, Sampler
 from .rejection import RejectionSampler
+from .smc import SMC
 from .values import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
 
 __all__ = [
     "BestOfN",
+    "SMC",
     "CriticValue",
     "Draws",
     "EnumeratedValue",
