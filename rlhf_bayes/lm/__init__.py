@@ -12,7 +12,7 @@ from .critic import (
     set_trainable,
     split_critic,
 )
-from .decoding import CachedTrunk, Decoding, PrefixReader, draw_tokens, generator_on, joined
+from .decoding import CachedTrunk, Decoding, Past, PrefixReader, draw_tokens, generator_on, joined
 from .forward import (
     CompletionScores,
     base_causal_lm,
@@ -42,6 +42,7 @@ __all__ = [
     "Decoding",
     "LMHead",
     "LanguageModel",
+    "Past",
     "PrefixReader",
     "Prompt",
     "active_adapter",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from .forward import base_causal_lm
 from .head import LMHead
@@ -195,6 +196,15 @@ class PrefixStates(NamedTuple):
     """(B,) fp32, nats: log π(prefix | prompt)."""
 
 
+class Past(NamedTuple):
+    """Keys and values of B sequences before their last token."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    """A pair (B, heads, C − 1, size) for each layer."""
+    mask: Tensor
+    """(B, C) bool: the tokens, the last included."""
+
+
 @final
 class PrefixReader:
     """
@@ -236,6 +246,25 @@ class PrefixReader:
             order += rows
         back = torch.tensor(order).argsort().to(self.lm.device)
         return PrefixStates(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
+
+    def past(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> "Past":
+        """
+        What the last token of each prompt + prefix sees, for those who run it anew: prefixes of one length.
+
+        Raises:
+            ValueError: if the cache is not one of keys and values over all positions.
+        """
+        self.read(prompts, prefixes)
+        index = [self._row_of[repr(prompt), tuple(ids)] for prompt, ids in zip(prompts, prefixes, strict=True)]
+        layers = self._trunk._cache.layers
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            raise ValueError(
+                "The model must keep keys and values of all positions, got a cache of "
+                f"{sorted({type(layer).__name__ for layer in layers})}: sliding windows and states cannot be re-run."
+            )
+        return Past(
+            [(layer.keys[index, :, :-1], layer.values[index, :, :-1]) for layer in layers], self._trunk._mask[index]
+        )
 
     def _advance_to(self, keys: list, prompts: dict[str, Prompt], length: int) -> None:
         def known(to: int) -> bool:

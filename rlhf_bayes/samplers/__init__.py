@@ -3,6 +3,7 @@
 from .best_of_n import BestOfN
 from .draws import Draws, Guarantee, LogZ
 from .expectation import Expectation, expectation
+from .gradient_guided import GradientGuidedProposal
 from .guided import GuidedProposal
 from .importance import ImportanceSampler
 from .metropolis_hastings import MetropolisHastings
@@ -19,6 +20,7 @@ __all__ = [
     "EnumeratedValue",
     "Expectation",
     "ExpertsValue",
+    "GradientGuidedProposal",
     "Guarantee",
     "GuidedProposal",
     "HeadValue",

@@ -1,13 +1,27 @@
 """Weighted decoding as a proposal: the next token by prior and value, with its exact density."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..lm import Completions, Decoding, LanguageModel, Prompt, draw_tokens, generator_on, joined
 from .values import Value, checked_log_value, checked_next_log_values
+
+
+@runtime_checkable
+class StepwiseProposal(Protocol):
+    """A [`Proposal`] that changes a language model's next-token probabilities, which SMC can step along with."""
+
+    prior: LanguageModel
+    """The model that is guided."""
+
+    def next_log_probs(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], log_prior: Tensor
+    ) -> Tensor:
+        """log q of each next token of B prefixes of one length: (B, V), nats, given the model's own, (B, V)."""
+        ...
 
 
 @final
@@ -54,17 +68,10 @@ class GuidedProposal:
         self.scale = scale
         self.num_candidates = num_candidates
 
-    @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt], n: int = 1, generator: torch.Generator | None = None) -> Completions:
         """n completions for each of P prompts, P · n rows; their `token_log_probs` are those of q."""
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
-        generator = generator_on(self.prior.device, generator)
-        rows = [prompt for prompt in prompts for _ in range(n)]
-        size = self.prior.batch_size
-        return joined([self._decode(rows[s : s + size], None, generator) for s in range(0, len(rows), size)])
+        return sample_stepwise(self, prompts, n, generator)
 
-    @torch.no_grad()
     def log_prob(self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> Tensor:
         """
         log q of each completion: (B,), nats.
@@ -72,15 +79,7 @@ class GuidedProposal:
         Raises:
             ValueError: for ids that are no whole completion.
         """
-        if len(prompts) != len(completion_ids):
-            raise ValueError(
-                f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and "
-                f"{len(completion_ids)}."
-            )
-        size = self.prior.batch_size
-        starts = range(0, len(prompts), size)
-        parts = [self._decode(prompts[s : s + size], completion_ids[s : s + size], None).log_prob for s in starts]
-        return torch.cat(parts)
+        return score_stepwise(self, prompts, completion_ids)
 
     def next_log_probs(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], log_prior: Tensor
@@ -102,22 +101,55 @@ class GuidedProposal:
         shared = tilted - tilted.logsumexp(1, keepdim=True) + among.logsumexp(1, keepdim=True)
         return log_prior.scatter(1, candidates, shared)
 
-    def _decode(
-        self, prompts: Sequence[Prompt], forced: Sequence[Sequence[int]] | None, generator: torch.Generator | None
-    ) -> Completions:
-        decoding = Decoding(self.prior, prompts)
-        token_log_probs = torch.zeros(len(prompts), self.prior.max_completion_length, device=self.prior.device)
-        while decoding.rows.numel():
-            rows, step = decoding.rows, decoding.length
-            own_prompts = [decoding.prompts[row] for row in rows.tolist()]
-            log_q = self.next_log_probs(own_prompts, decoding.token_ids(rows), decoding.log_probs)  # (A, V)
-            tokens = draw_tokens(log_q, generator) if forced is None else next_tokens(forced, rows, step)
-            token_log_probs[rows, step] = log_q.gather(1, tokens[:, None]).squeeze(1)
-            decoding.append(tokens)
-        drawn = decoding.completions(token_log_probs)
-        if forced is not None:
-            check_whole(forced, drawn.completion_ids)
-        return drawn
+
+@torch.no_grad()
+def sample_stepwise(
+    proposal: StepwiseProposal, prompts: Sequence[Prompt], n: int, generator: torch.Generator | None
+) -> Completions:
+    """n completions for each of P prompts, drawn token by token; P · n rows with their log q."""
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+    generator = generator_on(proposal.prior.device, generator)
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    size = proposal.prior.batch_size
+    return joined([_decoded(proposal, rows[s : s + size], None, generator) for s in range(0, len(rows), size)])
+
+
+@torch.no_grad()
+def score_stepwise(
+    proposal: StepwiseProposal, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """log q of each completion, by the same loop that draws: (B,), nats."""
+    if len(prompts) != len(completion_ids):
+        raise ValueError(
+            f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and {len(completion_ids)}."
+        )
+    size = proposal.prior.batch_size
+    starts = range(0, len(prompts), size)
+    parts = [_decoded(proposal, prompts[s : s + size], completion_ids[s : s + size], None) for s in starts]
+    return torch.cat([part.log_prob for part in parts])
+
+
+def _decoded(
+    proposal: StepwiseProposal,
+    prompts: Sequence[Prompt],
+    forced: Sequence[Sequence[int]] | None,
+    generator: torch.Generator | None,
+) -> Completions:
+    prior = proposal.prior
+    decoding = Decoding(prior, prompts)
+    token_log_probs = torch.zeros(len(prompts), prior.max_completion_length, device=prior.device)
+    while decoding.rows.numel():
+        rows, step = decoding.rows, decoding.length
+        own_prompts = [decoding.prompts[row] for row in rows.tolist()]
+        log_q = proposal.next_log_probs(own_prompts, decoding.token_ids(rows), decoding.log_probs)  # (A, V)
+        tokens = draw_tokens(log_q, generator) if forced is None else next_tokens(forced, rows, step)
+        token_log_probs[rows, step] = log_q.gather(1, tokens[:, None]).squeeze(1)
+        decoding.append(tokens)
+    drawn = decoding.completions(token_log_probs)
+    if forced is not None:
+        check_whole(forced, drawn.completion_ids)
+    return drawn
 
 
 def next_tokens(forced: Sequence[Sequence[int]], rows: Tensor, step: int) -> Tensor:

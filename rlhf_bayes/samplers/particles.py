@@ -11,7 +11,7 @@ from torch import Tensor
 from ..lm import Completions, Decoding, LanguageModel, PrefixReader, Prompt, draw_tokens, joined
 from ..numerics import importance_ess, log_z
 from .draws import LogZ
-from .guided import GuidedProposal, next_tokens
+from .guided import StepwiseProposal, next_tokens
 from .values import Value, checked_log_value, rows_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Particles:
         self,
         posterior: "Posterior",
         value: Value,
-        proposal: LanguageModel | GuidedProposal | None,
+        proposal: LanguageModel | StepwiseProposal | None,
         prompts: Sequence[Prompt],
         n: int,
         columns: Mapping[str, Sequence],
@@ -93,7 +93,7 @@ class Particles:
         self.posterior, self.value, self.proposal = posterior, value, proposal
         self.n, self.columns, self.held = n, columns, held
         self.decoding = Decoding(prior, prompts, n)
-        other = proposal.prior if isinstance(proposal, GuidedProposal) else proposal
+        other = proposal.prior if isinstance(proposal, StepwiseProposal) else proposal
         self.reader = None if other is None or other is prior else PrefixReader(other)
         like = {"dtype": torch.float64, "device": prior.device}
         self.log_weights = torch.zeros(len(prompts), n, **like)  # since the last resampling
@@ -150,7 +150,7 @@ class Particles:
             log_q = self.reader.next_log_probs(self.reader.read(prompts, prefixes).hidden).to(log_prior.device)
         else:
             log_q = log_prior
-        if isinstance(self.proposal, GuidedProposal):
+        if isinstance(self.proposal, StepwiseProposal):
             return self.proposal.next_log_probs(prompts, prefixes, log_q)
         return log_q
 

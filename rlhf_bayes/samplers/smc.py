@@ -11,7 +11,7 @@ from scipy.stats import t
 from ..lm import LanguageModel, Prompt, generator_on
 from ..numerics import importance_ess
 from .draws import Draws, Guarantee, LogZ
-from .guided import GuidedProposal
+from .guided import StepwiseProposal
 from .particles import ParticleRun, Particles
 from .scored import check_supported, checked_request
 from .values import Value, rows_of
@@ -38,7 +38,7 @@ class SMC:
     Args:
         value (`Value`):
             log ψ. The best is the soft value of the posterior.
-        proposal ([`~rlhf_bayes.LanguageModel`] or [`GuidedProposal`], *optional*):
+        proposal ([`~rlhf_bayes.LanguageModel`] or [`StepwiseProposal`], *optional*):
             q, over the prior's tokens. Default: the prior.
         ess_threshold (`float`):
             Resample a prompt's particles when their effective sample size falls below this share of n. 1: always,
@@ -54,14 +54,14 @@ class SMC:
     guarantee: ClassVar[Guarantee] = "consistent"
 
     def __init__(
-        self, value: Value, proposal: LanguageModel | GuidedProposal | None = None, ess_threshold: float = 0.5
+        self, value: Value, proposal: LanguageModel | StepwiseProposal | None = None, ess_threshold: float = 0.5
     ):
         if not isinstance(value, Value):
             raise TypeError(f"`value` must have a method `log_value`, got {type(value).__name__}.")
-        if proposal is not None and not isinstance(proposal, LanguageModel | GuidedProposal):
+        if proposal is not None and not isinstance(proposal, LanguageModel | StepwiseProposal):
             raise TypeError(
-                "`proposal` must be a LanguageModel or a GuidedProposal, whose next tokens have known probabilities, "
-                f"got {type(proposal).__name__}."
+                "`proposal` must be a LanguageModel, a GuidedProposal or a GradientGuidedProposal, whose next tokens "
+                f"have known probabilities, got {type(proposal).__name__}."
             )
         if not 0 <= ess_threshold <= 1:
             raise ValueError(
@@ -178,7 +178,7 @@ class SMC:
         return LogZ(middle, low, high, confidence)
 
     def _check_request(self, posterior, prompts, n, generator, columns) -> None:
-        lm = self.proposal.prior if isinstance(self.proposal, GuidedProposal) else self.proposal
+        lm = self.proposal.prior if isinstance(self.proposal, StepwiseProposal) else self.proposal
         checked_request(posterior, lm, prompts, n, generator, columns)
 
     def _run(

@@ -227,7 +227,7 @@ def test_bad_input(toy):
     with pytest.raises(TypeError, match="`value` must have a method `log_value`, got NoneType"):
         SMC(None)
     with pytest.raises(
-        TypeError, match=r"`proposal` must be a LanguageModel or a GuidedProposal.*got RejectionSampler"
+        TypeError, match=r"`proposal` must be a LanguageModel, a GuidedProposal or.*got RejectionSampler"
     ):
         SMC(value, RejectionSampler())
     with pytest.raises(ValueError, match=r"`ess_threshold` must be between 0 and 1.*got 32"):
