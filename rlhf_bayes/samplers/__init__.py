@@ -13,8 +13,8 @@ from .smc import SMC
 from .values import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
 
 __all__ = [
-    "BestOfN",
     "SMC",
+    "BestOfN",
     "CriticValue",
     "Draws",
     "EnumeratedValue",

@@ -34,16 +34,15 @@ class ParticleRun:
     """(P,)"""
     step_variance: Tensor
     """(P,): relative variances of the factors of Ẑ, summed."""
-    tokens_evaluated: int
-    """By the prior."""
+    tokens: int
+    """Completion tokens drawn, those of particles that did not survive included."""
 
     @classmethod
     def joined(cls, runs: "Sequence[ParticleRun]") -> "ParticleRun":
         """The prompts of several runs, in order."""
         names = ("log_weights", "log_z", "ancestor", "resamplings", "step_variance")
         tensors = {name: torch.cat([getattr(run, name) for run in runs]) for name in names}
-        tokens = sum(run.tokens_evaluated for run in runs)
-        return cls(drawn=joined([run.drawn for run in runs]), tokens_evaluated=tokens, **tensors)
+        return cls(drawn=joined([run.drawn for run in runs]), tokens=sum(run.tokens for run in runs), **tensors)
 
     def interval(self, confidence: float) -> LogZ:
         r"""
@@ -103,6 +102,7 @@ class Particles:
         self.ancestor = torch.arange(n, device=prior.device).repeat(len(prompts), 1)  # (P, n)
         self.resamplings = torch.zeros(len(prompts), dtype=torch.long, device=prior.device)
         self.step_variance = torch.zeros(len(prompts), **like)  # (P,)
+        self.tokens = 0
 
     def run(self, ess_threshold: float, generator: torch.Generator | None) -> ParticleRun:
         """Write them all. `generator` must be on the prior's device."""
@@ -118,7 +118,7 @@ class Particles:
             ancestor=self.ancestor.cpu(),
             resamplings=self.resamplings.cpu(),
             step_variance=(self.step_variance + relative_variance(self.log_weights)).cpu(),
-            tokens_evaluated=self.decoding.tokens_evaluated,
+            tokens=self.tokens,
         )
 
     def _extend(self, generator: torch.Generator | None) -> None:
@@ -138,6 +138,7 @@ class Particles:
                 "an exact draw. Look for a value that is -inf where the likelihood is not."
             )
         finished = self.decoding.append(tokens)
+        self.tokens += len(tokens)
         log_twist = self._log_twist(prompts, rows, finished)
         before = self.log_twist[rows]
         # of weight 0 from now on: −inf − (−inf) would be nan

@@ -89,7 +89,7 @@ class SMC:
 
         `info`: `importance_ess` of the final weights, `resamplings`, `ancestors` left at the end (each a list of P);
         `ancestor` of each draw, the particle of the start that it comes from, which [`expectation`] wants for its
-        error bars; `tokens_evaluated` by the prior.
+        error bars; `tokens` drawn.
 
         Raises:
             ValueError: bad arguments, a value that is nan, or no draw of any prompt in the posterior's support.
@@ -97,7 +97,7 @@ class SMC:
         self._check_request(posterior, prompts, n, generator, columns)
         run = self._run(posterior, prompts, n, generator, columns, None)
         nothing = (run.log_weights == -torch.inf).all(1)  # (P,)
-        check_supported(nothing, f"{n} particles", prompts)
+        check_supported(nothing, f"{n} particles", prompts, stacklevel=4)  # no_grad is a frame
         ess = importance_ess(run.log_weights)
         return Draws.of(
             run.drawn,
@@ -110,7 +110,7 @@ class SMC:
                 "resamplings": run.resamplings.tolist(),
                 "ancestors": [len(set(row)) for row in run.ancestor.tolist()],
                 "ancestor": run.ancestor.flatten().tolist(),
-                "tokens_evaluated": run.tokens_evaluated,
+                "tokens": run.tokens,
             },
         )
 

@@ -205,8 +205,9 @@ def test_without_support(toy):
 
     with pytest.raises(ValueError, match="None of 8 particles is allowed by the posterior, for 3 of 3 prompts"):
         SMC(Fixed(0.0)).sample(prior_of(toy).condition(never), toy.prompts, 8, seeded())
-    with pytest.warns(UserWarning, match="for 1 of 3 prompts, the first 'a'"):
+    with pytest.warns(UserWarning, match="for 1 of 3 prompts, the first 'a'") as caught:
         draws = SMC(Fixed(0.0)).sample(prior_of(toy).condition(not_after_a), toy.prompts, 8, seeded())
+    assert caught[0].filename == __file__
     assert draws.log_z.log_z.tolist() == [-math.inf, 0.0, 0.0]
     assert (draws.log_z.low[0], draws.log_z.high[0]) == (-math.inf, math.inf)
 
