@@ -12,6 +12,7 @@ from .critic import (
     set_trainable,
     split_critic,
 )
+from .decoding import CachedTrunk, Decoding, Past, PrefixReader, draw_tokens, generator_on, joined
 from .forward import (
     CompletionScores,
     base_causal_lm,
@@ -33,12 +34,16 @@ from .language_model import (
 
 __all__ = [
     "CRITIC",
+    "CachedTrunk",
     "Completion",
     "CompletionScores",
     "Completions",
     "Critic",
+    "Decoding",
     "LMHead",
     "LanguageModel",
+    "Past",
+    "PrefixReader",
     "Prompt",
     "active_adapter",
     "as_completion",
@@ -46,10 +51,13 @@ __all__ = [
     "check_prompt_fits",
     "critic_config",
     "detached_critic",
+    "draw_tokens",
     "enable_completion_scoring",
     "eos_token_ids",
     "first_eos_mask",
+    "generator_on",
     "is_critic_folder",
+    "joined",
     "kept_trainable",
     "raw_generation_config",
     "regrow",

@@ -25,6 +25,8 @@ def expectation(draws: Draws, values: Sequence[float] | Tensor) -> Expectation:
 
         weighted, or independent rows:    √Σ_i w̄_i²·(f_i − f̄)²
         resampled from N weighted ones:   √(1/n Σ_i w̄_i·(f_i − f̄)² + s²/n),    w̄_i among the N
+        particles of SMC:                 √((n/(n−1))^{m+1}·Σ_a (Σ_{i from a} w̄_i·(f_i − f̄))²), m resamplings, a the
+                                          particle of the start that i comes from; not below the first
         chains of Metropolis–Hastings:    s/√ESS,    ESS by the autocorrelation of f
 
     with w̄ normalised weights and s the standard deviation of f.
@@ -39,7 +41,8 @@ def expectation(draws: Draws, values: Sequence[float] | Tensor) -> Expectation:
         `ValueError`: values of another length or not finite, draws that do not target the posterior, or chains of
             different lengths.
 
-    Source: the first, Owen 2013, equation 9.9; the last, [`~rlhf_bayes.numerics.effective_sample_size`].
+    Source: the first, Owen 2013, equation 9.9; SMC's, Lee & Whiteley 2018, arXiv 1509.00394; the last,
+    [`~rlhf_bayes.numerics.effective_sample_size`].
     """
     f = torch.as_tensor(values).detach().double().cpu()
     if f.shape != (len(draws),):
@@ -80,6 +83,9 @@ def _of_one_prompt(f: Tensor, weights: Tensor, draws: Draws, prompt: int) -> tup
         shares = torch.tensor(draws.info["candidate_weights"], dtype=torch.float64)[draws.prompt_index == prompt]
         # a row stands for the candidates: drawn by w̄, it has one factor w̄ of Σ w̄²·(f − f̄)² already
         error = ((shares + 1 / n) * deviations.square()).mean().sqrt()
+    elif "ancestor" in draws.info:
+        ancestor = torch.tensor(draws.info["ancestor"])[draws.prompt_index == prompt]
+        error = _particle_error(weights * deviations, ancestor, draws.info["resamplings"][prompt])
     else:
         error = (weights.square() * deviations.square()).sum().sqrt()
     return float(mean), float(error) if n > 1 else torch.inf
@@ -89,3 +95,10 @@ def _chain_error(chains: Tensor) -> Tensor:  # (C, S)
     if bool((chains == chains[0, 0]).all()):
         return chains.new_zeros(())
     return chains.std() / effective_sample_size(chains).sqrt()
+
+
+def _particle_error(shares: Tensor, ancestor: Tensor, resamplings: int) -> Tensor:  # (n,), (n,)
+    n = len(shares)
+    sums = torch.zeros_like(shares).index_add(0, ancestor, shares)  # those that share an ancestor vary together
+    growth = (n / max(n - 1, 1)) ** (resamplings + 1)
+    return torch.maximum(growth * sums.square().sum(), shares.square().sum()).sqrt()

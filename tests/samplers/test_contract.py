@@ -6,11 +6,25 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf_bayes.likelihoods import Constraint
 from rlhf_bayes.lm import LanguageModel
-from rlhf_bayes.samplers import BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
+from rlhf_bayes.samplers import (
+    SMC,
+    BestOfN,
+    GuidedProposal,
+    ImportanceSampler,
+    MetropolisHastings,
+    PrefixValue,
+    RejectionSampler,
+)
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 from .enumerated import policy_of, prior_of, seeded
+
+
+def guided_smc(policy, value):
+    return SMC(value, GuidedProposal(policy, value), ess_threshold=0.9)
+
 
 SAMPLERS = {
     "importance": lambda policy: ImportanceSampler(policy),
@@ -19,6 +33,7 @@ SAMPLERS = {
     "guard": lambda policy: RejectionSampler(policy, log_bound=-math.inf, quasi=True),
     "best of n": lambda policy: BestOfN(8, proposal=policy),
     "suffix": lambda policy: MetropolisHastings("suffix", policy, num_chains=2, burn_in=2),
+    "smc": lambda policy: guided_smc(policy, PrefixValue(Constraint(not_only_a), policy.tokenizer)),
     "independence": lambda policy: MetropolisHastings("independence", policy, num_chains=2, burn_in=2),
 }
 

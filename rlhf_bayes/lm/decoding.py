@@ -1,0 +1,324 @@
+"""One generation loop on transformers' cache: step, reorder, stop. For samplers that look at each token as it comes;
+plain sampling stays with `generate`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from .forward import base_causal_lm
+from .head import LMHead
+from .language_model import Completions, LanguageModel, Prompt, as_completion
+
+
+@final
+class CachedTrunk:
+    """
+    Last hidden states of B token sequences that grow by a token at a time.
+
+    Args:
+        trunk (`Callable`):
+            A transformer without its head: `input_ids`, `attention_mask`, `position_ids`, `past_key_values` and
+            `use_cache` to `last_hidden_state` and `past_key_values`.
+        token_ids (`Sequence[Sequence[int]]`):
+            B sequences of at least one token; padded left here.
+        device (`torch.device`):
+            Of the trunk.
+
+    Raises:
+        ValueError: if the trunk keeps no cache whose rows can be chosen.
+    """
+
+    hidden: Tensor
+    """(B, H): the last hidden state of each sequence."""
+    tokens_evaluated: int
+    """Tokens run so far, padding left out."""
+
+    def __init__(self, trunk: Callable[..., Any], token_ids: Sequence[Sequence[int]], device: torch.device):
+        width = max(len(ids) for ids in token_ids)
+        padded = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in token_ids], device=device)  # (B, C)
+        lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
+        self._trunk = trunk
+        self._cache: Any = None
+        self.tokens_evaluated = sum(len(ids) for ids in token_ids)
+        self._mask = torch.arange(width, device=device) >= width - lengths[:, None]  # (B, C)
+        self._run(padded)
+        if not hasattr(self._cache, "batch_select_indices"):
+            raise ValueError(
+                f"The model must keep a cache of keys and values whose rows can be chosen, got "
+                f"{type(self._cache).__name__}. Sample from the prior by importance, rejection or Metropolis–Hastings "
+                "instead: they go through `generate`."
+            )
+
+    def __len__(self) -> int:
+        return len(self._mask)
+
+    def append(self, tokens: Tensor) -> None:
+        """Add a token (B,) to each sequence."""
+        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=True)
+        self._run(tokens[:, None])
+        self.tokens_evaluated += len(tokens)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows (B′,), in this order; they may repeat."""
+        self._cache.batch_select_indices(rows)
+        self._mask, self.hidden = self._mask[rows], self.hidden[rows]
+
+    @torch.no_grad()
+    def _run(self, input_ids: Tensor) -> None:
+        # positions count attended tokens, so left padding changes nothing
+        positions = (self._mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.size(1) :]  # (B, S)
+        outputs = self._trunk(
+            input_ids=input_ids,
+            attention_mask=self._mask.long(),
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        self._cache, self.hidden = outputs.past_key_values, outputs.last_hidden_state[:, -1]
+
+
+@final
+class Decoding:
+    """
+    P · n completions, half written.
+
+        decoding = Decoding(lm, prompts, n)
+        while decoding.rows.numel():
+            decoding.append(draw_tokens(decoding.log_probs, generator))
+
+    A completion is written until its first EOS or `max_completion_length`; then its row leaves the forward pass. The
+    prompts are read once each, not n times.
+
+    Args:
+        lm ([`LanguageModel`]):
+            The distribution of the next token.
+        prompts (`Sequence` of `str` or of chats):
+            P prompts.
+        n (`int`):
+            Completions a prompt, grouped by prompt.
+    """
+
+    rows: Tensor
+    """(A,): the rows that are not finished, ascending. What is (A, …) below is in their order."""
+    length: int
+    """Tokens that each of these has."""
+
+    def __init__(self, lm: LanguageModel, prompts: Sequence[Prompt], n: int = 1):
+        self.lm = lm
+        self.prompts = [prompt for prompt in prompts for _ in range(n)]
+        self.length = 0
+        self._head = LMHead.of(base_causal_lm(lm.model), lm.temperature)
+        self._eos = torch.tensor(lm.eos_token_ids, device=lm.device)
+        self._trunk = CachedTrunk(base_causal_lm(lm.model).base_model, lm.prompt_token_ids(prompts), lm.device)
+        self.rows = torch.arange(len(self.prompts), device=lm.device)
+        self._ids = self.rows.new_zeros(len(self.prompts), lm.max_completion_length)  # (B, T)
+        self._lengths = torch.zeros_like(self.rows)  # (B,)
+        self._slots = self.rows // n  # (B,): where in the trunk a row's past is
+        self._log_probs: Tensor | None = None
+
+    @property
+    def tokens_evaluated(self) -> int:
+        """Tokens that the model was run on."""
+        return self._trunk.tokens_evaluated
+
+    @property
+    def log_probs(self) -> Tensor:
+        """(A, V) fp32, nats: log π of each next token."""
+        if self._log_probs is None:
+            # here, not in `append`: what was dropped or reordered since then is not run
+            slots = self._slots[self.rows]  # (A,)
+            own = torch.arange(len(slots), device=slots.device)
+            if len(slots) != len(self._trunk) or not torch.equal(slots, own):
+                self._trunk.select(slots)
+            self._slots[self.rows] = own
+            if self.length:
+                self._trunk.append(self._ids[self.rows, self.length - 1])
+            with torch.no_grad():
+                self._log_probs = self._head.log_softmax(self._trunk.hidden)
+        return self._log_probs
+
+    def append(self, tokens: Tensor) -> Tensor:
+        """
+        Add a token (A,) to each unfinished row.
+
+        Returns:
+            `Tensor` (A,) bool: which of them it finished.
+        """
+        self.log_probs  # noqa: B018  the step before must have been run
+        self._ids[self.rows, self.length] = tokens
+        self.length += 1
+        self._lengths[self.rows] = self.length
+        finished = torch.isin(tokens, self._eos) | (self.length == self.lm.max_completion_length)
+        self.rows, self._log_probs = self.rows[~finished], None
+        return finished
+
+    def reorder(self, index: Tensor) -> None:
+        """Row i becomes a copy of row `index[i]`, finished or not: (B,). Between prompts, no row may go."""
+        unfinished = torch.zeros_like(self._lengths, dtype=torch.bool)
+        unfinished[self.rows] = True
+        self._ids, self._lengths, self._slots = self._ids[index], self._lengths[index], self._slots[index]
+        self.rows, self._log_probs = unfinished[index].nonzero().flatten(), None
+
+    def token_ids(self, rows: Tensor | None = None) -> list[list[int]]:
+        """The tokens so far, of all rows or of these."""
+        ids, lengths = (self._ids, self._lengths) if rows is None else (self._ids[rows], self._lengths[rows])
+        width = int(lengths.max()) if lengths.numel() else 0
+        return [row[:length] for row, length in zip(ids[:, :width].tolist(), lengths.tolist(), strict=True)]
+
+    def completions(self, token_log_probs: Tensor) -> Completions:
+        """What was written, with the log-probabilities (B, T) that its tokens were drawn with."""
+        ids = self.token_ids()
+        width = max(len(row) for row in ids)
+        mask = torch.arange(width, device=self._ids.device) < self._lengths[:, None]  # (B, T)
+        tokenizer: Any = self.lm.tokenizer
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        last = self._ids.gather(1, self._lengths[:, None] - 1).squeeze(1)  # (B,)
+        return Completions(
+            prompts=self.prompts,
+            completion_ids=ids,
+            texts=texts,
+            completions=[as_completion(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)],
+            mask=mask,
+            token_log_probs=torch.where(mask, token_log_probs[:, :width], 0.0),
+            ended=torch.isin(last, self._eos),
+        )
+
+
+class PrefixStates(NamedTuple):
+    """A language model at B prefixes."""
+
+    hidden: Tensor
+    """(B, H): last hidden state."""
+    log_prob: Tensor
+    """(B,) fp32, nats: log π(prefix | prompt)."""
+
+
+class Past(NamedTuple):
+    """Keys and values of B sequences before their last token."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    """A pair (B, heads, C − 1, size) for each layer."""
+    mask: Tensor
+    """(B, C) bool: the tokens, the last included."""
+
+
+@final
+class PrefixReader:
+    """
+    A language model's states at any prefixes, cheap where each is a token longer than one of the last call.
+
+    It remembers the prefixes of the last call with their cache and finds parents by their tokens, so that no one has
+    to tell it of reordering. Equal prefixes are read once.
+
+    Args:
+        lm ([`LanguageModel`]):
+            The model.
+        trunk (`Callable`, *optional*):
+            Hidden states from another trunk over the same tokens; then `log_prob` is 0.
+    """
+
+    def __init__(self, lm: LanguageModel, trunk: Callable[..., Any] | None = None):
+        self.lm = lm
+        self._plain = trunk is not None
+        self._forward = trunk or base_causal_lm(lm.model).base_model
+        self._row_of: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._log_prob = torch.empty(0)
+        self._trunk: Any = None  # CachedTrunk, from the first call on
+
+    def next_log_probs(self, hidden: Tensor) -> Tensor:
+        """(B, H) to (B, V): log π of the next token, nats."""
+        with torch.no_grad():
+            return LMHead.of(base_causal_lm(self.lm.model), self.lm.temperature).log_softmax(hidden)
+
+    def read(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> PrefixStates:
+        """States after each prefix, perhaps empty, of its prompt."""
+        lengths = [len(prefix) for prefix in prefixes]
+        order, parts = [], []
+        for length in sorted(set(lengths)):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            keys = [(repr(prompts[row]), tuple(prefixes[row])) for row in rows]
+            self._advance_to(keys, {key[0]: prompts[row] for key, row in zip(keys, rows, strict=True)}, length)
+            index = torch.tensor([self._row_of[key] for key in keys], device=self.lm.device)
+            parts.append(PrefixStates(self._trunk.hidden[index], self._log_prob[index]))
+            order += rows
+        back = torch.tensor(order).argsort().to(self.lm.device)
+        return PrefixStates(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
+
+    def past(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> "Past":
+        """
+        What the last token of each prompt + prefix sees, for those who run it anew: prefixes of one length.
+
+        Raises:
+            ValueError: if the cache is not one of keys and values over all positions.
+        """
+        self.read(prompts, prefixes)
+        index = [self._row_of[repr(prompt), tuple(ids)] for prompt, ids in zip(prompts, prefixes, strict=True)]
+        layers = self._trunk._cache.layers
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            raise ValueError(
+                "The model must keep keys and values of all positions, got a cache of "
+                f"{sorted({type(layer).__name__ for layer in layers})}: sliding windows and states cannot be re-run."
+            )
+        return Past(
+            [(layer.keys[index, :, :-1], layer.values[index, :, :-1]) for layer in layers], self._trunk._mask[index]
+        )
+
+    def _advance_to(self, keys: list, prompts: dict[str, Prompt], length: int) -> None:
+        def known(to: int) -> bool:
+            return all((prompt, prefix[:to]) in self._row_of for prompt, prefix in keys)
+
+        if known(length):
+            return
+        if length == 0 or not known(length - 1):
+            ids = self.lm.prompt_token_ids(list(prompts.values()))
+            self._trunk = CachedTrunk(self._forward, ids, self.lm.device)
+            self._row_of = {(prompt, ()): row for row, prompt in enumerate(prompts)}
+            self._log_prob = torch.zeros(len(ids), device=self.lm.device)
+        start = len(next(iter(self._row_of))[1])
+        for to in range(start + 1, length + 1):
+            self._step(list(dict.fromkeys((prompt, prefix[:to]) for prompt, prefix in keys)))
+
+    def _step(self, keys: list[tuple[str, tuple[int, ...]]]) -> None:
+        device = self.lm.device
+        parents = torch.tensor([self._row_of[prompt, prefix[:-1]] for prompt, prefix in keys], device=device)
+        tokens = torch.tensor([prefix[-1] for _, prefix in keys], device=device)
+        self._log_prob = self._log_prob[parents]
+        if not self._plain:
+            self._log_prob = self._log_prob + self.next_log_probs(self._trunk.hidden)[parents, tokens]
+        self._trunk.select(parents)
+        self._trunk.append(tokens)
+        self._row_of = {key: row for row, key in enumerate(keys)}
+
+
+def joined(parts: Sequence[Completions]) -> Completions:
+    """The rows of several, in order."""
+    width = max(part.mask.size(1) for part in parts)
+
+    def padded(columns: list[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(column, (0, width - column.size(1))) for column in columns])
+
+    return Completions(
+        prompts=[prompt for part in parts for prompt in part.prompts],
+        completion_ids=[ids for part in parts for ids in part.completion_ids],
+        texts=[text for part in parts for text in part.texts],
+        completions=[completion for part in parts for completion in part.completions],
+        mask=padded([part.mask for part in parts]),
+        token_log_probs=padded([part.token_log_probs for part in parts]),
+        ended=torch.cat([part.ended for part in parts]),
+    )
+
+
+def draw_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One token of each distribution: (A, V), nats, to (A,)."""
+    return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
+
+
+def generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator | None:
+    """The generator, or one on the device that it seeds."""
+    if generator is None or generator.device.type == device.type:
+        return generator
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    return torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,185 @@
+"""Weighted decoding as a proposal: the next token by prior and value, with its exact density."""
+
+from collections.abc import Sequence
+from typing import Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..lm import Completions, Decoding, LanguageModel, Prompt, draw_tokens, generator_on, joined
+from .values import Value, checked_log_value, checked_next_log_values
+
+
+@runtime_checkable
+class StepwiseProposal(Protocol):
+    """A [`Proposal`] that changes a language model's next-token probabilities, which SMC can step along with."""
+
+    prior: LanguageModel
+    """The model that is guided."""
+
+    def next_log_probs(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], log_prior: Tensor
+    ) -> Tensor:
+        """log q of each next token of B prefixes of one length: (B, V), nats, given the model's own, (B, V)."""
+        ...
+
+
+@final
+class GuidedProposal:
+    r"""
+    Decoding guided by a value; a proposal, not a target of its own.
+
+        q(x_t | x_<t)  ∝  π0(x_t | x_<t) · exp(scale · log_value(x_≤t))
+
+    Its density is known, so that importance sampling, rejection, Metropolis–Hastings or SMC make it correct. With the
+    soft value of the posterior, all tokens as candidates and scale 1, it *is* the posterior.
+
+    With fewer candidates than tokens, the value is asked for the most probable ones only; these share their prior
+    mass anew, the others keep their prior probability, and no token is lost. If a value is `-inf` for each candidate,
+    the step falls back on the prior.
+
+    Args:
+        prior ([`~rlhf_bayes.LanguageModel`]):
+            π0, or another model to be guided, a trained policy for instance.
+        value (`Value`):
+            [`ExpertsValue`], [`HeadValue`], [`CriticValue`], [`PrefixValue`], or your own.
+        scale (`float`):
+            Positive. 1 takes the value at its word.
+        num_candidates (`int`, *optional*):
+            Tokens of which the value is asked at each step, the most probable; each costs an evaluation. Default: all,
+            and for a value with `next_log_values` always all.
+
+    Raises:
+        ValueError: if a number is out of range.
+        TypeError: if `value` has no `log_value`.
+    """
+
+    def __init__(self, prior: LanguageModel, value: Value, scale: float = 1.0, num_candidates: int | None = None):
+        if not isinstance(value, Value):
+            raise TypeError(f"`value` must have a method `log_value`, got {type(value).__name__}.")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"`scale` must be positive and finite, got {scale}: without a value, use the prior.")
+        if num_candidates is not None and num_candidates < 2:
+            raise ValueError(
+                f"`num_candidates` must be at least 2, got {num_candidates}: one alone keeps its prior probability."
+            )
+        self.prior = prior
+        self.value = value
+        self.scale = scale
+        self.num_candidates = num_candidates
+
+    def sample(self, prompts: Sequence[Prompt], n: int = 1, generator: torch.Generator | None = None) -> Completions:
+        """n completions for each of P prompts, P · n rows; their `token_log_probs` are those of q."""
+        return sample_stepwise(self, prompts, n, generator)
+
+    def log_prob(self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> Tensor:
+        """
+        log q of each completion: (B,), nats.
+
+        Raises:
+            ValueError: for ids that are no whole completion.
+        """
+        return score_stepwise(self, prompts, completion_ids)
+
+    def next_log_probs(
+        self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], log_prior: Tensor
+    ) -> Tensor:
+        """log q of each next token: (B, V), nats, given log π0 of each, (B, V)."""
+        if hasattr(self.value, "next_log_values"):
+            log_values = checked_next_log_values(self.value, prompts, prefixes).to(log_prior.device)
+            return _tilted(log_prior, self.scale * log_values)
+        k = min(self.num_candidates or log_prior.size(1), log_prior.size(1))
+        candidates = log_prior.topk(k).indices  # (B, K)
+        children = [
+            [*prefix, token] for prefix, tokens in zip(prefixes, candidates.tolist(), strict=True) for token in tokens
+        ]
+        log_values = checked_log_value(self.value, [prompt for prompt in prompts for _ in range(k)], children)
+        log_values = log_values.to(log_prior).view(-1, k)
+        among = log_prior.gather(1, candidates)  # (B, K)
+        tilted = _tilted(among, self.scale * log_values)
+        # what the candidates had together under the prior, they share
+        shared = tilted - tilted.logsumexp(1, keepdim=True) + among.logsumexp(1, keepdim=True)
+        return log_prior.scatter(1, candidates, shared)
+
+
+@torch.no_grad()
+def sample_stepwise(
+    proposal: StepwiseProposal, prompts: Sequence[Prompt], n: int, generator: torch.Generator | None
+) -> Completions:
+    """n completions for each of P prompts, drawn token by token; P · n rows with their log q."""
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+    generator = generator_on(proposal.prior.device, generator)
+    rows = [prompt for prompt in prompts for _ in range(n)]
+    size = proposal.prior.batch_size
+    return joined([_decoded(proposal, rows[s : s + size], None, generator) for s in range(0, len(rows), size)])
+
+
+@torch.no_grad()
+def score_stepwise(
+    proposal: StepwiseProposal, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """log q of each completion, by the same loop that draws: (B,), nats."""
+    if len(prompts) != len(completion_ids):
+        raise ValueError(
+            f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and {len(completion_ids)}."
+        )
+    size = proposal.prior.batch_size
+    starts = range(0, len(prompts), size)
+    parts = [_decoded(proposal, prompts[s : s + size], completion_ids[s : s + size], None) for s in starts]
+    return torch.cat([part.log_prob for part in parts])
+
+
+def _decoded(
+    proposal: StepwiseProposal,
+    prompts: Sequence[Prompt],
+    forced: Sequence[Sequence[int]] | None,
+    generator: torch.Generator | None,
+) -> Completions:
+    prior = proposal.prior
+    decoding = Decoding(prior, prompts)
+    token_log_probs = torch.zeros(len(prompts), prior.max_completion_length, device=prior.device)
+    while decoding.rows.numel():
+        rows, step = decoding.rows, decoding.length
+        own_prompts = [decoding.prompts[row] for row in rows.tolist()]
+        log_q = proposal.next_log_probs(own_prompts, decoding.token_ids(rows), decoding.log_probs)  # (A, V)
+        tokens = draw_tokens(log_q, generator) if forced is None else next_tokens(forced, rows, step)
+        token_log_probs[rows, step] = log_q.gather(1, tokens[:, None]).squeeze(1)
+        decoding.append(tokens)
+    drawn = decoding.completions(token_log_probs)
+    if forced is not None:
+        check_whole(forced, drawn.completion_ids)
+    return drawn
+
+
+def next_tokens(forced: Sequence[Sequence[int]], rows: Tensor, step: int) -> Tensor:
+    """
+    Token `step` of these rows (A,) of completions that are given.
+
+    Raises:
+        ValueError: if one stops without EOS before the longest completion.
+    """
+    for row in rows.tolist():
+        if len(forced[row]) <= step:
+            raise ValueError(
+                f"`completion_ids` must hold tokens up to and including the first EOS, or `max_completion_length` "
+                f"tokens; row {row} stops after {len(forced[row])} tokens without EOS: it is a prefix."
+            )
+    return torch.tensor([int(forced[row][step]) for row in rows.tolist()], device=rows.device)
+
+
+def check_whole(forced: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> None:
+    """Raises a ValueError if completions that were given go on after their end."""
+    for row, (given, ids) in enumerate(zip(forced, written, strict=True)):
+        if len(given) != len(ids):
+            raise ValueError(
+                f"`completion_ids` must hold tokens up to and including the first EOS, or `max_completion_length` "
+                f"tokens; row {row} has {len(given)} tokens and ends after {len(ids)}."
+            )
+
+
+def _tilted(log_prior: Tensor, log_values: Tensor) -> Tensor:
+    """Normalised (B, K): prior times exp(value); the prior where nothing would be left."""
+    tilted = log_prior + log_values
+    hopeless = tilted.logsumexp(1, keepdim=True) == -torch.inf
+    return torch.where(hopeless, log_prior, tilted).log_softmax(1)

@@ -1,0 +1,201 @@
+"""The particles of SMC: drawn, weighed and resampled a token at a time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from ..lm import Completions, Decoding, LanguageModel, PrefixReader, Prompt, draw_tokens, joined
+from ..numerics import importance_ess, log_z
+from .draws import LogZ
+from .guided import StepwiseProposal, next_tokens
+from .values import Value, checked_log_value, rows_of
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+
+@dataclass(frozen=True)
+class ParticleRun:
+    """n particles of each of P prompts, all written; fp64, on the CPU."""
+
+    drawn: Completions
+    """P · n rows, with the log q of their tokens."""
+    log_weights: Tensor
+    """(P, n), nats, since the last resampling."""
+    log_z: Tensor
+    """(P,), nats: Ẑ is unbiased."""
+    ancestor: Tensor
+    """(P, n): the particle of the start that each comes from."""
+    resamplings: Tensor
+    """(P,)"""
+    step_variance: Tensor
+    """(P,): relative variances of the factors of Ẑ, summed."""
+    tokens: int
+    """Completion tokens drawn, those of particles that did not survive included."""
+
+    @classmethod
+    def joined(cls, runs: "Sequence[ParticleRun]") -> "ParticleRun":
+        """The prompts of several runs, in order."""
+        names = ("log_weights", "log_z", "ancestor", "resamplings", "step_variance")
+        tensors = {name: torch.cat([getattr(run, name) for run in runs]) for name in names}
+        return cls(drawn=joined([run.drawn for run in runs]), tokens=sum(run.tokens for run in runs), **tensors)
+
+    def interval(self, confidence: float) -> LogZ:
+        r"""
+        log Z with a normal interval on the log scale. The relative variance of Ẑ is the larger of
+
+            1 − (n/(n−1))^{m+1} · Σ W_i·W_j    over pairs without a common ancestor, m resamplings: consistent, noisy
+            Σ (1/ESS − 1/n)·n/(n−1)            over resamplings and the end: steady, blind to what comes later
+
+        Source: Lee & Whiteley 2018, arXiv 1509.00394, section 2; the second is that of independent steps.
+        """
+        n = self.log_weights.size(1)
+        half_width = torch.full_like(self.log_z, torch.inf)
+        if n > 1:
+            weights = self.log_weights.softmax(1)  # (P, n)
+            by_ancestor = torch.zeros_like(weights).scatter_add(1, self.ancestor, weights)
+            apart = 1 - by_ancestor.square().sum(1)  # (P,)
+            variance = 1 - (n / (n - 1)) ** (self.resamplings + 1.0) * apart
+            half_width = float(norm.ppf((1 + confidence) / 2)) * torch.maximum(variance, self.step_variance).sqrt()
+        nothing = self.log_z == -torch.inf
+        low = torch.where(nothing, -torch.inf, self.log_z - half_width)
+        return LogZ(self.log_z, low, torch.where(nothing, torch.inf, self.log_z + half_width), confidence)
+
+
+@final
+class Particles:
+    """
+    P · n particles while they are written. B = P · n; rows are grouped by prompt.
+
+    Args:
+        posterior, value, proposal, prompts, n, columns:
+            As for [`SMC`].
+        held (`Sequence[Sequence[int]]`, *optional*):
+            P completions; the first particle of each prompt is always its own: a conditional run.
+    """
+
+    def __init__(
+        self,
+        posterior: "Posterior",
+        value: Value,
+        proposal: LanguageModel | StepwiseProposal | None,
+        prompts: Sequence[Prompt],
+        n: int,
+        columns: Mapping[str, Sequence],
+        held: Sequence[Sequence[int]] | None = None,
+    ):
+        prior = posterior.prior
+        self.posterior, self.value, self.proposal = posterior, value, proposal
+        self.n, self.columns, self.held = n, columns, held
+        self.decoding = Decoding(prior, prompts, n)
+        other = proposal.prior if isinstance(proposal, StepwiseProposal) else proposal
+        self.reader = None if other is None or other is prior else PrefixReader(other)
+        like = {"dtype": torch.float64, "device": prior.device}
+        self.log_weights = torch.zeros(len(prompts), n, **like)  # since the last resampling
+        self.log_twist = torch.zeros(len(prompts) * n, **like)  # (B,): log ψ of what is written
+        self.log_z = torch.zeros(len(prompts), **like)  # (P,): up to the last resampling
+        self.log_q = torch.zeros(len(prompts) * n, prior.max_completion_length, device=prior.device)  # (B, T)
+        self.ancestor = torch.arange(n, device=prior.device).repeat(len(prompts), 1)  # (P, n)
+        self.resamplings = torch.zeros(len(prompts), dtype=torch.long, device=prior.device)
+        self.step_variance = torch.zeros(len(prompts), **like)  # (P,)
+        self.tokens = 0
+
+    def run(self, ess_threshold: float, generator: torch.Generator | None) -> ParticleRun:
+        """Write them all. `generator` must be on the prior's device."""
+        while self.decoding.rows.numel():
+            self._extend(generator)
+            # at the end the weights tell more than copies would
+            if self.decoding.rows.numel():
+                self._resample(ess_threshold, generator)
+        return ParticleRun(
+            drawn=self.decoding.completions(self.log_q),
+            log_weights=self.log_weights.cpu(),
+            log_z=(self.log_z + log_z(self.log_weights)).cpu(),
+            ancestor=self.ancestor.cpu(),
+            resamplings=self.resamplings.cpu(),
+            step_variance=(self.step_variance + relative_variance(self.log_weights)).cpu(),
+            tokens=self.tokens,
+        )
+
+    def _extend(self, generator: torch.Generator | None) -> None:
+        rows, step = self.decoding.rows, self.decoding.length  # (A,)
+        prompts = [self.decoding.prompts[row] for row in rows.tolist()]
+        log_prior = self.decoding.log_probs  # (A, V)
+        log_q = self._next_log_probs(prompts, self.decoding.token_ids(rows), log_prior)
+        tokens = draw_tokens(log_q, generator)
+        if self.held is not None:
+            holds = rows % self.n == 0  # (A,)
+            tokens = tokens.masked_scatter(holds, next_tokens(self.held, rows[holds] // self.n, step))
+        self.log_q[rows, step] = log_q.gather(1, tokens[:, None]).squeeze(1)
+        log_ratio = (log_prior - log_q).gather(1, tokens[:, None]).squeeze(1)
+        if bool((log_ratio == torch.inf).any()):
+            raise ValueError(
+                "`proposal` must be able to draw whatever the posterior allows, but gives probability 0 to a token of "
+                "an exact draw. Look for a value that is -inf where the likelihood is not."
+            )
+        finished = self.decoding.append(tokens)
+        self.tokens += len(tokens)
+        log_twist = self._log_twist(prompts, rows, finished)
+        before = self.log_twist[rows]
+        # of weight 0 from now on: −inf − (−inf) would be nan
+        change = torch.where(before == -torch.inf, -torch.inf, log_twist - before)
+        self.log_twist[rows] = log_twist
+        self.log_weights.view(-1)[rows] += log_ratio + change
+
+    def _next_log_probs(self, prompts: list[Prompt], prefixes: list[list[int]], log_prior: Tensor) -> Tensor:
+        if self.reader is not None:
+            log_q = self.reader.next_log_probs(self.reader.read(prompts, prefixes).hidden).to(log_prior.device)
+        else:
+            log_q = log_prior
+        if isinstance(self.proposal, StepwiseProposal):
+            return self.proposal.next_log_probs(prompts, prefixes, log_q)
+        return log_q
+
+    def _log_twist(self, prompts: list[Prompt], rows: Tensor, finished: Tensor) -> Tensor:
+        """log ψ of what these rows hold: (A,), fp64."""
+        result = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        prefixes = self.decoding.token_ids(rows)
+        open_, whole = ((finished == end).nonzero().flatten().tolist() for end in (False, True))
+        if open_:
+            of = [prompts[i] for i in open_], [prefixes[i] for i in open_]
+            result[open_] = checked_log_value(self.value, *of).to(result)
+        if whole:
+            of = [prompts[i] for i in whole], None, [prefixes[i] for i in whole]
+            columns = rows_of(self.columns, (rows[whole] // self.n).tolist())
+            result[whole] = self.posterior.log_likelihood(*of, columns).to(result)
+        return result
+
+    def _resample(self, ess_threshold: float, generator: torch.Generator | None) -> None:
+        open_ = torch.zeros_like(self.resamplings, dtype=torch.bool)
+        open_[self.decoding.rows // self.n] = True
+        some = (self.log_weights > -torch.inf).any(1)
+        due = open_ & some & (importance_ess(self.log_weights) < ess_threshold * self.n)  # (P,)
+        if not bool(due.any()):
+            return
+        # multinomial: systematic resampling has less variance, but then nothing here tells how much
+        probs = self.log_weights.softmax(1).nan_to_num(1.0)  # (P, n)
+        index = torch.multinomial(probs, self.n, replacement=True, generator=generator)
+        if self.held is not None:
+            index[:, 0] = 0
+        index = torch.where(due[:, None], index, torch.arange(self.n, device=due.device))  # (P, n)
+        self.log_z += torch.where(due, log_z(self.log_weights), 0.0)
+        self.step_variance += torch.where(due, relative_variance(self.log_weights), 0.0)
+        self.log_weights[due] = 0.0
+        self.resamplings += due
+        self.ancestor = self.ancestor.gather(1, index)
+        flat = (index + self.n * torch.arange(len(index), device=due.device)[:, None]).flatten()  # (B,)
+        self.log_twist, self.log_q = self.log_twist[flat], self.log_q[flat]
+        self.decoding.reorder(flat)
+
+
+def relative_variance(log_weights: Tensor) -> Tensor:
+    """Estimated variance of the mean of n weights, over its square: (P, n) to (P,); 0 where all are 0."""
+    n = log_weights.size(1)
+    if n == 1:
+        return torch.zeros_like(log_weights[:, 0])
+    ess = importance_ess(log_weights)
+    return torch.where(ess > 0, (n / ess - 1).clamp(min=0) / (n - 1), 0.0)

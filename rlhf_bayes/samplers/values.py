@@ -1,0 +1,285 @@
+"""What a half-written completion is worth: token-level values, to guide decoding and to twist SMC."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..likelihoods import Likelihood, checked_log_likelihood
+from ..likelihoods.reward import check_beta
+from ..lm import CRITIC, Critic, LanguageModel, PrefixReader, Prompt, active_adapter, as_completion, base_causal_lm
+
+
+@runtime_checkable
+class Value(Protocol):
+    r"""
+    What a prefix is worth, in nats. The right one is the soft value
+
+        log_value(c, x_≤t)  =  log E_π0[exp(log_likelihood(c, x)) | x_≤t],
+
+    with which decoding by `π0(x_t)·exp(log_value(x_≤t))` draws from the posterior. The mean E[log_likelihood | x_≤t]
+    is not it, nor any other; but as a proposal or a twist every value that is finite gives a correct sampler. A prefix
+    may be a whole completion. `-inf` says that the posterior has nothing that starts so, and is taken at its word.
+
+    A value may also have `next_log_values(prompts, prefixes)`, (B, V): those of each prefix with each next token,
+    where one pass tells them all.
+    """
+
+    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) nats, for B prefixes given as token ids."""
+        ...
+
+
+@final
+class EnumeratedValue:
+    r"""
+    The soft value itself, by enumeration: `log Σ_x π0(x | x_≤t)·exp(log_likelihood(x))`, the sum over all completions
+    that start with x_≤t. For models as small as [`~rlhf_bayes.testing.EnumerableLM`].
+
+    Args:
+        prompts (`Sequence` of `str` or of chats):
+            P prompts.
+        completion_ids (`Sequence[Sequence[int]]`):
+            All N completions.
+        log_prior, log_likelihood (`Tensor`):
+            (P, N), nats.
+
+    Raises:
+        KeyError: when asked for a prefix of no completion.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        completion_ids: Sequence[Sequence[int]],
+        log_prior: Tensor,
+        log_likelihood: Tensor,
+    ):
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for row, ids in enumerate(completion_ids):
+            for length in range(len(ids) + 1):
+                rows_of.setdefault(tuple(ids[:length]), []).append(row)
+        log_density = log_prior.double() + log_likelihood.double()  # (P, N)
+        self._values = {
+            (repr(prompt), prefix): float(log_density[p, rows].logsumexp(0) - log_prior[p, rows].double().logsumexp(0))
+            for p, prompt in enumerate(prompts)
+            for prefix, rows in rows_of.items()
+        }
+
+    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) fp32, nats."""
+        keys = [(repr(prompt), tuple(prefix)) for prompt, prefix in zip(prompts, prefixes, strict=True)]
+        return torch.tensor([self._values[key] for key in keys])
+
+
+@final
+class PrefixValue:
+    r"""
+    The evidence of a prefix as if it were the completion: `log_likelihood(c, x_≤t)`.
+
+    With a reward, a prefix reward; with a [`~rlhf_bayes.likelihoods.ClassifierLikelihood`] that was trained on
+    prefixes, the attribute's log p(a | x_≤t) of FUDGE.
+
+    Args:
+        likelihood (`Likelihood`):
+            The evidence. It must do without columns of the dataset.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Decodes the prefixes, special tokens skipped.
+
+    Source: Yang & Klein 2021 (FUDGE), arXiv 2104.05218, section 3.
+    """
+
+    def __init__(self, likelihood: Likelihood, tokenizer: Any):
+        self.likelihood = likelihood
+        self.tokenizer = tokenizer
+
+    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) fp32, nats."""
+        texts = self.tokenizer.batch_decode([list(prefix) for prefix in prefixes], skip_special_tokens=True)
+        completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return checked_log_likelihood(self.likelihood, prompts, completions, prefixes)
+
+
+@final
+class HeadValue:
+    """
+    A head on a language model's hidden states: a classifier on prefixes that reads the prior's own states (FUDGE), or
+    a learnt twist. One token of the model a step.
+
+    Args:
+        lm ([`~rlhf_bayes.LanguageModel`]):
+            Reads the prefixes.
+        head (`Callable`):
+            Hidden states (B, H) to nats (B,), for instance `lambda hidden: logsigmoid(classifier(hidden)[:, 0])`.
+    """
+
+    def __init__(self, lm: LanguageModel, head: Callable[[Tensor], Tensor]):
+        self.head = head
+        self._reader = PrefixReader(lm, base_causal_lm(lm.model).base_model)
+
+    @torch.no_grad()
+    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) nats."""
+        return self.head(self._reader.read(prompts, prefixes).hidden)
+
+
+@final
+class ExpertsValue:
+    r"""
+    Experts minus anti-experts: `scale·(log p⁺(x_≤t | c) − log p⁻(x_≤t | c))`.
+
+    Decoding with it is DExperts: next-token logits `z + scale·(z⁺ − z⁻)`. All next tokens come from one pass.
+
+    Args:
+        expert, anti_expert ([`~rlhf_bayes.LanguageModel`]):
+            Over the prior's tokens.
+        scale (`float`):
+            DExperts' α.
+
+    Raises:
+        ValueError: if the two have vocabularies of different sizes, or `scale` is not finite.
+
+    Source: Liu et al. 2021 (DExperts), arXiv 2105.03023, section 2.
+    """
+
+    def __init__(self, expert: LanguageModel, anti_expert: LanguageModel, scale: float = 1.0):
+        sizes = [base_causal_lm(lm.model).config.get_text_config().vocab_size for lm in (expert, anti_expert)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"`expert` and `anti_expert` must share a vocabulary, got {sizes[0]} and {sizes[1]} ids.")
+        if not abs(scale) < float("inf"):
+            raise ValueError(f"`scale` must be finite, got {scale}.")
+        self.scale = scale
+        self._readers = PrefixReader(expert), PrefixReader(anti_expert)
+
+    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) fp32, nats."""
+        expert, anti_expert = (reader.read(prompts, prefixes).log_prob for reader in self._readers)
+        return self.scale * (expert - anti_expert)
+
+    def next_log_values(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B, V) fp32, nats."""
+        states = [reader.read(prompts, prefixes) for reader in self._readers]
+        expert, anti_expert = (
+            state.log_prob[:, None] + reader.next_log_probs(state.hidden)
+            for state, reader in zip(states, self._readers, strict=True)
+        )
+        return self.scale * (expert - anti_expert)
+
+
+@final
+class CriticValue:
+    r"""
+    The critic of [`~rlhf_bayes.PPOTrainer`]: `u(c, x_≤t)/β + log π(x_≤t | c) − log π0(x_≤t | c)`.
+
+    The critic forecasts r − β·log(π/π0) of the whole completion; the log-ratio of what is written turns that into a
+    value under the prior. Where the policy π is the posterior, it is the soft value; elsewhere a bound from below, as
+    far as the critic has learnt. Training shifts it by a constant of each prompt, which matters only where completions
+    end at different lengths. At a whole completion it was never trained: u is that before the last token.
+
+    Args:
+        policy ([`~rlhf_bayes.LanguageModel`]):
+            π, whose model holds the critic.
+        prior ([`~rlhf_bayes.LanguageModel`]):
+            π0.
+        beta (`float`):
+            Units of reward per nat, those of training.
+
+    Raises:
+        ValueError: if the policy's model holds no critic, or `beta` is not positive.
+    """
+
+    def __init__(self, policy: LanguageModel, prior: LanguageModel, beta: float):
+        lm = base_causal_lm(policy.model)
+        critic = getattr(lm, CRITIC, None)
+        if not isinstance(critic, Critic):
+            raise ValueError(
+                f"`policy` must hold a critic, got a {type(lm).__name__} without one. Load the one that PPOTrainer "
+                f"saved beside it: `model.add_module({CRITIC!r}, Critic.from_pretrained(folder))`."
+            )
+        self.policy, self.beta = policy, check_beta(beta)
+        self._value_head = critic.value_head
+        self._policy, self._prior = PrefixReader(policy), PrefixReader(prior)
+        self._states = self._policy
+        if critic.backbone is not None:
+            self._states = PrefixReader(policy, critic.backbone)
+        elif critic.adapter is not None:
+            self._states = PrefixReader(policy, _under_adapter(lm, critic.adapter))
+
+    @torch.no_grad()
+    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+        """(B,) fp32, nats."""
+        whole = [self._is_whole(prefix) for prefix in prefixes]
+        before = [prefix[:-1] if end else prefix for prefix, end in zip(prefixes, whole, strict=True)]
+        value = self._value_head(self._states.read(prompts, before).hidden.to(self._value_head.weight.dtype))
+        log_ratio = self._log_prob(self._policy, prompts, prefixes, before)
+        log_ratio = log_ratio - self._log_prob(self._prior, prompts, prefixes, before).to(log_ratio.device)
+        return value.squeeze(-1).float() / self.beta + log_ratio
+
+    def _is_whole(self, prefix: Sequence[int]) -> bool:
+        if len(prefix) == 0:
+            return False
+        return len(prefix) == self.policy.max_completion_length or prefix[-1] in self.policy.eos_token_ids
+
+    @staticmethod
+    def _log_prob(
+        reader: PrefixReader,
+        prompts: Sequence[Prompt],
+        prefixes: Sequence[Sequence[int]],
+        before: Sequence[Sequence[int]],
+    ) -> Tensor:
+        states = reader.read(prompts, before)
+        last = [prefix[-1] if len(prefix) > len(old) else -1 for prefix, old in zip(prefixes, before, strict=True)]
+        tokens = torch.tensor(last, device=states.log_prob.device)
+        if bool((tokens < 0).all()):
+            return states.log_prob
+        added = reader.next_log_probs(states.hidden).gather(1, tokens.clamp(min=0)[:, None]).squeeze(1)
+        return states.log_prob + torch.where(tokens < 0, 0.0, added)
+
+
+def checked_log_value(value: Value, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+    """
+    What a value says of B prefixes, if it is one: (B,), fp32 or better, nats, finite or `-inf`.
+
+    Raises:
+        TypeError: not a tensor of one number for each prefix.
+        ValueError: nan or `+inf`, with the prefix.
+    """
+    result = value.log_value(prompts, prefixes)
+    if not isinstance(result, Tensor) or result.shape != (len(prefixes),):
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise TypeError(
+            f"`{type(value).__name__}.log_value` must return a tensor of shape ({len(prefixes)},), got {got}. Return "
+            "one number of nats for each prefix."
+        )
+    return _without_nan(value, result, prompts, prefixes)
+
+
+def checked_next_log_values(value: Any, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+    """What a value says of each next token: (B, V). Raises as `checked_log_value`."""
+    return _without_nan(value, value.next_log_values(prompts, prefixes), prompts, prefixes)
+
+
+def _without_nan(value: Any, result: Tensor, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
+    result = result.detach()
+    wrong = (result.isnan() | (result == torch.inf)).nonzero()
+    if len(wrong):
+        row = int(wrong[0, 0])
+        raise ValueError(
+            f"`{type(value).__name__}` must be finite, or -inf where nothing that the posterior allows starts so; got "
+            f"{float(result[tuple(wrong[0])])} for prompt {prompts[row]!r} and prefix {list(prefixes[row])}."
+        )
+    return result if result.dtype == torch.float64 else result.float()
+
+
+def _under_adapter(lm: Any, name: str) -> Callable[..., Any]:
+    def trunk(**inputs: Any) -> Any:
+        with active_adapter(lm, name):
+            return lm.base_model(**inputs)
+
+    return trunk
+
+
+def rows_of(columns: Mapping[str, Sequence] | None, rows: Sequence[int]) -> dict[str, list]:
+    """Columns of the dataset, of these rows."""
+    return {name: [values[row] for row in rows] for name, values in (columns or {}).items()}

@@ -1,0 +1,165 @@
+"""The generation loop: its densities against a teacher-forced pass, its draws against enumeration, reordering."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import chisquare
+from torch.testing import assert_close
+
+from rlhf_bayes.lm import CachedTrunk, Decoding, LanguageModel, PrefixReader, draw_tokens, generator_on, joined
+
+from .families import FAMILIES, tiny_model, tiny_tokenizer
+
+PROMPTS = ["a", "bcdefghijkl", "cd"]
+
+
+def prior_of(toy, **options):
+    return LanguageModel(toy.model, toy.tokenizer, toy.max_completion_length, **options)
+
+
+def decoded(lm, prompts, n, seed=0):
+    """Completions, with the log-probs that they were drawn with."""
+    decoding, generator = Decoding(lm, prompts, n), torch.Generator().manual_seed(seed)
+    token_log_probs = torch.zeros(len(prompts) * n, lm.max_completion_length)
+    while decoding.rows.numel():
+        rows, step, log_probs = decoding.rows, decoding.length, decoding.log_probs
+        tokens = draw_tokens(log_probs, generator)
+        token_log_probs[rows, step] = log_probs.gather(1, tokens[:, None]).squeeze(1)
+        decoding.append(tokens)
+    return decoding.completions(token_log_probs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_log_probs_are_those_of_one_teacher_forced_pass(family, temperature):
+    lm = LanguageModel(tiny_model(family), tiny_tokenizer(), max_completion_length=9, temperature=temperature)
+    drawn = decoded(lm, PROMPTS, 8)
+    assert len({len(ids) for ids in drawn.completion_ids}) > 2
+    assert_close(drawn.log_prob, lm.log_prob(drawn.prompts, drawn.completion_ids), rtol=1e-4, atol=1e-4)
+    assert drawn.ended.tolist() == [ids[-1] in lm.eos_token_ids for ids in drawn.completion_ids]
+    assert drawn.texts == lm.tokenizer.batch_decode(drawn.completion_ids, skip_special_tokens=True)
+
+
+def test_adapters_take_part():
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    lm = LanguageModel(model, tiny_tokenizer(), max_completion_length=6)
+    drawn = decoded(lm, PROMPTS, 4)
+    expected = lm.log_prob(drawn.prompts, drawn.completion_ids)
+    assert_close(drawn.log_prob, expected, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert (lm.log_prob(drawn.prompts, drawn.completion_ids) - expected).abs().max() > 0.1
+
+
+def test_draws_come_from_the_model(toy):
+    n = 2000
+    drawn = decoded(prior_of(toy), toy.prompts, n)
+    index = {tuple(ids): column for column, ids in enumerate(toy.completion_ids)}
+    for p in range(len(toy.prompts)):
+        rows = drawn.completion_ids[p * n : (p + 1) * n]
+        assert drawn.prompts[p * n] == toy.prompts[p]
+        counts = torch.bincount(torch.tensor([index[tuple(ids)] for ids in rows]), minlength=len(index)).double()
+        expected = toy.log_prior[p].double().softmax(0) * n
+        rare = expected < 5
+        counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+        assert chisquare(counts, expected).pvalue > 1e-4
+
+
+def test_rows_that_end_leave_the_forward_pass(toy):
+    lm = prior_of(toy)
+    drawn = decoded(lm, toy.prompts, 50)
+    decoding = Decoding(lm, toy.prompts, 50)
+    step = 0
+    while decoding.rows.numel():
+        alive = [row for row, ids in enumerate(drawn.completion_ids) if len(ids) > step]
+        assert decoding.rows.tolist() == alive
+        assert len(decoding.log_probs) == len(alive)
+        finished = decoding.append(torch.tensor([drawn.completion_ids[row][step] for row in alive]))
+        assert finished.tolist() == [len(drawn.completion_ids[row]) == step + 1 for row in alive]
+        step += 1
+    assert decoding.token_ids() == drawn.completion_ids
+    prompt_tokens = sum(len(ids) for ids in lm.prompt_token_ids(toy.prompts))  # once each, not 50 times
+    assert decoding.tokens_evaluated == prompt_tokens + sum(len(ids) - 1 for ids in drawn.completion_ids)
+
+
+def test_reordered_rows_go_on_as_their_sources():
+    lm = LanguageModel(tiny_model("llama"), tiny_tokenizer(), max_completion_length=6)
+    eos = lm.eos_token_ids[0]
+    decoding = Decoding(lm, PROMPTS, 3)
+    decoding.append(torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9]))
+    decoding.append(torch.tensor([4, eos, 6, 5, 4, 3, eos, eos, 2]))
+    decoding.reorder(torch.tensor([2, 0, 1, 5, 5, 5, 8, 6, 8]))
+    assert decoding.rows.tolist() == [0, 1, 3, 4, 5, 6, 8]
+    expected = [[3, 6], [1, 4], [2, eos], [6, 3], [6, 3], [6, 3], [9, 2], [7, eos], [9, 2]]
+    assert decoding.token_ids() == expected
+    alive = decoding.rows
+    tokens = [3, 1, 2, 7, 9, 4, 5]
+    log_probs = decoding.log_probs[range(7), tokens]
+    decoding.append(torch.tensor(tokens))
+    for row, token, log_prob in zip(alive.tolist(), tokens, log_probs, strict=True):
+        single = Decoding(lm, [PROMPTS[row // 3]])
+        for own in expected[row]:
+            single.append(torch.tensor([own]))
+        assert_close(single.log_probs[0, token], log_prob, rtol=1e-4, atol=1e-4)
+    # dropping every unfinished row is legal too
+    decoding.reorder(torch.tensor([2, 2, 2, 3, 3, 3, 7, 7, 7]))
+    assert decoding.rows.tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("order_seed", [0, 1])
+def test_a_reader_knows_every_prefix(toy, order_seed):
+    lm = prior_of(toy)
+    reader = PrefixReader(lm)
+    generator = torch.Generator().manual_seed(order_seed)
+    pairs = [(p, ids) for p in range(len(toy.prompts)) for ids in toy.completion_ids]
+    pairs = [pairs[i] for i in torch.randperm(len(pairs), generator=generator).tolist()]
+    states = reader.read([toy.prompts[p] for p, _ in pairs], [ids for _, ids in pairs])
+    column = {tuple(ids): i for i, ids in enumerate(toy.completion_ids)}
+    expected = torch.stack([toy.log_prior[p, column[tuple(ids)]] for p, ids in pairs])
+    assert_close(states.log_prob, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reader_runs_a_token_a_step():
+    lm = LanguageModel(tiny_model("gpt2"), tiny_tokenizer(), max_completion_length=9)
+    reader, run = PrefixReader(lm), []
+    prefixes, prompts = [[], [], []], list(PROMPTS)
+    for step in range(5):
+        hook = lm.model.transformer.wte.register_forward_hook(lambda module, args, out: run.append(args[0].numel()))
+        states = reader.read(prompts, prefixes)
+        hook.remove()
+        longest = max(map(len, PROMPTS))
+        assert run.pop() == len({*zip(prompts, map(tuple, prefixes), strict=True)}) * (1 if step else longest)
+        assert run == []
+        expected = [Decoding(lm, [prompt]) for prompt in prompts]
+        for row, prefix in enumerate(prefixes):
+            for token in prefix:
+                expected[row].append(torch.tensor([token]))
+        assert_close(reader.next_log_probs(states.hidden), torch.cat([d.log_probs for d in expected]))
+        # rows move, double and leave
+        prompts = [prompts[2], prompts[0], prompts[2], prompts[1]][: 4 - step % 2]
+        prefixes = [[*prefixes[i], token] for i, token in zip([2, 0, 2, 1], [step, 3, step, 5], strict=True)]
+        prefixes = prefixes[: len(prompts)]
+
+
+def test_completions_are_joined(toy):
+    lm = prior_of(toy)
+    parts = [decoded(lm, [prompt], 5, seed=s) for s, prompt in enumerate(toy.prompts)]
+    whole = joined(parts)
+    assert whole.completion_ids == [ids for part in parts for ids in part.completion_ids]
+    assert_close(whole.log_prob, torch.cat([part.log_prob for part in parts]))
+
+
+def test_models_without_a_cache_are_refused():
+    class NoCache:
+        def __call__(self, input_ids, **kwargs):
+            hidden = torch.zeros(*input_ids.shape, 4)
+            return type("Out", (), {"past_key_values": None, "last_hidden_state": hidden})
+
+    with pytest.raises(ValueError, match=r"must keep a cache of keys and values.*got NoneType"):
+        CachedTrunk(NoCache(), [[1, 2]], torch.device("cpu"))
+
+
+def test_a_generator_stays_where_the_model_is():
+    generator = torch.Generator().manual_seed(3)
+    assert generator_on(torch.device("cpu"), generator) is generator
+    assert generator_on(torch.device("cpu"), None) is None
