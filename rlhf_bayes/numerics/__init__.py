@@ -26,6 +26,7 @@ from .log_weights import (
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .mcmc import effective_sample_size, rhat
 from .moments import MomentFit, fit_moments
+from .overoptimization import RewardLaw, fit_reward_law
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
     adapted_beta,
@@ -59,6 +60,7 @@ __all__ = [
     "MomentFit",
     "QuasiRejectionCurve",
     "ReliabilityBins",
+    "RewardLaw",
     "ZPool",
     "adapted_beta",
     "agreement",
@@ -77,6 +79,7 @@ __all__ = [
     "explained_variance",
     "f_divergence",
     "fit_moments",
+    "fit_reward_law",
     "forward_kl",
     "gae",
     "importance_ess",
