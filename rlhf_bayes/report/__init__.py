@@ -1,0 +1,6 @@
+"""One page of HTML on one or several runs."""
+
+from .page import write_report
+from .run import Run, read_runs
+
+__all__ = ["Run", "read_runs", "write_report"]
