@@ -49,6 +49,7 @@ from .preferences import (
 )
 from .proportions import clopper_pearson
 from .quasi_rejection import QuasiRejectionCurve, quasi_rejection_curve
+from .what_if import WhatIf, what_if
 from .z_pool import ZPool
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "QuasiRejectionCurve",
     "ReliabilityBins",
     "RewardLaw",
+    "WhatIf",
     "ZPool",
     "adapted_beta",
     "agreement",
@@ -118,4 +120,5 @@ __all__ = [
     "uses_beta",
     "vote_error_prob",
     "votes_to_prob",
+    "what_if",
 ]
