@@ -29,7 +29,7 @@ def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
             continue
         for row in other.sampling.get("what_if", []):
             if row.get("trustworthy") and math.isclose(row["beta"], run.beta, rel_tol=1e-6):
-                return _with_error(row["log_z"], row["log_z_standard_error"])
+                return _with_error(row["log_z"], row["log_z_standard_error"], f"prompts of {other.name}")
     return None
 
 
@@ -46,7 +46,7 @@ def elbo_figure(runs: Sequence[Run]) -> Any | None:
         smooth = _draw_curve(axes, steps, elbo, color, "ELBO")
         best = ceiling(run, runs)
         if best is not None:
-            label = f"log Z = {best.value:.2f} nats"
+            label = f"log Z = {best.value:.2f} nats" + (f" ({best.reason})" if best.reason else "")
             if run.beta is not None:
                 label += f": J ≤ β·log Z = {run.beta * best.value:.2f}"
             axes.axhline(best.value, color="0.25", linestyle="--", linewidth=1.2, label=label)
@@ -127,8 +127,8 @@ def _color(runs: Sequence[Run], name: str) -> str:
     return f"C{[run.name for run in runs].index(name) % 10}"
 
 
-def _with_error(value: float, error: float) -> Estimate:
-    return Estimate(value, value - 1.96 * error, value + 1.96 * error)
+def _with_error(value: float, error: float, reason: str = "") -> Estimate:
+    return Estimate(value, value - 1.96 * error, value + 1.96 * error, reason=reason)
 
 
 def _draw_sampled(axes: Any, run: Run, suffix: str, laws: dict[str, RewardLaw]) -> None:

@@ -42,7 +42,7 @@ class Estimate:
     unit: str = ""
     trustworthy: bool = True
     reason: str = ""
-    """Why it is not to be trusted."""
+    """Why it is not to be trusted, or where it comes from."""
 
     def __str__(self) -> str:
         if not self.trustworthy:
@@ -84,7 +84,7 @@ class Run:
     def reward_names(self) -> list[str]:
         """The reward functions, as TRL logs them."""
         if "reward_names" in self.sampling:
-            return list(self.sampling["reward_names"])
+            return sorted(self.sampling["reward_names"])
         names = {key.split("/")[1] for entry in self.history for key in entry if _is_reward_mean(key)}
         return sorted(names)
 

@@ -117,7 +117,7 @@ def what_if_tables(runs: Sequence[Run]) -> str:
                     for key in ("reward", "kl_to_prior", "log_z")
                 ),
                 f"{row['importance_ess']:.0f}",
-                f"{row['khat']:.2f}",
+                "–" if row["khat"] is None else f"{row['khat']:.2f}",
             ]
             for row in run.sampling.get("what_if", [])
         ]
@@ -212,7 +212,8 @@ def _shown(run: Run, name: str) -> str:
 
 
 def _unreliable(row: Mapping[str, Any]) -> Estimate:
-    reason = f"importance ESS {row['importance_ess']:.1f}, k̂ {row['khat']:.2f}: draw more completions, or raise β"
+    tail = "" if row["khat"] is None else f", k̂ {row['khat']:.2f}"
+    reason = f"importance ESS {row['importance_ess']:.1f}{tail}: draw more completions, or raise β"
     return Estimate(row["log_z"], trustworthy=False, reason=reason)
 
 
