@@ -58,7 +58,7 @@ def elbo_figure(runs: Sequence[Run]) -> Any | None:
             if len(log_z) == len(steps):
                 _draw_curve(axes, steps, log_z, "0.4", "log Z, each batch alone: too low", linestyle=":")
         axes.set(title=run.name, xlabel="optimizer step", ylabel="nats per sequence")
-        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        axes.legend(loc="lower right", frameon=False, fontsize=7.5)
     return figure
 
 
@@ -206,10 +206,11 @@ def _draw_curve(
 def _panels(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, list[Any]]:
     # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(number, 2)
     rows = math.ceil(number / columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout=ConstrainedLayoutEngine(h_pad=0.12))
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)

@@ -152,7 +152,8 @@ figcaption { max-width: 75ch; margin-top: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 8px 0; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; white-space: nowrap; }
+th, td { white-space: nowrap; }
+th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
 tbody th { font-weight: 400; }
 td.bad { color: var(--bad); }
@@ -160,6 +161,7 @@ table.texts { width: 100%; table-layout: fixed; }
 table.texts th, table.texts td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
   padding-right: 18px; }
 table.texts th { white-space: normal; }
+table.settings td { white-space: normal; overflow-wrap: anywhere; max-width: 40ch; }
 table.texts p { margin: 0 0 8px; }
 .score { color: var(--muted); font-size: 12px; display: block; }
 td code { font-size: 13px; overflow-wrap: anywhere; }

@@ -47,9 +47,10 @@ class Estimate:
     def __str__(self) -> str:
         if not self.trustworthy:
             return "not trustworthy"
-        shown = f"{self.value:.3g}" if abs(self.value) < 0.1 else f"{self.value:.2f}"
+        shown = f"{self.value:.2g}" if abs(self.value) < 0.1 else f"{self.value:.2f}"
         if self.low is not None and self.high is not None:
-            shown += f" [{self.low:.2f}, {self.high:.2f}]"
+            low, high = (round(end, 2) + 0.0 for end in (self.low, self.high))  # no −0.00
+            shown += f" [{low:.2f}, {high:.2f}]"
         return shown.replace("-", "−")
 
 

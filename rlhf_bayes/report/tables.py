@@ -62,17 +62,18 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") 
 
 
 def summary_table(runs: Sequence[Run]) -> str:
-    """What the log says of the end of each run, and how far that is from the ceiling."""
+    """What the log says of the end of each training run, and how far that is from the ceiling."""
+    runs, others = [run for run in runs if run.history], runs
     rows: list[list[Any]] = []
     if any(run.beta for run in runs):
         rows.append(["β of the posterior", *(f"{run.beta:g}" if run.beta else "–" for run in runs)])
-    if any(run.history for run in runs):
-        rows.append(["optimizer steps", *(f"{_last_step(run):,}" if run.history else "–" for run in runs)])
+    if runs:
+        rows.append(["optimizer steps", *(f"{_last_step(run):,}" for run in runs)])
     for key, label in _LOGGED.items():
         ends = [_end(run.curve(key)[1][0]) for run in runs]
         if any(end is not None for end in ends):
             rows.append([label, *("–" if end is None else f"{end:.2f}" for end in ends)])
-    ceilings = [ceiling(run, runs) for run in runs]
+    ceilings = [ceiling(run, others) for run in runs]
     if any(best is not None for best in ceilings):
         rows.append(["log Z, the ELBO's ceiling (nats)", *("–" if best is None else best for best in ceilings)])
         elbos = [_end(run.curve("posterior/elbo")[1][0]) for run in runs]
@@ -83,8 +84,7 @@ def summary_table(runs: Sequence[Run]) -> str:
         if set(gaps) != {"–"}:
             rows.append(["log Z − ELBO = KL(π‖π*) (nats)", *gaps])
     note = '<p class="note">Logged figures are means over the last tenth of the steps, of training prompts.</p>'
-    body = table(["", *(run.name for run in runs)], rows)
-    return body + (note if any(run.history for run in runs) else "") if body else ""
+    return table(["", *(run.name for run in runs)], rows) + note if rows else ""
 
 
 def evaluation_table(runs: Sequence[Run]) -> str:
@@ -201,7 +201,7 @@ def _drawn(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _settings(header: Sequence[str], runs: Sequence[Run], names: Sequence[str]) -> str:
-    return table(header, [[name, *(_shown(run, name) for run in runs)] for name in names])
+    return table(header, [[name, *(_shown(run, name) for run in runs)] for name in names], kind="settings")
 
 
 def _shown(run: Run, name: str) -> str:
