@@ -30,7 +30,7 @@ def test_report(run_folder, tmp_path, capsys, monkeypatch):
     [
         (["report", "nowhere"], "rlhf-bayes report: `folders` must be folders that exist, got 'nowhere'"),
         (["report"], "required: DIR"),
-        ([], "required: command"),
+        ([], "required: command, arguments"),
     ],
 )
 def test_wrong_input_ends_with_a_line(arguments, message, capsys):
