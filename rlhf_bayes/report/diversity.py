@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from ..diagnostics import distinct_2
+from ..diagnostics import distinct_n
 from .run import Run, Sample
 
 
@@ -23,7 +23,7 @@ def diversity_over_training(runs: Sequence[Run]) -> dict[str, dict[str, tuple[li
     for name, steps in by_step.items():
         if steps:
             order = sorted(steps)
-            varied = [distinct_2([sample.completion for sample in steps[step][:size]]) for step in order]
+            varied = [distinct_n([sample.completion.split() for sample in steps[step][:size]], 2) for step in order]
             measures["distinct-2"][name] = (order, varied)
             measures["duplicates (share)"][name] = (order, [duplicate_share(steps[step]) for step in order])
     return measures
