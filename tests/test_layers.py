@@ -20,9 +20,11 @@ LAYERS = {
     "trainers": 3,
     "samplers": 3,
     "diagnostics": 3,
+    "report": 3,
     "": 3.5,  # rlhf_bayes/__init__.py names what users import from everywhere
     "toy": 4,
     "cli": 4,
+    "commands": 4,
 }
 FIRST_LAYER_WITH_TRL = 3
 

@@ -72,6 +72,14 @@ class RewardLikelihood:
         """Names of the reward functions, as TRL logs them."""
         return self._scorer.names
 
+    @property
+    def bound(self) -> float | None:
+        """Upper end of `reward_clip_range` over `beta`, nats; `None` where the reward is not clipped."""
+        if self.reward_clip_range is None or self.reward_clip_range[1] == math.inf:
+            return None
+        # as fp32 has it: no log-likelihood is above by rounding
+        return float(torch.tensor(self.reward_clip_range[1]) / self.beta)
+
     def rewards(
         self,
         prompts: Sequence[Any],

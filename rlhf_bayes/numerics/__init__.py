@@ -28,6 +28,7 @@ from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .mcmc import effective_sample_size, rhat
 from .mixture import log_fitted_mixture
 from .moments import MomentFit, fit_moments
+from .overoptimization import RewardLaw, fit_reward_law
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
     adapted_beta,
@@ -50,6 +51,7 @@ from .preferences import (
 )
 from .proportions import clopper_pearson
 from .quasi_rejection import QuasiRejectionCurve, quasi_rejection_curve
+from .what_if import WhatIf, what_if
 from .z_pool import ZPool
 
 __all__ = [
@@ -62,6 +64,8 @@ __all__ = [
     "MomentFit",
     "QuasiRejectionCurve",
     "ReliabilityBins",
+    "RewardLaw",
+    "WhatIf",
     "ZPool",
     "adapted_beta",
     "agreement",
@@ -83,6 +87,7 @@ __all__ = [
     "f_divergence",
     "f_divergence_terms",
     "fit_moments",
+    "fit_reward_law",
     "forward_kl",
     "gae",
     "grouped",
@@ -124,4 +129,5 @@ __all__ = [
     "uses_beta",
     "vote_error_prob",
     "votes_to_prob",
+    "what_if",
 ]

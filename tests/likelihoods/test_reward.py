@@ -122,3 +122,18 @@ def test_beta_out_of_range(beta, error, message):
 def test_other_arguments_out_of_range(arguments, error, message):
     with pytest.raises(error, match=message):
         RewardLikelihood(length, 1.0, **arguments)
+
+
+def test_a_clipped_reward_has_a_bound():
+    def reward(completions, **kwargs):
+        return [float(len(text)) for text in completions]
+
+    def likelihood(clip_range):
+        return RewardLikelihood(reward, beta=0.3, reward_clip_range=clip_range)
+
+    assert likelihood(None).bound is None
+    assert likelihood((-1.0, math.inf)).bound is None
+    clipped = likelihood((-1.0, 0.7))
+    # reached, and not exceeded by rounding
+    assert clipped.log_likelihood(["p", "p"], ["", "abc"], [[1], [1]]).max().item() == clipped.bound
+    assert clipped.bound == pytest.approx(0.7 / 0.3)

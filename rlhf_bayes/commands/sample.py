@@ -1,0 +1,235 @@
+"""`rlhf-bayes sample`: draws from a posterior by one or more samplers, whether they agree, and what other β give."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from .. import cli, toy
+from ..diagnostics import evaluate
+from ..likelihoods import RewardLikelihood
+from ..lm import LanguageModel
+from ..posterior import Posterior
+from ..report import write_report, write_sampling
+from ..rewards.loading import whole_weights
+from ..toy.rewards import sentiment_reward
+from .sampling import SAMPLERS, Method, agreement_table, draw_by, draw_from_prior, what_if_of, what_if_table
+
+DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings")
+_WHAT_IF_FACTORS = (8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8)
+
+
+@dataclass
+class Arguments:
+    """What to draw from, and how."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The prior: a causal LM. Default: the bundled one, with its own reward."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a name on the hub, a .json, .jsonl, .parquet, .csv or .txt file (.gz too), or a "
+                  "folder of `save_to_disk`."},
+    )  # fmt: skip
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split that holds the prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts: texts or chats."})
+    prompt: list[str] | None = field(
+        default=None, metadata={"action": "extend", "help": "Prompts, in place of a dataset."}
+    )
+    max_prompts: int = field(default=8, metadata={"help": "Use that many prompts of the dataset, chosen at random."})
+    reward_func: list[str] | None = field(
+        default=None,
+        metadata={"action": "extend", "help": "Reward functions, `module:function`. Several are added up."},
+    )
+    reward_model_path: str | None = field(default=None, metadata={"help": "A reward model; added to the functions."})
+    reward_clip_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "Lowest and highest reward. With a highest one, rejection is exact. Default: none; −1 1 "
+                  "with the bundled model."},
+    )  # fmt: skip
+    condition: str | None = field(
+        default=None, metadata={"help": "A predicate that must hold, `module:function`; with or without a reward."}
+    )
+    beta: float = field(default=0.25, metadata={"help": "Units of reward per nat of evidence."})
+    what_if_beta: list[float] | None = field(
+        default=None, metadata={"help": "Other β to look at. Default: from β/8 to 8·β."}
+    )
+    sampler: list[str] | None = field(
+        default=None,
+        metadata={"choices": list(SAMPLERS), "help": "How to draw; several are compared. Default: importance, "
+                  "rejection and metropolis_hastings."},
+    )  # fmt: skip
+    num_samples: int = field(default=128, metadata={"help": "Completions a prompt, of each sampler."})
+    proposal: str | None = field(
+        default=None, metadata={"help": "A trained policy to draw from, in place of the prior."}
+    )
+    policy: list[str] | None = field(
+        default=None, metadata={"help": "Trained policies, whose distance to the posterior is to be told."}
+    )
+    max_completion_length: int | None = field(
+        default=None, metadata={"help": "Tokens. Default: 64; 32 with the bundled model."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the prior."})
+    batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights."})
+    seed: int = field(default=0, metadata={"help": "Of all that is drawn."})
+    output_dir: str = field(default="runs/sample", metadata={"help": "A folder for each sampler, and the report."})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the arguments after `rlhf-bayes sample`, draws, prints tables and writes the report."""
+    (args,) = TrlParser(Arguments, prog="rlhf-bayes sample").parse_args_and_config(args=arguments)
+    _check(args)
+    prompts, columns = load_prompts(args)
+    reward_funcs, predicate = load_evidence(args)
+    prior = load_model(args, args.model_name_or_path or toy.model_path())
+    posterior, names = make_posterior(args, prior, reward_funcs, predicate)
+    beta = args.beta if reward_funcs else None
+    proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
+    samplers = {name: SAMPLERS[name](posterior, proposal) for name in args.sampler or DEFAULT_SAMPLERS}
+
+    console, generator = Console(), torch.Generator().manual_seed(args.seed)
+    output_dir, doing = Path(args.output_dir), f"{args.num_samples} completions of each of {len(prompts)} prompts"
+    about = {"beta": beta, "reward_names": names, "settings": _settings(args)}
+
+    # the prior: what other β would do
+    with console.status(f"The prior: {doing}"):
+        from_prior = draw_from_prior(posterior, beta, prompts, args.num_samples, generator, columns)
+    found = {} if beta is None else what_if_of(from_prior, _betas(args))
+    if found:
+        console.print(what_if_table(found["what_if"], beta))
+    folders = [_save(output_dir / "prior", from_prior, {**about, **found})]
+
+    # the posterior, by each sampler
+    methods = [from_prior]
+    for name, sampler in samplers.items():
+        with console.status(f"{name}: {doing}"):
+            start = time.perf_counter()
+            method = draw_by(name, sampler, posterior, beta, prompts, args.num_samples, generator, columns)
+        seconds = time.perf_counter() - start
+        methods.append(method)
+        settings = {**about["settings"], "sampler": name, "guarantee": method.draws.guarantee, "seconds": seconds}
+        folders.append(_save(output_dir / name, method, {**about, "settings": settings, "info": method.draws.info}))
+    console.print(agreement_table(methods))
+
+    # policies: how far they are from it
+    for number, path in enumerate(args.policy or [], start=1):
+        with console.status(f"{path}: {doing}"):
+            policy = load_model(args, path, prior)
+            judged = evaluate(policy, posterior, prompts, args.num_samples, generator, columns)
+        console.print(f"\n{path}", judged, sep="\n")
+        rows = [
+            {"prompt": prompt, "completion": text}
+            for prompt, texts in zip(prompts, judged.from_policy.texts, strict=True)
+            for text in texts
+        ]
+        folders.append(output_dir / "policies" / f"{number}_{Path(path).name}")
+        write_sampling(folders[-1], rows, {**about, "settings": {"policy": path}}, judged.as_dict())
+
+    page = write_report(folders, output_dir / "report")
+    console.print(f"Draws in {output_dir}, report in {page}.", highlight=False, markup=False)
+
+
+def load_prompts(args: Arguments) -> tuple[list[Any], dict[str, list]]:
+    """The prompts, and the other columns of their dataset."""
+    if args.prompt:
+        return list(args.prompt), {}
+    if args.dataset_name is None:
+        return toy.prompts()[: args.max_prompts], {}
+    dataset = cli.load_prompts(
+        args.dataset_name, args.prompt_column, args.max_prompts, args.dataset_split, args.dataset_config, args.seed
+    )
+    columns = {name: list(dataset[name]) for name in dataset.column_names if name != "prompt"}
+    return list(dataset["prompt"]), columns
+
+
+def load_evidence(args: Arguments) -> tuple[list[Any], Any | None]:
+    """Reward functions, and the predicate."""
+    reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []]
+    if args.reward_model_path is not None:
+        reward_funcs.append(args.reward_model_path)
+    predicate = None if args.condition is None else cli.load_reward_func(args.condition)
+    if not reward_funcs and predicate is None:
+        reward_funcs = [sentiment_reward]
+    return reward_funcs, predicate
+
+
+def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -> LanguageModel:
+    """A model or an adapter; a policy gets the tokenizer and the completions of its prior."""
+    with whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype)
+    default = 32 if args.model_name_or_path is None else 64
+    return LanguageModel(
+        model.to(_device()),
+        AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer,
+        max_completion_length=args.max_completion_length or default,
+        temperature=args.temperature,
+        batch_size=args.batch_size,
+    )
+
+
+def make_posterior(
+    args: Arguments, prior: LanguageModel, reward_funcs: list[Any], predicate: Any | None
+) -> tuple[Posterior, list[str]]:
+    """
+    The prior, tilted by the rewards if there are any, and conditioned on the predicate if there is one; and the names
+    of this evidence.
+    """
+    if not reward_funcs:
+        return prior.condition(predicate), [str(args.condition)]
+    clip = None
+    if args.reward_clip_range is not None:
+        clip = args.reward_clip_range[0], args.reward_clip_range[1]
+    elif reward_funcs == [sentiment_reward]:
+        clip = (-1.0, 1.0)  # its range: rejection can be exact
+    likelihood = RewardLikelihood(reward_funcs, args.beta, reward_clip_range=clip, device=prior.device)
+    posterior, names = Posterior(prior, likelihood), likelihood.reward_names
+    return (posterior, names) if predicate is None else (posterior.condition(predicate), [*names, str(args.condition)])
+
+
+def _check(args: Arguments) -> None:
+    if args.model_name_or_path is not None:
+        if args.dataset_name is None and not args.prompt:
+            raise ValueError("`--dataset_name` or `--prompt` must be given with `--model_name_or_path`, got neither.")
+        if not args.reward_func and args.reward_model_path is None and args.condition is None:
+            raise ValueError(
+                "`--reward_func`, `--reward_model_path` or `--condition` must be given with `--model_name_or_path`, "
+                "got none."
+            )
+    wrong = [beta for beta in args.what_if_beta or [] if not 0 < beta < math.inf]
+    if wrong:
+        raise ValueError(f"`--what_if_beta` must be positive and finite, got {wrong[0]}: β = 0 has no posterior.")
+    if args.num_samples < 2:
+        raise ValueError(f"`--num_samples` must be at least 2, got {args.num_samples}: one completion has no spread.")
+    if args.max_prompts < 1:
+        raise ValueError(f"`--max_prompts` must be at least 1, got {args.max_prompts}.")
+    if args.reward_clip_range is not None and len(args.reward_clip_range) != 2:
+        raise ValueError(f"`--reward_clip_range` must be two numbers, low and high, got {args.reward_clip_range}.")
+
+
+def _save(folder: Path, method: Method, sampling: dict[str, Any]) -> Path:
+    estimates = {name: mean.as_dict() for name, mean in method.estimates.items()}
+    write_sampling(folder, method.rows, sampling, estimates)
+    return folder
+
+
+def _settings(args: Arguments) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(args).items() if value is not None and name not in ("sampler", "policy")
+    }
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _betas(args: Arguments) -> list[float]:
+    return sorted({args.beta, *(args.what_if_beta or [args.beta * factor for factor in _WHAT_IF_FACTORS])})[::-1]

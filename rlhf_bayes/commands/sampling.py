@@ -1,0 +1,249 @@
+"""What `rlhf-bayes sample` does with one sampler, and how it compares several."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from scipy.stats import chi2, norm
+from torch import Tensor
+
+from ..lm import Prompt
+from ..numerics import best_of_n_kl, expected_best_of_n, what_if
+from ..posterior import Posterior
+from ..samplers import (
+    SMC,
+    BestOfN,
+    Draws,
+    ImportanceSampler,
+    MetropolisHastings,
+    PrefixValue,
+    Proposal,
+    RejectionSampler,
+    Sampler,
+    expectation,
+)
+
+QUASI_TV = 0.05
+"""Total variation distance that rejection may leave where no bound is known."""
+
+
+def _rejection(posterior: Posterior, proposal: Proposal | None) -> Sampler:
+    if posterior.bound is not None and proposal is None:
+        return RejectionSampler()
+    return RejectionSampler(proposal, max_tv=QUASI_TV)
+
+
+SAMPLERS: dict[str, Callable[[Posterior, Any], Sampler]] = {
+    "importance": lambda posterior, proposal: ImportanceSampler(proposal),
+    "rejection": _rejection,
+    "metropolis_hastings": lambda posterior, proposal: MetropolisHastings(proposal=proposal),
+    "smc": lambda posterior, proposal: SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal),
+    "best_of_n": lambda posterior, proposal: BestOfN(proposal=proposal),
+}
+"""Name -> from the posterior, and a proposal or None for the prior."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over prompts, with the standard error of the draws for these prompts."""
+
+    value: float
+    standard_error: float
+    trustworthy: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.standard_error:.3f}" if self.trustworthy else "not trustworthy"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"mean": self.value, "standard_error": self.standard_error, "trustworthy": self.trustworthy}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one sampler gave."""
+
+    name: str
+    draws: Draws
+    rewards: Tensor | None
+    """(B,) of its rows, where the evidence is a reward."""
+    estimates: dict[str, Mean]
+    """`reward`, `length` and `log_z`, as far as they are known."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each completion, as a file of JSON lines holds them."""
+        draws = self.draws
+        return [
+            {
+                "prompt": draws.prompts[row],
+                "completion": draws.completions[row],
+                "completion_ids": draws.completion_ids[row],
+                "weight": weight,
+                "log_weight": None if draws.log_weights is None else draws.log_weights[row].item(),
+                "reward": None if self.rewards is None else self.rewards[row].item(),
+            }
+            for row, weight in enumerate(draws.weights.tolist())
+        ]
+
+
+def draw_from_prior(
+    posterior: Posterior,
+    beta: float | None,
+    prompts: Sequence[Prompt],
+    n: int,
+    generator: torch.Generator,
+    columns: Mapping[str, Sequence],
+) -> Method:
+    """The prior's own completions: what other β are read off, and where each estimate would start."""
+    drawn = posterior.prior.sample(prompts, n, generator)
+    return _method("prior", Draws.of(drawn, len(prompts), guarantee="none"), posterior, beta, columns)
+
+
+def draw_by(
+    name: str,
+    sampler: Sampler,
+    posterior: Posterior,
+    beta: float | None,
+    prompts: Sequence[Prompt],
+    n: int,
+    generator: torch.Generator,
+    columns: Mapping[str, Sequence],
+) -> Method:
+    """Draws of a sampler, and the posterior's means by them."""
+    return _method(name, sampler.sample(posterior, prompts, n, generator, columns), posterior, beta, columns)
+
+
+def what_if_of(method: Method, betas: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
+    """From the prior's draws: the posterior at each β, and the best of n."""
+    assert method.rewards is not None
+    rewards = method.rewards.view(method.draws.num_prompts, -1)  # (P, n)
+    found: dict[str, list[dict[str, Any]]] = {"what_if": [row._asdict() for row in what_if(rewards, betas)]}
+    if bool(rewards.isfinite().all()):  # the best of n is not defined where some may not be taken
+        ns = [2**power for power in range(rewards.size(1).bit_length())]
+        means = expected_best_of_n(rewards, rewards, ns).tolist()
+        found["best_of_n"] = [
+            {"n": n, "kl_to_prior": sum(float(best_of_n_kl(row, n)) for row in rewards) / len(rewards), "reward": mean}
+            for n, mean in zip(ns, means, strict=True)
+        ]
+    return found
+
+
+def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Table:
+    """A row for each β; the one that was asked for is bold."""
+    caption = "From draws of the prior alone. ± standard error; ESS and k̂ of the worst prompt."
+    table = Table(title="What if β were another", caption=caption)
+    for column in ("β", r"E\[r]", "KL(π*‖π0), nats", "log Z, nats", "ESS", "k̂"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [
+            str(Mean(row[name], row[f"{name}_standard_error"], row["trustworthy"]))
+            for name in ("reward", "kl_to_prior", "log_z")
+        ]
+        sizes = f"{row['importance_ess']:.0f}", f"{row['khat']:.2f}" if math.isfinite(row["khat"]) else "–"
+        table.add_row(f"{row['beta']:.3g}", *cells, *sizes, style="bold" if row["beta"] == beta else None)
+    return table
+
+
+def agreement_table(methods: Sequence[Method]) -> Table:
+    """A row for each sampler; below, whether those that target the posterior agree within their errors."""
+    table = Table(title="The posterior by each sampler", caption="± standard error of the draws, for these prompts")
+    table.add_column("")
+    table.add_column("guarantee")
+    labels = {"reward": r"E\[r]", "length": r"E\[tokens]", "log_z": "log Z, nats"}
+    shown = [name for name in labels if any(name in method.estimates for method in methods)]
+    for column in (*(labels[name] for name in shown), "rows", "distinct"):
+        table.add_column(column, justify="right")
+    table.add_column("checks")
+    for method in methods:
+        index = method.draws.prompt_index.tolist()
+        distinct = len({(i, *ids) for i, ids in zip(index, method.draws.completion_ids, strict=True)})
+        guarantee = "another distribution" if method.draws.guarantee == "none" else method.draws.guarantee
+        cells = [str(method.estimates.get(name, "–")) for name in shown]
+        sizes = f"{len(method.draws):,}", f"{distinct:,}"
+        table.add_row(method.name, guarantee, *cells, *sizes, _checks(method.draws.info))
+    table.add_section()
+    table.add_row("do they agree?", "", *(agreement(methods, name) for name in shown))
+    return table
+
+
+def agreement(methods: Sequence[Method], name: str) -> str:
+    r"""
+    Whether independent estimates of one number differ by more than their errors: χ² = Σ (x_i − x̄)²/SE_i² about the
+    weighted mean, on one degree of freedom less than estimates. Those without a guarantee, or not to be trusted, do
+    not take part.
+    """
+    found = [method.estimates[name] for method in methods if name in method.estimates and _targets(method)]
+    # what never varies has no error but that of rounding
+    found = [mean for mean in found if mean.trustworthy and mean.standard_error > 1e-9 * abs(mean.value)]
+    if len(found) < 2:
+        return "–"
+    values = torch.tensor([mean.value for mean in found], dtype=torch.float64)
+    precisions = torch.tensor([mean.standard_error for mean in found], dtype=torch.float64) ** -2
+    centre = (precisions * values).sum() / precisions.sum()
+    statistic = float((precisions * (values - centre) ** 2).sum())
+    return f"p = {chi2.sf(statistic, len(found) - 1):.2f}"
+
+
+def _checks(info: Mapping[str, Any]) -> str:
+    """What a sampler says of itself, for the worst prompt."""
+    shown = {
+        "importance_ess": ("ESS ≥ {:.0f}", min),
+        "khat": ("k̂ ≤ {:.2f}", max),
+        "acceptance": ("acceptance ≥ {:.3f}", min),
+        "tv": ("TV ≤ {:.2f}", max),
+        "rhat": ("R-hat ≤ {:.2f}", max),
+        "effective_sample_size": ("ESS ≥ {:.0f}", min),
+    }
+    found = []
+    for name, (text, worst) in shown.items():
+        values = [value for value in info.get(name, []) if value is not None]
+        if values and not (name == "tv" and max(values) == 0):
+            found.append(text.format(worst(values)))
+    return ", ".join(found)
+
+
+def _targets(method: Method) -> bool:
+    return method.draws.guarantee in ("exact", "consistent")
+
+
+def _method(
+    name: str, draws: Draws, posterior: Posterior, beta: float | None, columns: Mapping[str, Sequence]
+) -> Method:
+    rows = {column: [values[p] for p in draws.prompt_index.tolist()] for column, values in columns.items()}
+    rewards = None
+    lengths = torch.tensor([len(ids) for ids in draws.completion_ids], dtype=torch.float64)
+    estimates = {}
+    if beta is not None:
+        rewards = beta * posterior.log_likelihood(draws.prompts, draws.completions, draws.completion_ids, rows)
+        rewards = rewards.double().cpu()  # (B,)
+        estimates["reward"] = _mean(draws, rewards)
+    estimates["length"] = _mean(draws, lengths)
+    if draws.log_z is not None:
+        half_widths = (draws.log_z.high - draws.log_z.low) / 2
+        errors = half_widths / float(norm.ppf((1 + draws.log_z.confidence) / 2))
+        estimates["log_z"] = _over_prompts(draws.log_z.log_z, errors, _trustworthy(draws))
+    return Method(name, draws, rewards, estimates)
+
+
+def _mean(draws: Draws, values: Tensor) -> Mean:
+    if draws.guarantee != "none":
+        found = expectation(draws, values)
+        return _over_prompts(found.mean, found.standard_error, _trustworthy(draws))
+    # of the draws' own distribution, which is not the posterior
+    of_prompts = [values[draws.prompt_index == prompt] for prompt in range(draws.num_prompts)]
+    means = torch.stack([of.mean() for of in of_prompts])
+    errors = torch.stack([of.std() / len(of) ** 0.5 for of in of_prompts])
+    return _over_prompts(means, errors, True)
+
+
+def _over_prompts(means: Tensor, errors: Tensor, trustworthy: bool) -> Mean:  # (P,), (P,)
+    error = float(errors.square().sum().sqrt()) / len(errors)
+    value = float(means.mean())
+    return Mean(value, error, trustworthy and math.isfinite(value) and math.isfinite(error))
+
+
+def _trustworthy(draws: Draws) -> bool:
+    return all(draws.info.get("trustworthy", [True]))

@@ -1,0 +1,87 @@
+"""How reward goes with the distance from the prior: the two laws of Gao, Schulman & Hilton 2023, fitted."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+_MIN_POINTS = 5
+
+
+class RewardLaw(NamedTuple):
+    """R(d) = start + d·(α − β·log d) for RL, start + d·(α − β·d) for the best of n; d = √KL(policy‖prior) in √nats."""
+
+    law: Literal["rl", "best_of_n"]
+    start: float
+    """Reward of the prior, where d = 0."""
+    alpha: float
+    """Reward gained per √nat, at first."""
+    beta: float
+    """How fast the gain is lost. Not the β of the posterior."""
+    residual: float
+    """Root mean square of what the law does not explain, in the unit of reward."""
+
+    def __call__(self, d: float) -> float:
+        """Reward at d ≥ 0."""
+        if d == 0:
+            return self.start
+        return self.start + d * (self.alpha - self.beta * (math.log(d) if self.law == "rl" else d))
+
+    def __str__(self) -> str:
+        inner = "log d" if self.law == "rl" else "d"
+        sign = "−" if self.beta >= 0 else "+"
+        return f"{self.start:.2f} + d·({self.alpha:.2f} {sign} {abs(self.beta):.2f}·{inner})".replace("-", "−")
+
+
+def fit_reward_law(
+    root_kl: Sequence[float], reward: Sequence[float], law: Literal["rl", "best_of_n"]
+) -> RewardLaw | None:
+    r"""
+    Least squares of reward on d = √KL.
+
+        R_RL(d) = R_0 + d·(α − β·log d),    R_BoN(d) = R_0 + d·(α − β·d)
+
+    R_0 is fitted along: the paper measures reward from that of the prior. The points of one training run are not
+    independent, so no standard error is given.
+
+    Args:
+        root_kl (`Sequence[float]`):
+            d ≥ 0 of each point, in √nats.
+        reward (`Sequence[float]`):
+            Reward of each point.
+        law (`"rl"` or `"best_of_n"`):
+            Which of the two.
+
+    Returns:
+        [`RewardLaw`], or None where fewer than 5 different d, or all the same reward, leave the law open.
+
+    Raises:
+        ValueError: if the lengths differ, a value is not finite, a d is negative, or the law is another.
+
+    Source: Gao, Schulman & Hilton 2023, arXiv 2210.10760, equation 1.
+    """
+    if law not in ("rl", "best_of_n"):
+        raise ValueError(f'`law` must be "rl" or "best_of_n", got {law!r}.')
+    if len(root_kl) != len(reward):
+        raise ValueError(
+            f"`root_kl` and `reward` must have one entry a point, got {len(root_kl)} and {len(reward)}. Keep the "
+            "points at which both were measured."
+        )
+    d, r = np.asarray(root_kl, dtype=float), np.asarray(reward, dtype=float)  # (N,), (N,)
+    if not (np.isfinite(d).all() and np.isfinite(r).all()) or (d < 0).any():
+        raise ValueError(
+            "`root_kl` must be finite and not negative and `reward` finite: clamp estimates of the KL at 0, and leave "
+            "out points without a reward."
+        )
+    if len(np.unique(d)) < _MIN_POINTS or np.ptp(r) == 0:
+        return None
+    # d·log d goes to 0 with d
+    curved = d * np.log(np.where(d > 0, d, 1.0)) if law == "rl" else d * d
+    design = np.stack([np.ones_like(d), d, -curved], axis=1)  # (N, 3)
+    coefficients, _, rank, _ = np.linalg.lstsq(design, r, rcond=None)
+    if rank < design.shape[1]:
+        return None
+    residual = float(np.sqrt(np.mean((design @ coefficients - r) ** 2)))
+    start, alpha, beta = (float(coefficient) for coefficient in coefficients)
+    return RewardLaw(law, start, alpha, beta, residual)

@@ -1,0 +1,109 @@
+"""The posteriors of many β from the same draws of the prior: β can be chosen before any training."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .log_weights import (
+    MIN_IMPORTANCE_ESS,
+    importance_ess,
+    khat,
+    khat_threshold,
+    log_z,
+    log_z_standard_error,
+)
+
+_MIN_DRAWS = 25  # fewer have no tail to judge
+
+
+class WhatIf(NamedTuple):
+    """The posterior π0·exp(r/β)/Z at one β: means over prompts; standard errors are those of the draws alone."""
+
+    beta: float
+    reward: float
+    """E_π*[r]."""
+    reward_standard_error: float
+    kl_to_prior: float
+    """KL(π*‖π0), nats."""
+    kl_to_prior_standard_error: float
+    log_z: float
+    """Nats: the ELBO's ceiling."""
+    log_z_standard_error: float
+    importance_ess: float
+    """Draws that count, for the prompt with the fewest."""
+    khat: float
+    """Shape of the weights' tail, for the prompt with the heaviest; infinite where too few weights differ to say."""
+    trustworthy: bool
+    """Whether these figures mean anything: for every prompt, enough draws count and their tail is light enough."""
+
+
+def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
+    r"""
+    Each β's posterior by reweighting draws of the prior.
+
+        w̄_i ∝ exp(r_i/β),    E_π*[r] ≈ Σ_i w̄_i·r_i,    KL(π*‖π0) ≈ E_π*[r]/β − log Ẑ,    Ẑ = (1/n) Σ_i exp(r_i/β)
+
+    The smaller β, the fewer draws count: KL(π*‖π0) nats take some exp(KL) of them. The same draws serve all β, so that
+    the errors of neighbouring rows go together.
+
+    Args:
+        rewards (`torch.Tensor`):
+            (P, n): r of n completions of each of P prompts, drawn from the prior; `-inf` where one is forbidden.
+        betas (`Sequence[float]`):
+            Units of reward per nat of evidence, positive.
+
+    Returns:
+        `list[WhatIf]`: one for each β, in their order.
+
+    Raises:
+        ValueError: if the shape is another, a reward is nan or `+inf`, or a β is not positive and finite.
+
+    Source: Owen 2013, "Monte Carlo theory, methods and examples", equations 9.8 and 9.9; standard errors by the delta
+    method.
+    """
+    if rewards.dim() != 2 or rewards.size(1) < 2:
+        raise ValueError(
+            f"`rewards` must be (prompts, draws) with at least 2 draws a prompt, got {tuple(rewards.shape)}: one has "
+            "no spread."
+        )
+    rewards = rewards.detach().double().cpu()
+    if bool((rewards.isnan() | (rewards == math.inf)).any()):
+        raise ValueError("`rewards` must be finite or -inf, got nan or +inf. Look for the completion that has it.")
+    for beta in betas:
+        if not 0 < beta < math.inf:
+            raise ValueError(f"`betas` must be positive and finite, got {beta}: β = 0 has no posterior.")
+    return [_at(rewards, float(beta)) for beta in betas]
+
+
+def _at(rewards: Tensor, beta: float) -> WhatIf:
+    log_weights = rewards / beta  # (P, n)
+    num_prompts, n = rewards.shape
+    sizes = importance_ess(log_weights)  # (P,)
+    tails = torch.stack([khat(row) for row in log_weights])  # (P,)
+    light = (tails < khat_threshold(n)) | (tails == math.inf)
+    normaliser = log_z(log_weights)  # (P,)
+    weights = torch.where(log_weights > -math.inf, (log_weights - math.log(n) - normaliser[:, None]).exp(), 0.0)
+    possible = torch.where(weights > 0, rewards, 0.0)  # -inf times 0 is nan
+    mean = (weights * possible).sum(-1, keepdim=True)  # (P, 1)
+    # what each draw moves the estimates by, to first order
+    of_reward = weights * (possible - mean)  # (P, n)
+    of_kl = of_reward / beta - (weights - 1 / n)
+    return WhatIf(
+        beta=beta,
+        reward=mean.mean().item(),
+        reward_standard_error=_error_of_mean(of_reward),
+        kl_to_prior=(mean.squeeze(-1) / beta - normaliser).mean().item(),
+        kl_to_prior_standard_error=_error_of_mean(of_kl),
+        log_z=normaliser.mean().item(),
+        log_z_standard_error=log_z_standard_error(log_weights).square().sum().sqrt().item() / num_prompts,
+        importance_ess=sizes.min().item(),
+        khat=tails.max().item(),
+        trustworthy=n >= _MIN_DRAWS and bool((light & (sizes >= MIN_IMPORTANCE_ESS)).all()),
+    )
+
+
+def _error_of_mean(influences: Tensor) -> float:  # (P, n)
+    return influences.square().sum().sqrt().item() / influences.size(0)

@@ -1,0 +1,238 @@
+"""The figures of a report: learning curves under log Z, reward against √KL, moments, diversity."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..numerics import RewardLaw, fit_reward_law
+from .run import Estimate, Run
+
+_PANEL = (5.2, 3.1)
+
+
+def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
+    """
+    log Z for a run: from its own evaluation, after training or the last one during it; or what a sampler found for the
+    same rewards at the same β, in another of the runs. None where none can be trusted.
+    """
+    for name, estimate in run.estimates.items():
+        if name.rpartition("/")[2] == "log_z" and estimate.trustworthy:
+            return estimate
+    _, (values, errors) = run.curve("eval_posterior_fit/log_z", "eval_posterior_fit/log_z_standard_error")
+    if values:  # the callback logs what can be trusted only
+        return _with_error(values[-1], errors[-1])
+    for other in (run, *runs):
+        # evidence of another reward, or at another β, makes another posterior
+        if run.beta is None or other.reward_names != run.reward_names:
+            continue
+        for row in other.sampling.get("what_if", []):
+            if row.get("trustworthy") and math.isclose(row["beta"], run.beta, rel_tol=1e-6):
+                return _with_error(row["log_z"], row["log_z_standard_error"], f"prompts of {other.name}")
+    return None
+
+
+def elbo_figure(runs: Sequence[Run]) -> Any | None:
+    """ELBO over training, below log Z where it is known: what is missing is KL(π‖π*). None without data."""
+    drawn = [run for run in runs if run.curve("posterior/elbo")[0]]
+    if not drawn:
+        return None
+    # nats of different posteriors do not compare: a panel each, where β or the rewards differ
+    figure, panels = _panels(len(drawn))
+    for axes, run in zip(panels, drawn, strict=True):
+        color = _color(runs, run.name)
+        steps, (elbo,) = run.curve("posterior/elbo")
+        smooth = _draw_curve(axes, steps, elbo, color, "ELBO")
+        best = ceiling(run, runs)
+        if best is not None:
+            label = f"log Z = {best.value:.2f} nats" + (f" ({best.reason})" if best.reason else "")
+            if run.beta is not None:
+                label += f": J ≤ β·log Z = {run.beta * best.value:.2f}"
+            axes.axhline(best.value, color="0.25", linestyle="--", linewidth=1.2, label=label)
+            if best.low is not None and best.high is not None:
+                axes.axhspan(best.low, best.high, color="0.25", alpha=0.12, linewidth=0)
+            axes.fill_between(steps, smooth, best.value, color=color, alpha=0.12, label="gap = KL(π‖π*)")
+        else:
+            _, (log_z,) = run.curve("posterior/log_z")
+            if len(log_z) == len(steps):
+                _draw_curve(axes, steps, log_z, "0.4", "log Z, each batch alone: too low", linestyle=":")
+        axes.set(title=run.name, xlabel="optimizer step", ylabel="nats per sequence")
+        axes.legend(loc="lower right", frameon=False, fontsize=7.5)
+    return figure
+
+
+def training_figure(runs: Sequence[Run]) -> Any | None:
+    """Reward, KL to the prior, entropy and length over training, all runs in each panel. None without data."""
+    keys = {
+        "reward": ("reward", "units of reward"),
+        "posterior/kl_to_prior": ("KL to the prior", "nats per sequence"),
+        "entropy": ("entropy", "nats per token"),
+        "completions/mean_length": ("length of completions", "tokens"),
+    }
+    shown = {key: labels for key, labels in keys.items() if any(run.curve(key)[0] for run in runs)}
+    return _curves_figure(runs, shown)
+
+
+def moments_figure(runs: Sequence[Run]) -> Any | None:
+    """Each reward or feature over training: its mean, and the target where one was logged. None without data."""
+    names = sorted({key for run in runs for entry in run.history for key in entry if _is_moment(key)})
+    shown = {key: (key.removeprefix("rewards/").removesuffix("/mean"), "mean") for key in names}
+    # with a single reward, that is the panel `reward` of the learning curves
+    return _curves_figure(runs, shown) if len(shown) > 1 else None
+
+
+def diversity_figure(
+    runs: Sequence[Run], measures: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+) -> Any | None:
+    """Measure -> run -> (steps, values) of logged completions. None where no run has two steps."""
+    kept = {name: of for name, of in measures.items() if any(len(steps) > 1 for steps, _ in of.values())}
+    if not kept:
+        return None
+    figure, panels = _panels(len(kept))
+    for axes, (measure, of) in zip(panels, kept.items(), strict=True):
+        for name, (steps, values) in of.items():
+            axes.plot(steps, values, color=_color(runs, name), marker=".", label=name)
+        axes.set(title=measure, xlabel="optimizer step")
+    _legend(figure, panels, len(runs))
+    return figure
+
+
+def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | None:
+    """
+    Reward against √KL(policy‖prior): runs, the best of n, the posteriors of all β (no policy lies above them), and the
+    laws of Gao et al. 2023 fitted to runs and to the best of n. With the laws, by name. None without data.
+    """
+    curves = {run.name: _root_kl_and_reward(run) for run in runs}
+    curves = {name: points for name, points in curves.items() if points[0]}
+    sampled = [run for run in runs if run.sampling.get("what_if") or run.sampling.get("best_of_n")]
+    if not curves and not sampled:
+        return None
+    figure, (axes,) = _panels(1, size=(7.4, 4.6))
+    laws = {}
+    for name, (d, reward) in curves.items():
+        axes.plot(d, reward, ".", color=_color(runs, name), alpha=0.35, markersize=4)
+        _draw_law(axes, d, reward, "rl", _color(runs, name), name, laws)
+    for run in sampled:
+        suffix = "" if len(sampled) == 1 else f", {run.name}"
+        _draw_sampled(axes, run, suffix, laws)
+    axes.set(xlabel="√KL(policy‖prior)  (√nats)", ylabel="reward")
+    axes.set_xlim(left=0)
+    _legend(figure, [axes], 3)
+    return figure, laws
+
+
+def _color(runs: Sequence[Run], name: str) -> str:
+    """A run has its colour in all figures."""
+    return f"C{[run.name for run in runs].index(name) % 10}"
+
+
+def _with_error(value: float, error: float, reason: str = "") -> Estimate:
+    return Estimate(value, value - 1.96 * error, value + 1.96 * error, reason=reason)
+
+
+def _draw_sampled(axes: Any, run: Run, suffix: str, laws: dict[str, RewardLaw]) -> None:
+    posterior = [row for row in run.sampling.get("what_if", []) if row.get("trustworthy")]
+    if posterior:
+        posterior = sorted(posterior, key=lambda row: row["kl_to_prior"])
+        d = [math.sqrt(max(row["kl_to_prior"], 0.0)) for row in posterior]
+        reward = [row["reward"] for row in posterior]
+        axes.plot(d, reward, color="0.15", linewidth=1.4, marker="o", markersize=4, label=f"posteriors of β{suffix}")
+        for x, y, row in zip(d, reward, posterior, strict=True):
+            axes.annotate(
+                f"{row['beta']:g}", (x, y), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center"
+            )
+    best = run.sampling.get("best_of_n", [])
+    if best:
+        d, reward = [math.sqrt(row["kl_to_prior"]) for row in best], [row["reward"] for row in best]
+        axes.plot(d, reward, "x", color="0.45", markersize=6)
+        _draw_law(axes, d, reward, "best_of_n", "0.45", f"best of n{suffix}", laws)
+
+
+def _draw_law(
+    axes: Any,
+    d: Sequence[float],
+    reward: Sequence[float],
+    form: Any,
+    color: str,
+    name: str,
+    laws: dict[str, RewardLaw],
+) -> None:
+    law = fit_reward_law(d, reward, form)
+    if law is None:
+        axes.plot([], [], color=color, label=name)
+        return
+    laws[name] = law
+    grid = np.linspace(0.0, max(d), 100)
+    style = "-" if form == "rl" else "--"
+    axes.plot(
+        grid, [law(float(x)) for x in grid], color=color, linestyle=style, linewidth=1.8, label=f"{name}, fitted"
+    )
+
+
+def _root_kl_and_reward(run: Run) -> tuple[list[float], list[float]]:
+    _, (kl, reward) = run.curve("posterior/kl_to_prior", "reward")
+    # an estimate by log-ratios may dip below 0
+    return [math.sqrt(max(value, 0.0)) for value in kl], reward
+
+
+def _curves_figure(runs: Sequence[Run], shown: Mapping[str, tuple[str, str]]) -> Any | None:
+    if not shown:
+        return None
+    figure, panels = _panels(len(shown))
+    for axes, (key, (title, unit)) in zip(panels, shown.items(), strict=True):
+        for run in runs:
+            steps, (values,) = run.curve(key)
+            if steps:
+                _draw_curve(axes, steps, values, _color(runs, run.name), run.name)
+        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+    _legend(figure, panels, len(runs))
+    return figure
+
+
+def _draw_curve(
+    axes: Any, steps: Sequence[float], values: Sequence[float], color: str, label: str, linestyle: str = "-"
+) -> list[float]:
+    """The values, faint, and their running mean, which is returned."""
+    width = max(len(values) // 40, 1)
+    smooth = [float(np.mean(values[max(0, i - width) : i + width + 1])) for i in range(len(values))]
+    if width > 1:
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+    marker = "." if len(values) < 3 else None
+    axes.plot(steps, smooth, color=color, linestyle=linestyle, linewidth=1.6, marker=marker, label=label)
+    return smooth
+
+
+def _panels(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, list[Any]]:
+    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    columns = min(number, 2)
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout=ConstrainedLayoutEngine(h_pad=0.12))
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.title.set_fontsize(10)
+    for axes in panels[number:]:
+        axes.set_visible(False)
+    return figure, panels[:number]
+
+
+def _legend(figure: Any, panels: Sequence[Any], columns: int) -> None:
+    """One for all panels, since a run may be missing in some."""
+    named = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    if len(named) > 1:
+        figure.legend(
+            list(named.values()), list(named), loc="outside lower center", ncols=min(columns, 4), frameon=False,
+            fontsize=8,
+        )  # fmt: skip
+
+
+def _is_moment(key: str) -> bool:
+    return (key.startswith("rewards/") and key.endswith("/mean")) or key.startswith("moments/")

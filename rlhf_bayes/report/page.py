@@ -1,0 +1,171 @@
+"""One page of HTML that needs nothing else: no network, no scripts. Whatever a model wrote is escaped."""
+
+import base64
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .diversity import diversity_over_training
+from .figures import diversity_figure, elbo_figure, moments_figure, reward_kl_figure, training_figure
+from .run import Run, read_runs
+from .tables import evaluation_table, samples_tables, settings_tables, summary_table, what_if_tables
+
+PAGE = "index.html"
+
+
+def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
+    """
+    A report on one or several runs side by side: `index.html`, and each figure as a PNG beside it.
+
+    Args:
+        folders (`Sequence` of `str` or `Path`):
+            As [`read_runs`] takes them.
+        output_dir (`str` or `Path`):
+            Where to write; made where missing.
+
+    Returns:
+        `Path` of the page.
+
+    Raises:
+        FileNotFoundError or ValueError: as [`read_runs`]; nothing is written then.
+    """
+    runs = read_runs(folders)
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    sections = [
+        ("Summary", summary_table(runs)),
+        ("How far from the posterior", evaluation_table(runs)),
+        *_figures(runs, output_dir),
+        ("What if β were another", what_if_tables(runs)),
+        ("Samples", samples_tables(runs)),
+        ("Settings", settings_tables(runs)),
+    ]
+    page = output_dir / PAGE
+    page.write_text(_page(runs, [(title, body) for title, body in sections if body]), encoding="utf-8")
+    return page
+
+
+def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
+    """(title, HTML) of each figure that there is data for."""
+    against_kl = reward_kl_figure(runs)
+    laws = ""
+    if against_kl is not None and against_kl[1]:
+        laws = "<p>Fitted, with d = √KL: " + "; ".join(
+            f"<b>{escape(name)}</b> R = {escape(str(law))}" for name, law in against_kl[1].items()
+        )
+        laws += " (Gao, Schulman &amp; Hilton 2023).</p>"
+    figures = [
+        (
+            "ELBO under its ceiling",
+            "elbo",
+            elbo_figure(runs),
+            "What training maximises is the ELBO, E[r]/β − KL(π‖π0). It cannot pass log Z; what is missing is the "
+            "distance to the posterior, KL(π‖π*). Nats compare within one posterior only.",
+            "",
+        ),
+        (
+            "Reward against the distance from the prior",
+            "reward_kl",
+            against_kl and against_kl[0],
+            "Each point is a logging step. Reward that is bought with more KL than the posteriors pay, the dark line, "
+            "comes from an inference that is not finished.",
+            laws,
+        ),
+        ("Over training", "training", training_figure(runs), "Faint: each logging step. Line: running mean.", ""),
+        ("Moments", "moments", moments_figure(runs), "Mean of each reward function or feature.", ""),
+        (
+            "Diversity",
+            "diversity",
+            diversity_figure(runs, diversity_over_training(runs)),
+            "Of logged completions, the same number at each point. A collapse shows as a fall of distinct-2, or a "
+            "rise of duplicates, that the posterior does not ask for.",
+            "",
+        ),
+    ]
+    return [
+        (title, _figure(figure, output_dir / f"{name}.png", title, caption) + extra)
+        for title, name, figure, caption, extra in figures
+        if figure is not None
+    ]
+
+
+def _figure(figure: Any, path: Path, title: str, caption: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    path.write_bytes(buffer.getvalue())
+    image = base64.b64encode(buffer.getvalue()).decode("ascii")
+    width = round(figure.get_figwidth() * 100)
+    return (
+        f'<figure><img alt="{escape(title)}" style="width:{width}px" src="data:image/png;base64,{image}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _page(runs: Sequence[Run], sections: Sequence[tuple[str, str]]) -> str:
+    names = ", ".join(run.name for run in runs)
+    links = "".join(f'<a href="#s{index}">{escape(title)}</a>' for index, (title, _) in enumerate(sections))
+    body = "".join(
+        f'<section id="s{index}"><h2>{escape(title)}</h2>{content}</section>'
+        for index, (title, content) in enumerate(sections)
+    )
+    made = f"rlhf_bayes {version('rlhf_bayes')}, {datetime.now().astimezone():%Y-%m-%d %H:%M}"
+    # the policy makes sure of what is promised: nothing is loaded, nothing runs
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(names)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header><h1>{escape(names)}</h1><p class="muted">{escape(made)}</p><nav>{links}</nav></header>
+<main>{body}</main>
+</body>
+</html>
+"""
+
+
+_STYLE = """
+:root { --ink: #1d2430; --muted: #667085; --line: #e3e7ee; --soft: #f6f7fa; --accent: #1f6feb; --bad: #b42318; }
+* { box-sizing: border-box; }
+body { margin: 0; color: var(--ink); background: #fff; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; }
+header, main { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
+header { padding-top: 28px; }
+h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 36px 0 10px; padding-bottom: 6px; border-bottom: 1px solid var(--line); }
+h3 { font-size: 15px; margin: 20px 0 6px; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-top: 10px; font-size: 14px; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+.muted, figcaption, .note { color: var(--muted); font-size: 13px; }
+header p { margin: 2px 0 0; }
+figure { margin: 0; }
+figure img { max-width: 100%; height: auto; display: block; }
+figcaption { max-width: 75ch; margin-top: 6px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: 8px 0; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 14px 5px 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { white-space: nowrap; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+tbody th { font-weight: 400; }
+td.bad { color: var(--bad); }
+table.texts { width: 100%; table-layout: fixed; }
+table.texts th, table.texts td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
+  padding-right: 18px; }
+table.texts th { white-space: normal; }
+table.settings td { white-space: normal; overflow-wrap: anywhere; max-width: 40ch; }
+table.texts p { margin: 0 0 8px; }
+.score { color: var(--muted); font-size: 12px; display: block; }
+td code { font-size: 13px; overflow-wrap: anywhere; }
+details { margin: 10px 0; }
+summary { cursor: pointer; color: var(--accent); }
+@media print { nav { display: none; } section { break-inside: avoid; } }
+"""

@@ -1,0 +1,226 @@
+"""The tables of a report, as HTML. Every cell is escaped."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from .figures import ceiling
+from .run import Estimate, Run, Sample
+
+MAX_PROMPTS = 12
+MAX_SAMPLES = 2
+_MAX_CHARACTERS = 1500
+
+_LOGGED = {
+    "reward": "reward",
+    "posterior/kl_to_prior": "KL to the prior (nats)",
+    "posterior/elbo": "ELBO (nats)",
+    "entropy": "entropy (nats per token)",
+    "completions/mean_length": "length (tokens)",
+}
+# of `evaluation.json`; others are shown by the names that they have there
+_QUANTITIES = {
+    "reward": "E[r]",
+    "kl_to_prior": "KL to the prior (nats)",
+    "elbo": "ELBO (nats)",
+    "log_z": "log Z (nats)",
+    "gap": "gap = KL(π‖π*) (nats)",
+    "forward_kl": "KL(π*‖π) (nats)",
+    "jeffreys": "Jeffreys: both KLs (nats)",
+    "tv": "total variation",
+    "forbidden": "forbidden completions (share)",
+    "posterior_reward": "E[r] of the posterior",
+    "posterior_kl_to_prior": "KL of the posterior to the prior (nats)",
+    "entropy": "entropy (nats)",
+    "prior_perplexity": "perplexity under the prior",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "self_bleu": "self-BLEU",
+    "repeated_4grams": "repeated 4-grams (share)",
+    "duplicates": "duplicates (share)",
+}
+_NO_QUANTITIES = {"beta", "prompts", "num_draws"}
+# what most often tells runs apart; the rest is folded away
+_MAIN_SETTINGS = (
+    "class", "model_name_or_path", "sampler", "beta", "learning_rate", "max_steps", "num_train_epochs",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations",
+    "max_completion_length", "temperature", "critic", "target_kl", "missing_eos_penalty", "reward_weights",
+    "lr_scheduler_type", "warmup_steps", "seed", "bf16",
+)  # fmt: skip
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
+    """Cells that are texts are escaped; an [`Estimate`] that is not trustworthy says why. Empty without rows."""
+    lines = ["".join(_cell(cell, first=index == 0) for index, cell in enumerate(row)) for row in rows]
+    if not lines:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    opening = f'<table class="{kind}">' if kind else "<table>"
+    return f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def summary_table(runs: Sequence[Run]) -> str:
+    """What the log says of the end of each training run, and how far that is from the ceiling."""
+    runs, others = [run for run in runs if run.history], runs
+    rows: list[list[Any]] = []
+    if any(run.beta for run in runs):
+        rows.append(["β of the posterior", *(f"{run.beta:g}" if run.beta else "–" for run in runs)])
+    if runs:
+        rows.append(["optimizer steps", *(f"{_last_step(run):,}" for run in runs)])
+    for key, label in _LOGGED.items():
+        ends = [_end(run.curve(key)[1][0]) for run in runs]
+        if any(end is not None for end in ends):
+            rows.append([label, *("–" if end is None else f"{end:.2f}" for end in ends)])
+    ceilings = [ceiling(run, others) for run in runs]
+    if any(best is not None for best in ceilings):
+        rows.append(["log Z, the ELBO's ceiling (nats)", *("–" if best is None else best for best in ceilings)])
+        elbos = [_end(run.curve("posterior/elbo")[1][0]) for run in runs]
+        gaps = [
+            "–" if best is None or elbo is None else f"{best.value - elbo:.2f}"
+            for best, elbo in zip(ceilings, elbos, strict=True)
+        ]
+        if set(gaps) != {"–"}:
+            rows.append(["log Z − ELBO = KL(π‖π*) (nats)", *gaps])
+    note = '<p class="note">Logged figures are means over the last tenth of the steps, of training prompts.</p>'
+    return table(["", *(run.name for run in runs)], rows) + note if rows else ""
+
+
+def evaluation_table(runs: Sequence[Run]) -> str:
+    """
+    What each run's `evaluation.json` says of policy and prior, with intervals, or why a number cannot be trusted; and
+    the verdict in words. A column for each run and part of it, a row for each quantity.
+    """
+    columns: dict[str, dict[str, Estimate]] = {}
+    for run in runs:
+        for path, estimate in run.estimates.items():
+            part, _, name = path.rpartition("/")
+            if name not in _NO_QUANTITIES:
+                title = " ".join(filter(None, (run.name if len(runs) > 1 else "", part))) or run.name
+                columns.setdefault(title, {})[name] = estimate
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[_QUANTITIES.get(name, name), *(column.get(name, "–") for column in columns.values())] for name in names]
+    verdicts = [f"<b>{escape(run.name)}</b>: {escape(run.verdict)}" for run in runs if run.verdict]
+    return table(["", *columns], rows) + "".join(f"<p>{verdict}</p>" for verdict in verdicts)
+
+
+def what_if_tables(runs: Sequence[Run]) -> str:
+    """Of each sampled run: the posteriors of other β, from the same draws of the prior."""
+    parts = []
+    for run in runs:
+        rows = [
+            [
+                f"{row['beta']:g}",
+                *(
+                    f"{row[key]:.2f} ± {row[f'{key}_standard_error']:.2f}" if row["trustworthy"] else _unreliable(row)
+                    for key in ("reward", "kl_to_prior", "log_z")
+                ),
+                f"{row['importance_ess']:.0f}",
+                "–" if row["khat"] is None else f"{row['khat']:.2f}",
+            ]
+            for row in run.sampling.get("what_if", [])
+        ]
+        if rows:
+            title = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+            header = ["β", "E[r]", "KL(π*‖π0) (nats)", "log Z (nats)", "lowest ESS", "highest k̂"]
+            parts.append(title + table(header, rows))
+    if not parts:
+        return ""
+    note = (
+        "One set of draws from the prior, reweighted. ESS and k̂ are those of the worst prompt; ± is a standard error."
+    )
+    return "".join(parts) + f'<p class="note">{note}</p>'
+
+
+def samples_tables(runs: Sequence[Run]) -> str:
+    """A row a prompt, a column a run: the last completions that were logged, or draws by their weights."""
+    by_run = {run.name: _by_prompt(run.samples) for run in runs if run.samples}
+    prompts = dict.fromkeys(prompt for of in by_run.values() for prompt in of)
+    # those that most runs answered first; sorted() keeps the order among equals
+    chosen = sorted(prompts, key=lambda prompt: -sum(prompt in of for of in by_run.values()))[:MAX_PROMPTS]
+    rows = [[prompt, *(_Texts(_drawn(of.get(prompt, []))) for of in by_run.values())] for prompt in chosen]
+    return table(["prompt", *by_run], rows, kind="texts")
+
+
+def settings_tables(runs: Sequence[Run]) -> str:
+    """The main settings, those in which runs differ, and the others folded away."""
+    known = [run for run in runs if run.settings]
+    names = list(dict.fromkeys(name for run in known for name in run.settings))
+    main = [name for name in _MAIN_SETTINGS if name in names]
+    differing = [name for name in names if name not in main and len({_shown(run, name) for run in known}) > 1]
+    others = [name for name in names if name not in main and name not in differing]
+    header = ["", *(run.name for run in known)]
+    parts = [_settings(header, known, main + differing)]
+    if others:
+        parts.append(f"<details><summary>{len(others)} more</summary>{_settings(header, known, others)}</details>")
+    return "".join(parts) if names else ""
+
+
+class _Texts(list):
+    """Samples in one cell."""
+
+
+def _cell(cell: Any, first: bool) -> str:
+    if isinstance(cell, _Texts):
+        return f"<td>{''.join(_paragraph(sample) for sample in cell) or '–'}</td>"
+    if isinstance(cell, Estimate) and not cell.trustworthy:
+        return f'<td class="bad" title="{escape(cell.reason)}">{escape(str(cell))}</td>'
+    return f"<th>{escape(str(cell))}</th>" if first else f"<td>{escape(str(cell))}</td>"
+
+
+def _paragraph(sample: Sample) -> str:
+    text = sample.completion.strip()
+    cut = text[:_MAX_CHARACTERS] + (" …" if len(text) > _MAX_CHARACTERS else "")
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in sample.scores.items())
+    return f"<p>{escape(cut)}" + (f'<span class="score">{escape(scores)}</span>' if scores else "") + "</p>"
+
+
+def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
+    """The completions of each prompt that were drawn last."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        of = found.setdefault(sample.prompt, [])
+        if of and (of[0].step or 0) < (sample.step or 0):
+            of.clear()
+        of.append(sample)
+    return found
+
+
+def _drawn(samples: Sequence[Sample]) -> list[Sample]:
+    """Up to `MAX_SAMPLES` of them, in proportion to their weights; the same ones each time."""
+    left = [sample for sample in samples if sample.weight > 0]
+    generator, drawn = random.Random(0), []
+    if len({sample.weight for sample in left}) <= 1:
+        return left[:MAX_SAMPLES]
+    while left and len(drawn) < MAX_SAMPLES:
+        (index,) = generator.choices(range(len(left)), [sample.weight for sample in left])
+        drawn.append(left[index])
+        left = [sample for sample in left if sample.completion != drawn[-1].completion]
+    return drawn
+
+
+def _settings(header: Sequence[str], runs: Sequence[Run], names: Sequence[str]) -> str:
+    return table(header, [[name, *(_shown(run, name) for run in runs)] for name in names], kind="settings")
+
+
+def _shown(run: Run, name: str) -> str:
+    if name not in run.settings:
+        return "–"
+    value = run.settings[name]
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unreliable(row: Mapping[str, Any]) -> Estimate:
+    tail = "" if row["khat"] is None else f", k̂ {row['khat']:.2f}"
+    reason = f"importance ESS {row['importance_ess']:.1f}{tail}: draw more completions, or raise β"
+    return Estimate(row["log_z"], trustworthy=False, reason=reason)
+
+
+def _end(values: Sequence[float]) -> float | None:
+    last = values[-max(len(values) // 10, 1) :]
+    return sum(last) / len(last) if last else None
+
+
+def _last_step(run: Run) -> int:
+    return int(max((entry.get("step", 0) for entry in run.history), default=0))

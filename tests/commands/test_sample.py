@@ -1,0 +1,173 @@
+"""Sampling a posterior that can be enumerated: each sampler's means, the table over β, files, and wrong input."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from rlhf_bayes import commands
+from rlhf_bayes.commands.sampling import Mean, Method, agreement
+from rlhf_bayes.samplers import Draws
+
+SAMPLERS = ("importance", "rejection", "metropolis_hastings")
+
+
+@pytest.fixture(scope="module")
+def sampled(toy, tmp_path_factory):
+    """Folder of what the command wrote for the enumerable model, and what it printed."""
+    folder = tmp_path_factory.mktemp("sample")
+    toy.save(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        commands.main(
+            [
+                "sample",
+                *("--model_name_or_path", str(folder / "model"), "--output_dir", str(folder / "out")),
+                *(flag for prompt in toy.prompts for flag in ("--prompt", prompt)),
+                *("--reward_func", "rlhf_bayes.testing.enumerable:toy_reward", "--reward_clip_range", "-9", "2.5"),
+                *("--beta", "1.0", "--what_if_beta", "2.0", "0.02", "--sampler", *SAMPLERS, "best_of_n"),
+                *("--num_samples", "400", "--max_completion_length", "3", "--policy", str(folder / "model")),
+            ]
+        )
+    return folder / "out"
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def truth(toy, beta):
+    """E[r], KL to the prior and log Z: means over prompts, by enumeration of the clipped reward."""
+    rewards = toy.rewards.clamp(-9, 2.5)
+    log_posterior = toy.log_posterior(rewards / beta)
+    return {
+        "reward": (log_posterior.exp() * rewards).sum(-1).mean().item(),
+        "kl_to_prior": (log_posterior.exp() * (log_posterior - toy.log_prior)).sum(-1).mean().item(),
+        "log_z": toy.log_z(rewards / beta).mean().item(),
+    }
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_sampler_finds_the_posteriors_means(sampled, toy, sampler):
+    found, exact = read(sampled / sampler / "evaluation.json"), truth(toy, 1.0)
+    for name in ("reward", "log_z"):
+        if name in found:
+            assert 0 < found[name]["standard_error"] < 0.2
+            assert abs(found[name]["mean"] - exact[name]) < 4 * found[name]["standard_error"], name
+    assert ("log_z" in found) == (sampler != "metropolis_hastings")
+
+
+def test_other_betas_come_from_draws_of_the_prior(sampled, toy):
+    sampling = read(sampled / "prior" / "sampling.json")
+    assert [row["beta"] for row in sampling["what_if"]] == [2.0, 1.0, 0.02]
+    for row in sampling["what_if"][:2]:
+        exact = truth(toy, row["beta"])
+        for name in exact:
+            assert abs(row[name] - exact[name]) < 4 * row[f"{name}_standard_error"], name
+    assert not sampling["what_if"][2]["trustworthy"]
+    best = {row["n"]: row for row in sampling["best_of_n"]}
+    assert best[1]["kl_to_prior"] == pytest.approx(0, abs=1e-6)
+    # 40 completions tie a lot: below log n − (n−1)/n
+    assert 0 < best[64]["kl_to_prior"] < math.log(64) - 63 / 64
+    assert best[1]["reward"] < best[8]["reward"] < best[64]["reward"]
+
+
+def test_draws_are_json_lines_with_weights(sampled, toy):
+    rows = [json.loads(line) for line in (sampled / "importance" / "draws.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 400
+    for prompt in toy.prompts:
+        assert sum(row["weight"] for row in rows if row["prompt"] == prompt) == pytest.approx(1)
+    index = {tuple(ids): column for column, ids in enumerate(toy.completion_ids)}
+    for row in rows[::50]:
+        column = index[tuple(row["completion_ids"])]
+        reward = toy.rewards.clamp(-9, 2.5)[toy.prompts.index(row["prompt"]), column].item()
+        assert (row["reward"], row["log_weight"]) == (pytest.approx(reward, abs=1e-5), pytest.approx(reward, abs=1e-5))
+        assert row["completion"] == toy.completions[column]
+
+
+def test_the_report_holds_all_of_it(sampled):
+    html = (sampled / "report" / "index.html").read_text(encoding="utf-8")
+    for text in (*SAMPLERS, "best_of_n", "What if β were another", "Samples"):
+        assert text in html
+    assert (sampled / "report" / "reward_kl.png").is_file()
+
+
+def test_a_policy_is_judged(sampled, toy):
+    (folder,) = (sampled / "policies").iterdir()
+    found = read(folder / "evaluation.json")
+    # this policy is the prior: KL(π0‖π*) = log Z − E_π0[r]/β
+    exact = (toy.log_z(toy.rewards.clamp(-9, 2.5)) - (toy.log_prior.exp() * toy.rewards.clamp(-9, 2.5)).sum(-1)).mean()
+    gap = found["policy"]["gap"]
+    assert abs(gap["mean"] - exact.item()) < 4 * gap["draws_standard_error"]
+
+
+def test_a_condition_alone(toy, tmp_path, monkeypatch, capsys):
+    toy.save(tmp_path / "model")
+    (tmp_path / "rules.py").write_text(
+        "def short(completion_ids, **columns):\n    return [len(i) < 3 for i in completion_ids]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ["--model_name_or_path", "model", "--prompt", toy.prompts[1], "--condition", "rules:short"]
+    commands.main(["sample", *flags, "--num_samples", "200", "--max_completion_length", "3", "--output_dir", "out",
+                   "--sampler", "rejection"])  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rejection" / "draws.jsonl").read_text().splitlines()]
+    assert len(rows) == 200
+    assert all(len(row["completion_ids"]) < 3 and row["reward"] is None for row in rows)
+    allowed = torch.tensor([len(ids) < 3 for ids in toy.completion_ids])
+    exact = toy.log_prior[1].masked_fill(~allowed, -torch.inf).logsumexp(0).item()
+    log_z = read(tmp_path / "out" / "rejection" / "evaluation.json")["log_z"]
+    assert abs(log_z["mean"] - exact) < 4 * log_z["standard_error"]
+    printed = capsys.readouterr().out
+    assert "What if" not in printed
+    assert "E[r]" not in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "some/model"], "`--dataset_name` or `--prompt` must be given"),
+        (["--model_name_or_path", "some/model", "--prompt", "a"], "`--reward_func`, `--reward_model_path` or"),
+        (["--num_samples", "1"], "`--num_samples` must be at least 2, got 1"),
+        (["--max_prompts", "0"], "`--max_prompts` must be at least 1, got 0"),
+        (["--reward_clip_range", "1"], "must be two numbers"),
+        (["--beta", "0"], "`beta` must be positive, got 0.0"),
+        (["--reward_func", "nothing"], "must have the form `module:function`"),
+        (["--what_if_beta", "-1"], "`--what_if_beta` must be positive"),
+        (["--dataset_name", "nowhere.jsonl"], "`dataset_name` must be a file or folder that exists"),
+    ],
+)
+def test_wrong_flags_end_with_a_line_before_anything_is_drawn(flags, message, monkeypatch, capsys, tmp_path):
+    from rlhf_bayes.lm import LanguageModel
+
+    monkeypatch.setattr(LanguageModel, "sample", lambda *args: pytest.fail("drawn"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["sample", *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def method(value, error, guarantee="consistent", trustworthy=True):
+    draws = Draws([], torch.tensor([], dtype=torch.long), [], [], [], None, guarantee, 1)
+    return Method("m", draws, None, {"reward": Mean(value, error, trustworthy)})
+
+
+def test_agreement_is_a_chi_squared_test():
+    # two estimates 2 apart with errors of 1: χ² = 2 on one degree of freedom
+    assert agreement([method(0.0, 1.0), method(2.0, 1.0)], "reward") == "p = 0.16"
+    # weights 1 and 1/4 about 0.4: 0.16 + 1.6²/4 = 0.8
+    assert agreement([method(0.0, 1.0), method(2.0, 2.0)], "reward") == "p = 0.37"
+    assert agreement([method(0.0, 0.1), method(2.0, 0.1)], "reward") == "p = 0.00"
+    others = [
+        method(9.0, 0.1, guarantee="none"),
+        method(9.0, 0.1, guarantee="bounded"),
+        method(9.0, 0.1, trustworthy=False),
+    ]
+    assert agreement([method(0.0, 1.0), method(2.0, 1.0), *others], "reward") == "p = 0.16"
+    assert agreement([method(0.0, 1.0), *others], "reward") == "–"
+    assert agreement([method(32.0, 1e-15), method(32.0, 0.0)], "reward") == "–"

@@ -1,0 +1,67 @@
+"""The two laws of Gao et al. 2023: coefficients recovered, and what leaves them open."""
+
+import math
+import random
+
+import pytest
+
+from rlhf_bayes.numerics import fit_reward_law
+
+D = [0.0, 0.3, 0.7, 1.1, 1.9, 2.4, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("law", "reward_at"),
+    [
+        ("rl", lambda d: 0.3 + (d * (1.2 - 0.4 * math.log(d)) if d else 0.0)),
+        ("best_of_n", lambda d: 0.3 + d * (1.2 - 0.4 * d)),
+    ],
+)
+def test_coefficients_are_recovered(law, reward_at):
+    fit = fit_reward_law(D, [reward_at(d) for d in D], law)
+    assert (fit.start, fit.alpha, fit.beta) == pytest.approx((0.3, 1.2, 0.4), abs=1e-9)
+    assert fit.residual == pytest.approx(0, abs=1e-9)
+    assert [fit(d) for d in (0.0, 0.5, 4.0)] == pytest.approx([reward_at(d) for d in (0.0, 0.5, 4.0)])
+    # the other law does not explain the same points
+    other = fit_reward_law(D, [reward_at(d) for d in D], "best_of_n" if law == "rl" else "rl")
+    assert other.residual > 0.01
+
+
+def test_noise_moves_the_fit_within_its_error():
+    random.seed(0)
+    d = [0.05 * index for index in range(1, 81)]
+    reward = [x * (0.9 - 0.2 * math.log(x)) + random.gauss(0, 0.1) for x in d]
+    fit = fit_reward_law(d, reward, "rl")
+    # 3 numbers from 80 points: the mean squared error of the curve at them is σ²·3/80, or σ²·χ²₃/80 in one draw
+    error = [fit(x) - x * (0.9 - 0.2 * math.log(x)) for x in d]
+    assert sum(value**2 for value in error) < 0.1**2 * 16.3  # 99.9 %
+    assert fit.residual == pytest.approx(0.1, rel=0.25)
+
+
+def test_the_formula_is_legible():
+    assert str(fit_reward_law(D, [-1 + d * (0.5 - 0.25 * d) for d in D], "best_of_n")) == "−1.00 + d·(0.50 − 0.25·d)"
+    assert str(fit_reward_law(D, [d * (0.5 + 0.25 * d) for d in D], "best_of_n")).endswith("(0.50 + 0.25·d)")
+
+
+@pytest.mark.parametrize(
+    ("d", "reward"),
+    [([], []), ([0, 1, 2, 3], [0, 1, 2, 3]), ([1.0] * 9, range(9)), ([0, 1, 2, 3, 4], [2.0] * 5)],
+    ids=["none", "few", "one distance", "one reward"],
+)
+def test_too_little_to_fit(d, reward):
+    assert fit_reward_law(d, list(reward), "rl") is None
+
+
+@pytest.mark.parametrize(
+    ("d", "reward", "law", "message"),
+    [
+        (D, [1.0], "rl", "one entry a point, got 7 and 1"),
+        ([-0.1, *D], [0.0] * 8, "rl", "not negative"),
+        ([math.nan, *D], [0.0] * 8, "rl", "must be finite"),
+        (D, [math.inf] * 7, "best_of_n", "must be finite"),
+        (D, D, "linear", "got 'linear'"),
+    ],
+)
+def test_bad_input_is_refused(d, reward, law, message):
+    with pytest.raises(ValueError, match=message):
+        fit_reward_law(d, reward, law)

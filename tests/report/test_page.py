@@ -1,0 +1,203 @@
+"""The page: what stands in it, that it needs nothing else, and that no text of a model becomes markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from rlhf_bayes.report import read_runs, write_report
+from rlhf_bayes.report.diversity import diversity_over_training
+from rlhf_bayes.report.figures import ceiling, reward_kl_figure
+from rlhf_bayes.report.run import Estimate, Run, Sample
+from rlhf_bayes.report.tables import evaluation_table, samples_tables
+
+from .conftest import HOSTILE, elbo
+
+VOID = {"meta", "img", "br", "link"}
+
+
+class Page(HTMLParser):
+    """Tags that are open, all tags and attributes, and the text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(training_run, sampled_run, tmp_path):
+    path = write_report([training_run, sampled_run], tmp_path / "report")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_is_whole_and_alone(page):
+    assert page.open == []
+    assert "script" not in page.tags
+    links = [value for name, value in page.attributes if name in ("src", "href")]
+    assert len(links) > 4
+    assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+
+
+def test_texts_of_models_are_no_markup(page):
+    assert HOSTILE in "".join(page.text)
+    assert "was great & good" in "".join(page.text)
+
+
+def test_names_of_folders_are_no_markup(training_run, tmp_path):
+    folder = training_run.rename(tmp_path / "<b>bold")
+    html = write_report([folder], tmp_path / "report").read_text(encoding="utf-8")
+    assert "<b>bold" not in html
+    assert "&lt;b&gt;bold" in html
+
+
+def test_sections_are_there_where_there_is_data(page, sampled_run, tmp_path):
+    text = "".join(page.text)
+    for title in (
+        "Summary",
+        "ELBO under its ceiling",
+        "Reward against the distance from the prior",
+        "Over training",
+        "Moments",
+        "Diversity",
+        "What if β were another",
+        "Samples",
+        "Settings",
+    ):
+        assert title in text
+    alone = "".join(Page(write_report([sampled_run], tmp_path / "other").read_text(encoding="utf-8")).text)
+    assert "Over training" not in alone
+    assert "What if β were another" in alone
+
+
+def test_each_figure_is_a_png_too(page, tmp_path):
+    names = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert names == {"elbo.png", "reward_kl.png", "training.png", "moments.png", "diversity.png"}
+    assert page.tags.count("img") == len(names)
+    assert all((tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_the_summary_is_of_the_end(page):
+    text = " ".join(page.text)
+    # the last 6 of 60 steps: rewards 1.20 … 1.30, KL 55/30 … 60/30
+    assert re.search(r"reward\s+1\.25\b", text)
+    assert re.search(r"KL to the prior \(nats\)\s+1\.92\b", text)
+
+
+def test_the_ceiling_is_that_of_the_same_posterior(training_run, sampled_run):
+    training, sampled = read_runs([training_run, sampled_run])
+    assert training.beta is None
+    assert ceiling(training, [sampled]) is None
+    training.settings["beta"] = 0.5
+    best = ceiling(training, [sampled])
+    assert (best.value, best.low) == pytest.approx((2.25, 2.25 - 1.96 * 0.03))
+    assert best.value > elbo(60)
+    training.settings["beta"] = 0.1  # there, what was sampled is not trustworthy
+    assert ceiling(training, [sampled]) is None
+    training.settings["beta"] = 0.5
+    sampled.sampling["reward_names"] = ["sentiment"]
+    assert ceiling(training, [sampled]) is None
+
+
+def test_the_runs_own_evaluation_is_the_ceiling_where_it_can_be_trusted(training_run, sampled_run):
+    training, sampled = read_runs([training_run, sampled_run])
+    training.settings["beta"] = 0.5
+    training.estimates["log_z"] = Estimate(2.4, trustworthy=False)
+    assert ceiling(training, [sampled]).value == 2.25
+    training.estimates["log_z"] = Estimate(2.4)
+    assert ceiling(training, [sampled]).value == 2.4
+
+
+def test_what_cannot_be_trusted_says_so(page):
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert titles == ["importance ESS 2.0, k̂ 1.20: draw more completions, or raise β"] * 3
+    assert "".join(page.text).count("not trustworthy") == 3
+
+
+def test_evaluations_have_a_column_for_each_part(training_run, sampled_run):
+    def fit(kl):
+        return {
+            "kl_to_prior": {"mean": kl, "standard_error": 0.1, "trustworthy": True},
+            "tv": {"mean": None, "trustworthy": False},
+            "reward": None,
+        }
+
+    evaluation = {"prompts": 16, "prior": fit(0.0), "policy": fit(1.25), "verdict": "far <off>"}
+    (training_run / "evaluation.json").write_text(json.dumps(evaluation))
+    (run,) = read_runs([training_run])
+    page = Page(evaluation_table([run]))
+    cells = [text for text in page.text if text]
+    assert cells[:5] == ["prior", "policy", "KL to the prior (nats)", "0 [−0.20, 0.20]", "1.25 [1.05, 1.45]"]
+    assert cells[5:8] == ["total variation", "not trustworthy", "not trustworthy"]
+    assert cells[-1] == ": far <off>"
+    both = Page(evaluation_table([*read_runs([sampled_run]), run]))
+    assert "ppo policy" in both.text
+
+
+def test_the_callback_is_read_where_the_trainer_says_nothing(training_run):
+    fit = {
+        "eval_posterior_fit/elbo": 1.5,
+        "eval_posterior_fit/log_z": 2.0,
+        "eval_posterior_fit/log_z_standard_error": 0.1,
+    }
+    history = [{"step": 10, "reward": 0.3}, {"step": 10, **fit}]
+    (training_run / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (run,) = read_runs([training_run])
+    assert run.curve("posterior/elbo") == ([10], [[1.5]])
+    best = ceiling(run, [run])
+    assert (best.value, best.high) == pytest.approx((2.0, 2.196))
+
+
+def test_reward_against_root_kl(training_run, sampled_run):
+    figure, laws = reward_kl_figure(read_runs([training_run, sampled_run]))
+    # reward = 0.1 + 0.6·KL = 0.1 + 0.6·d²; three n are too few for a law
+    assert list(laws) == ["ppo"]
+    assert laws["ppo"](1.0) == pytest.approx(0.7, abs=0.03)
+    (axes,) = figure.axes
+    posteriors = next(line for line in axes.lines if line.get_label() == "posteriors of β")
+    assert posteriors.get_xydata().tolist() == [[1.2, 0.6]]  # √1.44, and not the β that cannot be trusted
+    assert {"ppo, fitted", "best of n", "posteriors of β"} <= {line.get_label() for line in axes.lines}
+
+
+def test_diversity_of_logged_completions(training_run):
+    measures = diversity_over_training(read_runs([training_run]))
+    assert measures["duplicates (share)"]["ppo"] == ([10, 20, 60], [0.0, 0.0, 0.5])
+    # "a b c", "d e f": 4 pairs of words; the last completions have a single pair each, the same
+    assert measures["distinct-2"]["ppo"][1] == pytest.approx([1.0, 1.0, 0.0])
+
+
+def test_diversity_compares_equal_numbers():
+    def samples(number):
+        return [Sample("p", f"same words {index}", step=1) for index in range(number)]
+
+    few, many = Run("few", None, samples=samples(2)), Run("many", None, samples=samples(8))
+    measures = diversity_over_training([few, many])["distinct-2"]
+    assert measures["few"] == measures["many"] == ([1], [0.75])
+
+
+def test_samples_are_the_last_ones_drawn_by_weight(sampled_run, training_run):
+    html = samples_tables(read_runs([training_run, sampled_run]))
+    assert "never drawn" not in html  # weight 0
+    assert "a b c" not in html  # of an earlier step
+    # the prompt that both answered is the first
+    assert html.index("The movie") < html.index("The hotel")
+
+
+def test_nothing_is_written_where_a_folder_is_wrong(training_run, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_report([training_run, tmp_path / "nowhere"], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
