@@ -28,7 +28,7 @@ class GDCConfig(RolloutConfig):
             α of `"alpha"`, between 0, the forward KL, and 1, the reverse KL.
         baseline (`str`, *optional*):
             Of the pseudo-reward: `"constant"`, `"leave_one_out"` or `"none"`. Default: leave-one-out for the reverse
-            KL, the constant −f′(1) for the others, where it has less noise.
+            KL, the constant −f′(1) for the others, where it has less noise, and for one completion a prompt.
         proposal (`str`, *optional*, defaults to `"policy"`):
             What completions are drawn from: the policy; `"adaptive"`, the policy as it was when its KL(p‖·) was last
             seen to be lower than that of the proposal before, beyond noise; or `"prior"`.

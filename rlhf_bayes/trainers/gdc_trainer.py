@@ -175,7 +175,6 @@ class GDCTrainer(RolloutTrainer):
             "log_likelihood": log_likelihood,
             "log_z": targets["log_z"][own],
             "baseline": targets["baseline"][own],
-            "token_entropy": rollout.token_entropy,
         }
 
     def _log_likelihood(self, rollout: Rollout) -> Tensor:
@@ -197,10 +196,11 @@ class GDCTrainer(RolloutTrainer):
             self.normalizers.retarget(power_of_evidence(self.args, self.beta, self.state))
         log_zs = self.normalizers.estimate(keys, log_prior - log_proposal, log_likelihood, keep=training)
         log_target = self._log_target(log_prior, log_likelihood, log_zs.others)
-        if self.args.divergence == LOG_VARIANCE:
+        if self.args.divergence == LOG_VARIANCE or not training:
             baseline = torch.zeros_like(log_policy)
         else:
-            kind = self.args.baseline or ("leave_one_out" if self.args.divergence == "reverse_kl" else "constant")
+            siblings = self.args.divergence == "reverse_kl" and self.num_generations > 1
+            kind = self.args.baseline or ("leave_one_out" if siblings else "constant")
             options = (self.args.divergence, self.args.alpha, kind)
             baseline = dpg_baselines(log_target, log_policy, log_proposal, keys, *options)
         return {

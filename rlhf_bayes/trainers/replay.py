@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-_PROMPT, _COMPLETION = ("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")
+_PADDED_LEFT = ("prompt_ids", "prompt_mask")
 
 
 @final
@@ -77,9 +77,9 @@ class ReplayBuffer:
 
 
 def _joined(parts: list[Tensor], name: str) -> Tensor:
-    if name not in _PROMPT + _COMPLETION:
+    if parts[0].dim() == 1:
         return torch.cat(parts)
+    # all others run along tokens, and what stands under a mask of 0 is never read
     width = max(part.size(1) for part in parts)
-    # what stands under a mask of 0 is never read
-    side = (lambda missing: (missing, 0)) if name in _PROMPT else (lambda missing: (0, missing))
+    side = (lambda missing: (missing, 0)) if name in _PADDED_LEFT else (lambda missing: (0, missing))
     return torch.cat([torch.nn.functional.pad(part, side(width - part.size(1))) for part in parts])
