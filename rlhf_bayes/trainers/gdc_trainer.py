@@ -167,7 +167,7 @@ class GDCTrainer(RolloutTrainer):
             self._compare(everyones, targets["log_target"])
         first = self.accelerator.process_index * len(log_policy)
         own = slice(first, first + len(log_policy))
-        return {
+        batch = {
             "prompt_keys": rollout.prompt_keys,
             "log_policy": log_policy,
             "log_prior": log_prior,
@@ -176,6 +176,11 @@ class GDCTrainer(RolloutTrainer):
             "log_z": targets["log_z"][own],
             "baseline": targets["baseline"][own],
         }
+        if self.mode == "eval" and self.args.divergence == LOG_VARIANCE:  # in training: before each optimizer step
+            names = ("log_policy", "log_prior", "log_likelihood")
+            centres = self._centres(*(self.accelerator.gather(batch[name]) for name in names), keys)
+            batch |= {"centre": centres.centre[own], "scale": centres.scale[own]}
+        return batch
 
     def _log_likelihood(self, rollout: Rollout) -> Tensor:
         # at the temperature asked for: (B,), nan where no reward function applies
@@ -225,7 +230,10 @@ class GDCTrainer(RolloutTrainer):
     # From a batch to the loss
 
     def loss_count(self, batch: dict[str, Tensor]) -> Tensor:
-        return torch.tensor(float(len(batch["prompt_keys"])), device=batch["prompt_keys"].device)
+        counted = ~batch["log_likelihood"].isnan()
+        if self.mode == "eval" and self.args.divergence != LOG_VARIANCE:  # without Z, there is nothing to compare with
+            counted &= batch["log_z"].isfinite()
+        return counted.sum()
 
     def step_batches(
         self, batches: list[dict[str, Tensor]], new_rollout: list[dict[str, Tensor]] | None

@@ -315,7 +315,9 @@ class RolloutTrainer(CheckpointTrainer):
 
     def _compute_loss(self, model, inputs):
         if self.mode == "eval":
-            return self.rollout_loss(None, inputs) / self.loss_count(inputs).clamp(min=1)
+            sums = torch.stack([self.rollout_loss(None, inputs), self.loss_count(inputs).float()])
+            loss, count = self.accelerator.reduce(sums, reduction="sum")  # as one process would see it
+            return loss / count.clamp(min=1)
         loss = self.rollout_loss(self.score(model, inputs), inputs) / self._count_in_step
         # Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over processes
         return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
