@@ -25,7 +25,7 @@ from .gdc_evidence import beta_of, check_evidence, power_of_evidence
 from .metrics import posterior_metrics, satisfaction, target_metrics
 from .normalizers import Normalizers
 from .prior_samples import PriorSamples
-from .proposal import Comparison, Snapshot
+from .proposal import Comparison, Snapshot, check_proposal
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
 
@@ -137,7 +137,10 @@ class GDCTrainer(RolloutTrainer):
             **quantization,
         )
         self.beta = beta_of(args, likelihood)
-        self._check_proposal()
+        engine = "vLLM" if self.use_vllm else None
+        if self.use_transformers_continuous_batching:
+            engine = "continuous batching"
+        check_proposal(args.proposal, "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine)
         self.normalizers = Normalizers(
             None if likelihood is None else known_bound(likelihood), args.beta_init is not None
         )
@@ -150,6 +153,7 @@ class GDCTrainer(RolloutTrainer):
             self.add_callback(PriorSamples(self))
         self._forbidden_seen = likelihood is not None and forbids(likelihood)
         self._skips_step = False
+        self._step_sums = torch.zeros(5)
 
     # From a rollout to the columns of a batch
 
@@ -353,10 +357,13 @@ class GDCTrainer(RolloutTrainer):
         mask = batch["completion_mask"].bool()
         entropy, ratio = torch.where(mask, scores.entropy.detach(), 0.0), log_ratio.exp()
         columns = (entropy, mask.float(), ratio, ratio.square(), torch.ones_like(ratio))
-        sums = self.accelerator.reduce(torch.stack([column.sum() for column in columns]), reduction="sum")
-        entropy, tokens, ratios, squares, rows = sums.tolist()
-        self.log_metric("entropy", entropy / max(tokens, 1.0))
-        self.log_metric("gdc/ratio_ess", ratios**2 / max(squares, 1e-30) / rows)
+        # an effective sample size is that of the whole step, not of its micro-batches
+        sums = torch.stack([column.sum() for column in columns])
+        self._step_sums = sums if self.micro_batch == 0 else self._step_sums + sums
+        if self.micro_batch == self.args.gradient_accumulation_steps - 1:
+            entropy, tokens, ratios, squares, rows = self.accelerator.reduce(self._step_sums, reduction="sum").tolist()
+            self.log_metric("entropy", entropy / max(tokens, 1.0))
+            self.log_metric("gdc/ratio_ess", ratios**2 / max(squares, 1e-30) / rows)
 
     # Checkpoints
 
@@ -385,15 +392,3 @@ class GDCTrainer(RolloutTrainer):
 
     def _unwrapped_policy(self):
         return self.accelerator.unwrap_model(self.model)
-
-    def _check_proposal(self) -> None:
-        if self.args.proposal == "policy":
-            return
-        engine = (
-            "vLLM" if self.use_vllm else "continuous batching" if self.use_transformers_continuous_batching else None
-        )
-        if engine is not None or self.sharded:
-            raise ValueError(
-                f"`proposal` must be 'policy' with {engine or 'sharded weights (ZeRO-3, FSDP)'}, got "
-                f"{self.args.proposal!r}: completions can be drawn from the policy only. Leave it out."
-            )

@@ -87,3 +87,23 @@ class Comparison:
         mean = wd / w
         variance = max(w2d2 - 2 * mean * w2d + mean**2 * w2, 0.0) / w**2
         return mean + self.standard_errors * variance**0.5 < 0
+
+
+def check_proposal(proposal: str, engine: str | None) -> None:
+    """
+    Refuse what an engine cannot draw from.
+
+    Args:
+        proposal (`str`):
+            That of the configuration.
+        engine (`str`, *optional*):
+            What draws from the policy only, by name.
+
+    Raises:
+        ValueError: if there is one, and the proposal is not the policy.
+    """
+    if engine is not None and proposal != "policy":
+        raise ValueError(
+            f"`proposal` must be 'policy' with {engine}, got {proposal!r}: completions can be drawn from the policy "
+            "only. Leave it out."
+        )

@@ -164,6 +164,11 @@ class RolloutTrainer(CheckpointTrainer):
         """ "train" or "eval": where metrics go."""
         return "train" if self.model.training else "eval"
 
+    @property
+    def micro_batch(self) -> int:
+        """Which micro-batch of its optimizer step is learnt from, counted from 0."""
+        return self._step % self.args.gradient_accumulation_steps
+
     def log_metric(self, name: str, value: float) -> None:
         """Add a value to a metric; its mean is logged at the next logging step."""
         self._metrics[self.mode][name].append(float(value))
@@ -303,7 +308,7 @@ class RolloutTrainer(CheckpointTrainer):
         if self.mode == "eval":
             return inputs
         accumulation = self.args.gradient_accumulation_steps
-        if self._step % accumulation == 0:
+        if self.micro_batch == 0:
             first = self._step % self.args.steps_per_generation
             batches = self._buffered_inputs[first : first + accumulation]
             new_rollout = None if self._buffered_inputs is generated else self._buffered_inputs
@@ -311,7 +316,7 @@ class RolloutTrainer(CheckpointTrainer):
             # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
             count = torch.stack([self.loss_count(batch).float() for batch in self._step_batches]).sum()
             self._count_in_step = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
-        return self._step_batches[self._step % accumulation]
+        return self._step_batches[self.micro_batch]
 
     def _compute_loss(self, model, inputs):
         if self.mode == "eval":
