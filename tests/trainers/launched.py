@@ -4,10 +4,12 @@ A training that is launched as a script, by one process or by several. Not a tes
     python launched.py FOLDER MODE [NUM_PROCESSES]
 
 MODE `table`: completions by prompt, so that any number of processes sees the same rollouts; writes weights.pt.
+MODE `gdc`: the same of GDCTrainer by several divergences, with prompts whose completions lie in two processes.
 MODE `pairs`, `pairs-lora`: reward models of three members on votes by annotators; writes weights.pt too.
 MODE `slow`: a long run with checkpoints, to be interrupted.
 """
 
+import math
 import os
 import signal
 import sys
@@ -20,7 +22,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from rlhf_bayes import PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 torch.set_num_threads(1)
@@ -71,6 +73,58 @@ def by_table(folder: Path, num_processes: int) -> None:
         log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
         torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
     leave(trainer)
+
+
+class GDCTableTrainer(GDCTrainer):
+    """Draws nothing: the completion is a function of the prompt, of the step and of the row among all processes."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        completions, step = TOY.completion_ids, self.state.global_step
+        first = self.accelerator.process_index * len(prompt_ids)
+        return [
+            completions[(7 * sum(ids) + 13 * len(ids) + 5 * step + 11 * (first + row)) % len(completions)]
+            for row, ids in enumerate(prompt_ids)
+        ]
+
+
+def forbidding(prompts, completions, completion_ids, **kwargs):
+    rewards = toy_reward(prompts, completions, completion_ids)
+    return [
+        -math.inf if ids[0] == 2 else None if ids[:2] == [1, 1] else reward
+        for ids, reward in zip(completion_ids, rewards, strict=True)
+    ]
+
+
+def by_divergence(folder: Path, num_processes: int) -> None:
+    results = {}
+    for divergence in ("forward_kl", "log_variance"):
+        trainer, results[divergence] = of_divergence(folder, num_processes, divergence)
+    if trainer.accelerator.is_main_process:
+        torch.save(results, folder / "weights.pt")
+    leave(trainer)
+
+
+def of_divergence(folder: Path, num_processes: int, divergence: str) -> tuple[GDCTrainer, dict]:
+    policy, prior = TOY.random_policy(noise=0.05), TOY.random_policy(noise=0.0)
+    # what the table says is not what the policy would draw: weights soon are large
+    weighted = {"ess_min": 2.0, "beta_init": 2.0, "beta_init_steps": 4, "learning_rate": 1e-3}
+    options = {"learning_rate": 0.02} if divergence == "log_variance" else weighted
+    args = GDCConfig(
+        output_dir=str(folder), save_strategy="no", max_completion_length=3, num_generations=4, divergence=divergence,
+        per_device_train_batch_size=6 // num_processes, gradient_accumulation_steps=2, max_steps=6, num_iterations=2,
+        per_device_eval_batch_size=12 // num_processes, max_grad_norm=0.0, optim="sgd", beta=0.5,
+        lr_scheduler_type="constant", logging_steps=1, ddp_find_unused_parameters=False, **QUIET, **options,
+    )  # fmt: skip
+    dataset = Dataset.from_dict({"prompt": PROMPTS})
+    arguments = {"train_dataset": dataset, "eval_dataset": dataset, "processing_class": TOY.tokenizer}
+    trainer = GDCTableTrainer(policy, forbidding, args, ref_model=prior, **arguments)
+    check_launch(trainer, num_processes)
+    trainer.train()
+    evaluated = trainer.evaluate()
+    weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
+    names = ("gdc/", "posterior/", "reward", "entropy")
+    log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
+    return trainer, {"weights": weights, "log": log, "eval_loss": evaluated["eval_loss"]}
 
 
 def by_pairs(folder: Path, num_processes: int, ensemble: str) -> None:
@@ -154,6 +208,8 @@ if __name__ == "__main__":
     folder.mkdir(parents=True, exist_ok=True)
     if sys.argv[2] == "table":
         by_table(folder, int(sys.argv[3]))
+    elif sys.argv[2] == "gdc":
+        by_divergence(folder, int(sys.argv[3]))
     elif sys.argv[2].startswith("pairs"):
         by_pairs(folder, int(sys.argv[3]), "lora" if sys.argv[2].endswith("lora") else "heads")
     else:

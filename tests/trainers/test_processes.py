@@ -35,6 +35,16 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
+def test_two_processes_approach_the_posterior_as_one(tmp_path):
+    runs = (launched(tmp_path / str(n), n, "gdc") for n in (1, 2))
+    for one, two in zip(*(run.values() for run in runs), strict=True):
+        for name, weight in one["weights"].items():
+            assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+        for ours, theirs in zip(two["log"], one["log"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["pairs", "pairs-lora"])
 def test_two_processes_train_the_reward_of_one(tmp_path, mode):
     one, two = (launched(tmp_path / str(n), n, mode) for n in (1, 2))

@@ -7,8 +7,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from rlhf_bayes import PPOConfig, PPOTrainer
+from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
+from rlhf_bayes.trainers._trl.rollouts import _prompt_key
 
 QUIET = {
     "use_cpu": True,
@@ -20,7 +21,7 @@ QUIET = {
 }
 
 
-def config(folder: str | Path, **changes: Any) -> PPOConfig:
+def config(folder: str | Path, of: type = PPOConfig, **changes: Any) -> Any:
     """A quiet configuration for the CPU: 24 completions of 3 prompts a step, plain SGD so that noise stays small."""
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -37,7 +38,11 @@ def config(folder: str | Path, **changes: Any) -> PPOConfig:
         "beta": 0.5,
         "logging_steps": 1,
     }
-    return PPOConfig(**defaults | changes)
+    return of(**defaults | changes)
+
+
+def gdc_config(folder: str | Path, **changes: Any) -> GDCConfig:
+    return config(folder, GDCConfig, **changes)
 
 
 def prompts_of(toy: EnumerableLM, repeats: int = 1) -> Dataset:
@@ -54,32 +59,42 @@ class Recorder(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
-class RecordingTrainer(PPOTrainer):
-    """Keeps its rollouts and the batches made of them."""
+class Recording:
+    """Mixed into a trainer: keeps its rollouts and the batches made of them."""
 
     rollouts: list
     batches: list
     modes: list[str]
 
     def rollout_batch(self, rollout):
-        batch = super().rollout_batch(rollout)
+        batch = super().rollout_batch(rollout)  # type: ignore[misc]
         self.__dict__.setdefault("rollouts", []).append(rollout)
         self.__dict__.setdefault("modes", []).append(self.mode)
         self.__dict__.setdefault("batches", []).append({name: tensor.clone() for name, tensor in batch.items()})
         return batch
 
 
+class RecordingPPO(Recording, PPOTrainer):
+    pass
+
+
+class RecordingGDC(Recording, GDCTrainer):
+    pass
+
+
 def trainer(
     toy: EnumerableLM,
-    args: PPOConfig,
+    args: PPOConfig | GDCConfig,
     model: nn.Module | str | None = None,
     reward_funcs: Any = toy_reward,
     **arguments: Any,
-) -> RecordingTrainer:
-    """A trainer on the toy's prompts; by default from a copy of the prior."""
+) -> Any:
+    """The trainer of a configuration, on the toy's prompts; by default from a copy of the prior."""
     defaults: dict[str, Any] = {"train_dataset": prompts_of(toy), "processing_class": toy.tokenizer}
     model = toy.random_policy(noise=0.0) if model is None else model
-    return RecordingTrainer(model, reward_funcs, args, **defaults | arguments)
+    reward_funcs = None if "likelihood" in arguments else reward_funcs
+    kind = RecordingGDC if isinstance(args, GDCConfig) else RecordingPPO
+    return kind(model, reward_funcs, args, **defaults | arguments)
 
 
 def table_reward(toy: EnumerableLM, table: Tensor):
@@ -95,6 +110,13 @@ def table_reward(toy: EnumerableLM, table: Tensor):
     return reward
 
 
+def keep_log_z(trained: GDCTrainer, log_zs: Tensor) -> None:
+    """Give the trainer log Z of its prompts (P,), nats, beyond what any draw could change."""
+    keys = [str(_prompt_key({"prompt": prompt})) for prompt in trained.train_dataset.unique("prompt")]
+    entries = {key: [log_z + 60.0, 60.0, 1e20, 10**20, 1.0] for key, log_z in zip(keys, log_zs.tolist(), strict=True)}
+    trained.normalizers.pool.load_state_dict({"log_z_bound": trained.normalizers.bound, "entries": entries})
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -106,5 +128,5 @@ def largest_change(before: dict[str, Tensor], after: dict[str, Tensor], critic: 
     )
 
 
-def logged(trainer: PPOTrainer, name: str) -> list[float]:
+def logged(trainer: PPOTrainer | GDCTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
