@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ..likelihoods import checked_evidence
 from ..lm import (
     Completions,
     LanguageModel,
@@ -44,6 +45,8 @@ class Draws:
     """Evidence, r/β."""
     kl: Tensor
     """Σ_t KL(π(· | x_<t) ‖ π0(· | x_<t)), exact at each token: over draws from π, its mean is KL(π‖π0)."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> (P, n): what the evidence read off the completions, where it tells."""
 
     def as_untrained(self) -> "Draws":
         """The same completions as draws of a policy that is still the prior."""
@@ -115,14 +118,15 @@ def draw(
     """
     drawn = source.sample(prompts, n, generator)
     rows = {name: [value for value in values for _ in range(n)] for name, values in (columns or {}).items()}
-    evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows)
+    evidence = checked_evidence(posterior.likelihood, drawn.prompts, drawn.completions, drawn.completion_ids, rows)
     log_policy, log_prior, kl = _score_under_both(policy, posterior.prior, drawn)
     return Draws(
         texts=[drawn.texts[start : start + n] for start in range(0, len(drawn), n)],
         log_policy=log_policy.view(-1, n),
         log_prior=log_prior.view(-1, n),
-        log_likelihood=evidence.cpu().view(-1, n),
+        log_likelihood=evidence.log_likelihood.cpu().view(-1, n),
         kl=kl.view(-1, n),
+        features={name: values.cpu().view(-1, n) for name, values in evidence.features.items()},
     )
 
 
@@ -225,19 +229,19 @@ def posterior_fit(draws: Draws, log_z: LogZEstimate | None, beta: float) -> Post
     log_ratio = draws.log_policy - draws.log_prior  # (P, n)
     elbo = normaliser = gap = None
     if log_z is not None:
-        elbo = _mean(draws.log_likelihood - log_ratio)
+        elbo = mean_over_draws(draws.log_likelihood - log_ratio)
         # one prompt that cannot be trusted spoils the mean
         trustworthy = bool(log_z.trustworthy.all())
         error = log_z.standard_error.square().sum().sqrt().item() / len(log_z.log_z)
         normaliser = Estimate(log_z.log_z.mean().item(), error, trustworthy)
         gap = Estimate(normaliser.mean - elbo.mean, math.hypot(error, elbo.standard_error), trustworthy)
     return PosteriorFit(
-        reward=_mean(beta * draws.log_likelihood),
-        kl_to_prior=_mean(draws.kl),
+        reward=mean_over_draws(beta * draws.log_likelihood),
+        kl_to_prior=mean_over_draws(draws.kl),
         elbo=elbo,
         log_z=normaliser,
         gap=gap,
-        entropy=_mean(-draws.log_policy),
+        entropy=mean_over_draws(-draws.log_policy),
         distinct_2=sum(map(distinct_2, draws.texts)) / len(draws.texts),
     )
 
@@ -266,8 +270,8 @@ def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Tab
         "gap": "gap = KL to posterior (nats)",
         "entropy": "entropy (nats)",
     }
-    for field, label in rows.items():
-        cells = [getattr(fit, field) for fit in fits.values()]
+    for name, label in rows.items():
+        cells = [getattr(fit, name) for fit in fits.values()]
         table.add_row(label, *("–" if cell is None else str(cell) for cell in cells))
     table.add_row("distinct-2", *(f"{fit.distinct_2:.2f}" for fit in fits.values()))
     return table
@@ -321,8 +325,9 @@ def plot_history(log_history: Sequence[Mapping[str, float]], log_z: Estimate | N
     figure.savefig(path, dpi=120)
 
 
-def _mean(values: Tensor) -> Estimate:  # (P, n)
+def mean_over_draws(values: Tensor) -> Estimate:
+    """Mean of values (P, n) and its standard error, for these prompts."""
     n = values.size(1)
     # prompts are given, not drawn: only the spread within each counts
-    variance = values.var(dim=1).mean() if n > 1 else torch.tensor(math.inf)
-    return Estimate(values.mean().item(), math.sqrt(variance.item() / values.numel()))
+    variance = values.double().var(dim=1).mean() if n > 1 else torch.tensor(math.inf)
+    return Estimate(values.double().mean().item(), math.sqrt(variance.item() / values.numel()))
