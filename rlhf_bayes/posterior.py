@@ -88,6 +88,15 @@ class Posterior:
         """π*(x | c)·b(c, x)/Z′(c), a hard constraint on top of this evidence: see [`condition`]."""
         return self._with(Constraint(predicate))
 
+    def constrain(
+        self, constraints: Mapping[str, tuple[RewardFunc, float]], prompts: Sequence[Any], **options: Any
+    ) -> "Posterior":
+        """
+        The distribution closest in KL to this posterior in which features have given means: `MomentLikelihood.fit`
+        with this evidence, which takes the options.
+        """
+        return self._with(MomentLikelihood.fit(self.prior, constraints, prompts, evidence=self.likelihood, **options))
+
     def log_likelihood(
         self,
         prompts: Sequence[Any],

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.moment_summary import FeatureMoment, MomentSummary
-from rlhf_bayes.likelihoods.protocol import Evidence
-from rlhf_bayes.numerics import MomentFit, fit_moments
+from rlhf_bayes.likelihoods.protocol import Evidence, Likelihood, checked_log_likelihood
+from rlhf_bayes.numerics import MomentFit, fit_moments, log_z
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class MomentLikelihood:
         proposal: "LanguageModel | None" = None,
         columns: Mapping[str, Sequence] | None = None,
         feature_bounds: Mapping[str, tuple[float, float]] | None = None,
+        evidence: Likelihood | None = None,
     ) -> "MomentLikelihood":
         r"""
         The evidence with which features have given means, by the convex dual on draws; features are evaluated once.
@@ -225,6 +226,9 @@ class MomentLikelihood:
                 Columns of the dataset that features ask for, P entries each.
             feature_bounds (`Mapping[str, tuple[float, float]]`, *optional*):
                 name -> (low, high). Default: (0, 1) for binary features, unknown for the others.
+            evidence (`Likelihood`, *optional*):
+                What is known already: the moments are those of π0·exp(evidence + λ·φ), the closest to the posterior of
+                that evidence, which then stands for the prior in the summary.
 
         Raises:
             `TypeError` or `ValueError`: a proposal with another support, a feature that returns no numbers, a
@@ -238,7 +242,11 @@ class MomentLikelihood:
         likelihood = cls(functions, dict.fromkeys(functions, 0.0), feature_bounds, device=prior.device)
         drawn, log_weights = _draw(prior, proposal, prompts, num_samples, generator)
         rows = {name: [x for x in values for _ in range(num_samples)] for name, values in (columns or {}).items()}
-        features = likelihood.features(drawn.prompts, drawn.completions, drawn.completion_ids, rows)  # (P·n, F)
+        drawn_rows = (drawn.prompts, drawn.completions, drawn.completion_ids, rows)
+        features = likelihood.features(*drawn_rows)  # (P·n, F)
+        if evidence is not None:
+            nats = checked_log_likelihood(evidence, *drawn_rows)  # (P·n,)
+            log_weights = _under_evidence(log_weights + nats.double().cpu().view_as(log_weights), prompts)
         likelihood._fit_to(features.double().view(*log_weights.shape, -1), log_weights, wanted, prompts)
         summary = likelihood.summary
         if summary is not None and not summary.trustworthy.all():
@@ -275,6 +283,19 @@ def _draw(
     drawn = proposal.sample(prompts, num_samples, generator)
     log_ratio = prior.log_prob(drawn.prompts, drawn.completion_ids).to(drawn.log_prob.device) - drawn.log_prob
     return drawn, log_ratio.double().cpu().view(-1, num_samples)
+
+
+def _under_evidence(log_weights: Tensor, prompts: Sequence[Any]) -> Tensor:
+    """Relative to the posterior of the evidence, as they are to the prior without: (P, n)."""
+    log_zs = log_z(log_weights, dim=-1)[:, None]  # (P, 1)
+    forbidden = (log_zs == -torch.inf).flatten().nonzero().flatten().tolist()
+    if forbidden:
+        raise ValueError(
+            f"`evidence` must allow some draw of each prompt, and forbids all {log_weights.size(1)} of "
+            f"{prompts[forbidden[0]]!r} ({len(forbidden)} of {len(prompts)} prompts). Draw more (`num_samples`), or "
+            "from a policy trained towards it (`proposal`)."
+        )
+    return log_weights - log_zs
 
 
 def _check_met(

@@ -24,6 +24,7 @@ from .log_weights import (
     log_z_standard_error,
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
+from .mcmc import effective_sample_size, rhat
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
@@ -45,6 +46,8 @@ from .preferences import (
     vote_error_prob,
     votes_to_prob,
 )
+from .proportions import clopper_pearson
+from .quasi_rejection import QuasiRejectionCurve, quasi_rejection_curve
 from .z_pool import ZPool
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "DPGAdvantages",
     "LogVarianceCentres",
     "MomentFit",
+    "QuasiRejectionCurve",
     "ReliabilityBins",
     "ZPool",
     "adapted_beta",
@@ -65,8 +69,10 @@ __all__ = [
     "check_divergence",
     "clipped_policy_loss",
     "clipped_value_loss",
+    "clopper_pearson",
     "dpg_advantages",
     "dpg_baselines",
+    "effective_sample_size",
     "exact_token_kl",
     "expected_best_of_n",
     "expected_calibration_error",
@@ -103,8 +109,10 @@ __all__ = [
     "preference_metrics",
     "prompt_baseline",
     "pseudo_rewards",
+    "quasi_rejection_curve",
     "reliability_bins",
     "reverse_kl",
+    "rhat",
     "smoothed",
     "token_rewards",
     "tv",

@@ -21,15 +21,15 @@ from ..numerics import (
 from ._trl import Rollout, RolloutTrainer
 from .checks import check_datasets
 from .gdc_config import LOG_VARIANCE, GDCConfig
-from .metrics import posterior_metrics, target_metrics
+from .gdc_evidence import beta_of, check_evidence, power_of_evidence
+from .metrics import posterior_metrics, satisfaction, target_metrics
 from .normalizers import Normalizers
+from .prior_samples import PriorSamples
 from .proposal import Comparison, Snapshot
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
 
 logger = logging.getLogger(__name__)
-
-_DEFAULT_BETA = 0.05  # TRL's
 
 
 class GDCTrainer(RolloutTrainer):
@@ -115,7 +115,7 @@ class GDCTrainer(RolloutTrainer):
                 "RLOOConfig is one of GDCConfig."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        _check_evidence(reward_funcs, likelihood, args)
+        check_evidence(args, reward_funcs, likelihood)
         self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
         if self.evidence is None:
             funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device, allow_forbidden=True)
@@ -136,8 +136,7 @@ class GDCTrainer(RolloutTrainer):
             peft_config=peft_config,
             **quantization,
         )
-        self.beta = 1.0 if likelihood is not None else _DEFAULT_BETA if args.beta is None else args.beta
-        _check_annealing(args, self.beta)
+        self.beta = beta_of(args, likelihood)
         self._check_proposal()
         self.normalizers = Normalizers(
             None if likelihood is None else known_bound(likelihood), args.beta_init is not None
@@ -146,7 +145,9 @@ class GDCTrainer(RolloutTrainer):
             args.replay_batches, args.replay_sampling, args.seed + self.accelerator.process_index
         )
         self.comparison = Comparison()
-        self.proposal = args.proposal
+        self.proposal = Snapshot(self._unwrapped_policy()) if args.proposal == "adaptive" else args.proposal
+        if args.prior_samples:
+            self.add_callback(PriorSamples(self))
         self._forbidden_seen = likelihood is not None and forbids(likelihood)
         self._skips_step = False
 
@@ -193,9 +194,7 @@ class GDCTrainer(RolloutTrainer):
         log_policy, log_prior, log_proposal, log_likelihood, _ = columns.unbind(-1)
         training = self.mode == "train"
         if training:
-            if isinstance(self.proposal, str) and self.proposal == "adaptive":
-                self.proposal = Snapshot(self._unwrapped_policy())
-            self.normalizers.retarget(self._power())
+            self.normalizers.retarget(power_of_evidence(self.args, self.beta, self.state))
         log_zs = self.normalizers.estimate(keys, log_prior - log_proposal, log_likelihood, keep=training)
         log_target = self._log_target(log_prior, log_likelihood, log_zs.others)
         if self.args.divergence == LOG_VARIANCE:
@@ -216,14 +215,6 @@ class GDCTrainer(RolloutTrainer):
         log_z = torch.where(log_z.isfinite(), log_z, torch.nan)
         return log_prior + self.normalizers.power * log_likelihood - log_z
 
-    def _power(self) -> float:
-        # of the evidence, β/β_t: the posterior of the temperature β_t
-        if self.args.beta_init is None:
-            return 1.0
-        steps = self.args.beta_init_steps or max(1, self.state.max_steps // 2)
-        progress = min(1.0, self.state.global_step / steps)
-        return (self.beta / self.args.beta_init) ** (1.0 - progress)
-
     def _compare(self, columns: Tensor, log_target: Tensor) -> None:
         self.comparison.add(log_target, columns[:, 0], columns[:, 2])
         better = self.comparison.policy_is_better
@@ -242,12 +233,9 @@ class GDCTrainer(RolloutTrainer):
         if self.args.replay_batches > 1:
             if new_rollout is not None:
                 self.replay.add(new_rollout)
-            sizes = [len(batch["prompt_keys"]) for batch in batches]
-            rows = self.replay.sample(sum(sizes))
-            if self.args.divergence != LOG_VARIANCE:
-                rows["log_z"] = self.normalizers.log_z(rows["prompt_keys"]).float()
-            parts = {name: tensor.split(sizes) for name, tensor in rows.items()}
-            batches = [{name: parts[name][index] for name in parts} for index in range(len(sizes))]
+            batches = self.replay.sample([len(batch["prompt_keys"]) for batch in batches])
+            for batch in batches:  # Z is known better now
+                batch["log_z"] = self.normalizers.log_z(batch["prompt_keys"]).float()
         if self.args.divergence == LOG_VARIANCE:
             return self._with_centres(batches)
         self._judge_step(batches)
@@ -289,6 +277,8 @@ class GDCTrainer(RolloutTrainer):
 
     def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
         log_policy = batch["log_policy"] if scores is None else scores.log_probs.sum(-1)  # (B,)
+        if scores is not None:
+            self._report_step(scores, batch, log_policy.detach() - batch["log_proposal"])
         if self.args.divergence == LOG_VARIANCE:
             return self._log_variance(log_policy, batch).sum()
         log_target = self._log_target(batch["log_prior"], batch["log_likelihood"], batch["log_z"])
@@ -298,7 +288,10 @@ class GDCTrainer(RolloutTrainer):
         advantages, clipped = dpg_advantages(
             log_target, log_policy, batch["log_proposal"], batch["baseline"], *options, self.args.max_pseudo_reward
         )
-        self._report_step(scores, batch, log_policy.detach() - batch["log_proposal"], advantages, clipped)
+        if self.args.max_pseudo_reward is not None:
+            lost, kept = clipped.sum(), advantages.abs().sum()
+            lost, kept = self.accelerator.reduce(torch.stack([lost, kept]), reduction="sum").tolist()
+            self.log_metric("gdc/clipped", lost / max(lost + kept, 1e-30))
         return -(advantages * log_policy).sum() * (0.0 if self._skips_step else 1.0)
 
     def _log_variance(self, log_policy: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -323,61 +316,39 @@ class GDCTrainer(RolloutTrainer):
 
     def _report_rollout(self, rollout: Rollout, columns: Tensor, keys: Tensor, targets: dict[str, Tensor]) -> None:
         log_policy, log_prior, log_proposal, log_likelihood, kls = columns.unbind(-1)
-        evidence = self.normalizers.power * log_likelihood
-        metrics = target_metrics(targets["log_target"], log_policy, log_proposal, keys)
+        log_zs = targets["pooled_log_z"]  # (B_global,)
+        metrics = {"gdc/beta": self.beta / self.normalizers.power}
+        metrics["posterior/skipped_prompts"] = (log_zs == -torch.inf).double().mean().item()
+        if log_zs.isfinite().any():
+            metrics["posterior/log_z"] = log_zs[log_zs.isfinite()].mean().item()
+        metrics |= target_metrics(targets["log_target"], log_policy, log_proposal, keys)
         if self.mode == "eval" or self.proposal == "policy":
-            metrics |= posterior_metrics(
-                evidence, log_policy - log_prior, kls, 1.0, rollout.num_generations, targets["pooled_log_z"]
-            )
-            metrics |= self._moments(log_likelihood)
-        else:
-            known = targets["pooled_log_z"].isfinite()
-            if known.any():
-                metrics["posterior/log_z"] = targets["pooled_log_z"][known].mean().item()
-        metrics["posterior/skipped_prompts"] = (targets["pooled_log_z"] == -torch.inf).double().mean().item()
-        metrics["gdc/beta"] = self.beta / self.normalizers.power
+            evidence = self.normalizers.power * log_likelihood
+            log_ratios = log_policy - log_prior
+            metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs)
+            metrics |= self._moments()
+            self._forbidden_seen |= bool((log_likelihood == -torch.inf).any())
+            if self._forbidden_seen:
+                metrics["posterior/satisfaction"] = satisfaction(log_likelihood)
         for name, value in metrics.items():
             self.log_metric(name, value)
 
-    def _moments(self, log_likelihood: Tensor) -> dict[str, float]:
-        metrics = {}
-        forbidden = log_likelihood == -torch.inf
-        self._forbidden_seen |= bool(forbidden.any())
-        if self._forbidden_seen:
-            scored = (~log_likelihood.isnan()).sum().clamp(min=1)
-            metrics["posterior/satisfaction"] = 1.0 - (forbidden.sum() / scored).item()
-        if self.evidence is not None and self.evidence.features:
-            local = torch.stack(list(self.evidence.features.values()), dim=-1).to(log_likelihood.device)  # (B, F)
-            means = self.accelerator.gather(local).double().mean(0)  # (F,)
-            for name, mean in zip(self.evidence.features, means.tolist(), strict=True):
-                metrics[f"posterior/moments/{name}"] = mean
-        return metrics
+    def _moments(self) -> dict[str, float]:
+        if self.evidence is None or not self.evidence.features:
+            return {}
+        features = self.evidence.features
+        local = torch.stack([values.to(self.accelerator.device) for values in features.values()], dim=-1)  # (B, F)
+        means = self.accelerator.gather(local).double().mean(0).tolist()  # (F,)
+        return {f"posterior/moments/{name}": mean for name, mean in zip(features, means, strict=True)}
 
-    def _report_step(
-        self,
-        scores: CompletionScores,
-        batch: dict[str, Tensor],
-        log_ratio: Tensor,
-        advantages: Tensor,
-        clipped: Tensor,
-    ) -> None:
+    def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], log_ratio: Tensor) -> None:
         mask = batch["completion_mask"].bool()
-        local = torch.stack(
-            [
-                torch.where(mask, scores.entropy.detach(), 0.0).sum(),
-                mask.sum().float(),
-                log_ratio.exp().sum(),
-                (2 * log_ratio).exp().sum(),
-                torch.tensor(float(len(log_ratio)), device=log_ratio.device),
-                clipped.sum(),
-                (advantages + clipped).abs().sum(),
-            ]
-        )
-        entropy, tokens, ratios, squares, rows, lost, total = self.accelerator.reduce(local, reduction="sum").tolist()
+        entropy, ratio = torch.where(mask, scores.entropy.detach(), 0.0), log_ratio.exp()
+        columns = (entropy, mask.float(), ratio, ratio.square(), torch.ones_like(ratio))
+        sums = self.accelerator.reduce(torch.stack([column.sum() for column in columns]), reduction="sum")
+        entropy, tokens, ratios, squares, rows = sums.tolist()
         self.log_metric("entropy", entropy / max(tokens, 1.0))
         self.log_metric("gdc/ratio_ess", ratios**2 / max(squares, 1e-30) / rows)
-        if self.args.max_pseudo_reward is not None:
-            self.log_metric("gdc/clipped", lost / max(total, 1e-30))
 
     # Checkpoints
 
@@ -418,40 +389,3 @@ class GDCTrainer(RolloutTrainer):
                 f"`proposal` must be 'policy' with {engine or 'sharded weights (ZeRO-3, FSDP)'}, got "
                 f"{self.args.proposal!r}: completions can be drawn from the policy only. Leave it out."
             )
-
-
-def _check_evidence(reward_funcs: Any, likelihood: Any, args: GDCConfig) -> None:
-    if (likelihood is None) == (reward_funcs is None):
-        got = "neither" if likelihood is None else "both"
-        raise ValueError(
-            f"One of `reward_funcs` and `likelihood` must be given, got {got}. A likelihood is the whole evidence; to "
-            "add a reward to it, use `posterior.tilt(reward_funcs, beta).likelihood`."
-        )
-    if likelihood is None:
-        return
-    if not isinstance(likelihood, Likelihood):
-        raise TypeError(
-            f"`likelihood` must have a method `log_likelihood`, got {type(likelihood).__name__}. Pass "
-            "`posterior.likelihood`, or rewards as `reward_funcs`."
-        )
-    for name in ("beta", "reward_weights", "reward_clip_range", "missing_eos_penalty"):
-        if getattr(args, name) is not None:
-            raise ValueError(
-                f"`{name}` must be left out with `likelihood`, got {getattr(args, name)}: it belongs to rewards, and "
-                "a likelihood is in nats. Say it where the posterior is made."
-            )
-    infinite = args.divergence == "reverse_kl" or (args.divergence == "alpha" and args.alpha == 1)
-    if infinite and forbids(likelihood):
-        raise ValueError(
-            f"`divergence` must not be {args.divergence!r}{' with `alpha`=1' if args.alpha == 1 else ''} for a "
-            "likelihood that forbids completions: KL(π‖p) is infinite for any policy that can draw one, and so is its "
-            "gradient. Use 'forward_kl', 'js', 'tv', 'alpha' below 1, or 'log_variance'."
-        )
-
-
-def _check_annealing(args: GDCConfig, beta: float) -> None:
-    if args.beta_init is not None and args.beta_init <= beta:
-        raise ValueError(
-            f"`beta_init` must be above `beta` = {beta}, got {args.beta_init}: annealing goes from a posterior nearer "
-            "to the prior to the one asked for. Raise it, or leave it out."
-        )

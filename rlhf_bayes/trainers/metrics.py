@@ -93,8 +93,8 @@ def target_metrics(
     ratio = (log_policy - log_proposal).exp()
     layout = grouped(prompt_keys[kept])
     metrics = {}
-    for name, divergence in (("forward_kl", "forward_kl"), ("tv", "tv")):
-        terms = ratio * f_divergence_terms(log_target - log_policy, divergence)  # (n,)
+    for name in ("forward_kl", "tv"):
+        terms = ratio * f_divergence_terms(log_target - log_policy, name)  # (n,)
         means = layout.table(terms, torch.nan).nanmean(-1)  # (P,)
         spread = means if len(means) > 1 else terms
         metrics[f"posterior/{name}"] = means.mean().item()
@@ -106,3 +106,9 @@ def target_metrics(
         metrics["posterior/max_weight"] = log_weights.softmax(0).max().item()
         metrics["posterior/khat"] = khat(log_weights).item()
     return {name: value for name, value in metrics.items() if value < torch.inf}
+
+
+def satisfaction(log_likelihood: Tensor) -> float:
+    """Share of completions that are not forbidden, of those with evidence (B,), nats, nan where there is none."""
+    scored = (~log_likelihood.isnan()).sum().clamp(min=1)
+    return 1.0 - ((log_likelihood == -torch.inf).sum() / scored).item()

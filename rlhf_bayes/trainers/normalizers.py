@@ -15,7 +15,7 @@ class LogZs(NamedTuple):
     """log Z of the prompt of each completion: (B,), fp64, nats, `-inf` where every weight was 0."""
 
     others: Tensor
-    """From all completions but this one; nan where there is none."""
+    """From all completions but this one; from all, where the others have no weight: a first hit is learnt from."""
     pooled: Tensor
     """From all completions."""
 
@@ -71,7 +71,8 @@ class Normalizers:
         pool.update(keys, log_weights)
         if keep and self.recent.maxlen:
             self.recent.append((keys, log_ratios, log_likelihood))
-        tables = (others, pool.log_z(keys)[:, None])
+        pooled = pool.log_z(keys)[:, None].expand_as(others)
+        tables = (torch.where(others.isfinite(), others, pooled), pooled)
         return LogZs(*(layout.rows(table.to(prompt_keys.device)) for table in tables))
 
     def log_z(self, prompt_keys: Tensor) -> Tensor:

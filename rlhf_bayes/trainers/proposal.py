@@ -40,7 +40,7 @@ class Snapshot:
     def _swap(self, policy: nn.Module) -> None:
         parameters = dict(policy.named_parameters())
         for name, weight in self.weights.items():
-            self.weights[name], parameters[name].data = parameters[name].data, weight
+            self.weights[name], parameters[name].data = parameters[name].data, weight.to(parameters[name].device)
 
 
 @final

@@ -36,17 +36,18 @@ class ReplayBuffer:
         names = [name for name, tensor in batches[0].items() if tensor.dim() > 0 and len(tensor) == rows]
         self.rollouts.append({name: torch.cat([batch[name] for batch in batches]) for name in names})
 
-    def sample(self, size: int) -> dict[str, Tensor]:
+    def sample(self, sizes: list[int]) -> list[dict[str, Tensor]]:
         """
-        Completions of this many rows, whole groups of a prompt in a rollout as far as they fit, none twice.
+        Micro-batches of completions, whole groups of a prompt in a rollout as far as they fit, none twice.
 
         Args:
-            size (`int`):
-                Rows, at most those of one rollout.
+            sizes (`list[int]`):
+                Rows of each; together at most those of one rollout.
 
         Returns:
-            `dict[str, Tensor]`: as they were added, padded to the longest of them.
+            `list[dict[str, Tensor]]`: as they were added, padded to the longest of all.
         """
+        size = sum(sizes)
         groups, weights = [], []
         for age, rollout in enumerate(reversed(self.rollouts)):
             for key in rollout["prompt_keys"].unique():
@@ -61,7 +62,9 @@ class ReplayBuffer:
             total += len(parts[-1][1])
             if total == size:
                 break
-        return {name: _joined([rollout[name][rows] for rollout, rows in parts], name) for name in parts[0][0]}
+        names = parts[0][0]
+        split = {name: _joined([rollout[name][rows] for rollout, rows in parts], name).split(sizes) for name in names}
+        return [{name: split[name][index] for name in names} for index in range(len(sizes))]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""

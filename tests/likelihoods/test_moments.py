@@ -106,6 +106,34 @@ def test_lambda_z_and_kl_are_the_exact_ones(large_toy, drawn_from):
     assert [feature.prior for feature in summary.features.values()] == pytest.approx(before.tolist(), abs=0.1)
 
 
+@pytest.mark.parametrize("forbid", [False, True])
+def test_moments_on_top_of_other_evidence(large_toy, forbid):
+    base = prior_of(large_toy).condition(no_c) if forbid else prior_of(large_toy).tilt(toy_reward, beta=1.5)
+    posterior = base.constrain({"b": (has_b, 0.8)}, large_toy.prompts, num_samples=1500, generator=seeded())
+    feature = posterior.likelihood.likelihoods[1].summary.features["b"]
+    log_base = enumerated(large_toy, base.log_density).double().log_softmax(-1)  # (P, N)
+    has = all_features(large_toy, has_b)[:, 0]  # (N,)
+    solution = root(lambda lam: ((log_base + lam[0] * has).softmax(-1) @ has).mean().item() - 0.8, [0.0], tol=1e-10)
+    assert_within(feature.lam, feature.standard_error, solution.x[0], "λ")
+    assert abs(solution.x[0]) > 5 * feature.standard_error
+    p = (log_base + solution.x[0] * has).softmax(-1)
+    kl = torch.where(p > 0, p * (p.log() - log_base), 0.0).sum(-1).mean()
+    summary = posterior.likelihood.likelihoods[1].summary
+    assert summary.kl == pytest.approx(kl.item(), rel=0.25)
+    # and what was evidence before still is
+    n = len(large_toy.completion_ids)
+    rows = ([large_toy.prompts[0]] * n, large_toy.completions, large_toy.completion_ids)
+    assert_close(posterior.log_likelihood(*rows), base.log_likelihood(*rows) + feature.lam * has.float())
+
+
+def test_evidence_that_forbids_every_draw(toy):
+    def never(completions, **kwargs):
+        return [False] * len(completions)
+
+    with pytest.raises(ValueError, match="`evidence` must allow some draw of each prompt, and forbids all 20 of 'a'"):
+        prior_of(toy).condition(never).constrain({"b": (has_b, 0.8)}, toy.prompts, num_samples=20)
+
+
 def test_log_likelihood_is_lambda_times_phi(toy):
     constraints = {"has a": (has_a, 0.6), "words": (words, 2.2)}
     posterior = prior_of(toy).constrain(constraints, toy.prompts, generator=seeded())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import dpg_advantages, f_divergence, leave_one_out_baseline
+from rlhf_bayes.numerics import dpg_advantages, dpg_baselines, f_divergence, leave_one_out_baseline
 
 CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5)]
 # four completions: a target, a policy and a proposal without symmetry
@@ -15,13 +15,19 @@ PROPOSAL = torch.tensor([0.1, 0.35, 0.25, 0.3], dtype=torch.float64).log()
 CONDITIONED = torch.tensor([0.6, 0.0, 0.1, 0.3], dtype=torch.float64).log()
 
 
+def advantages_of(log_target, log_policy, log_proposal, groups, divergence, alpha=None, baseline="leave_one_out"):
+    log_probs = (log_target, log_policy, log_proposal)
+    baselines = dpg_baselines(*log_probs, groups, divergence, alpha, baseline)
+    return dpg_advantages(*log_probs, baselines, divergence, alpha).advantages
+
+
 def gradients(tuples, log_target, log_proposal, divergence, alpha, baseline):
     """The estimate of each group of draws, (G, N), as the trainer would form it; tuples (G, n) of completions."""
     log_policy = LOGITS.detach().log_softmax(-1)
     scores = torch.eye(len(LOGITS), dtype=torch.float64) - log_policy.exp()  # (N, N): ∇ log π(x)
     drawn = tuples.flatten()
     groups = torch.arange(len(tuples)).repeat_interleave(tuples.size(1))
-    advantages = dpg_advantages(
+    advantages = advantages_of(
         log_target[drawn], log_policy[drawn], log_proposal[drawn], groups, divergence, alpha, baseline
     )
     return -(advantages[:, None] * scores[drawn]).view(*tuples.shape, -1).mean(1)
@@ -56,7 +62,7 @@ def test_unbiased_within_standard_errors_on_the_toy(toy, divergence, alpha):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.multinomial(log_proposal.exp(), n_groups * n, replacement=True, generator=generator)
     groups = torch.arange(n_groups).repeat_interleave(n)
-    advantages = dpg_advantages(log_target[drawn], log_policy[drawn], log_proposal[drawn], groups, divergence, alpha)
+    advantages = advantages_of(log_target[drawn], log_policy[drawn], log_proposal[drawn], groups, divergence, alpha)
     estimates = -(advantages * slopes[drawn]).view(n_groups, n).mean(-1)
     logits = log_policy.clone().requires_grad_()
     exact = torch.autograd.grad(f_divergence(log_target, logits.log_softmax(-1), divergence, alpha), logits)[0]
@@ -79,7 +85,7 @@ def test_constant_baseline_is_the_z_of_korbak():
     log_policy = LOGITS.detach().log_softmax(-1)
     expected = ((log_density - PROPOSAL).exp() - math.exp(log_z) * (log_policy - PROPOSAL).exp()) / math.exp(log_z)
     groups = torch.arange(4)
-    by_constant = dpg_advantages(TARGET, log_policy, PROPOSAL, groups, "forward_kl", baseline="constant")
+    by_constant = advantages_of(TARGET, log_policy, PROPOSAL, groups, "forward_kl", baseline="constant")
     assert_close(by_constant, expected.float())
 
 
@@ -87,10 +93,10 @@ def test_ratios_beyond_single_precision_multiply_to_what_they_are():
     """The policy has left a completion that the target and an old proposal share: p/π = e¹⁰⁰, π/q = e⁻¹⁰⁰."""
     log_target, log_policy = torch.tensor([-100.0, -1.0]), torch.tensor([-200.0, -1.0])
     log_proposal = torch.tensor([-100.0, -1.0])
-    by_constant = dpg_advantages(log_target, log_policy, log_proposal, torch.arange(2), "forward_kl", None, "constant")
+    by_constant = advantages_of(log_target, log_policy, log_proposal, torch.arange(2), "forward_kl", None, "constant")
     assert_close(by_constant, torch.tensor([1.0, 0.0]))
     # b = 1 + (1 − e⁻¹⁰⁰) / 1 for the second, not the e¹⁰⁰ of its one sibling
-    by_sibling = dpg_advantages(log_target, log_policy, log_proposal, torch.tensor([0, 0]), "forward_kl")
+    by_sibling = advantages_of(log_target, log_policy, log_proposal, torch.tensor([0, 0]), "forward_kl")
     assert_close(by_sibling, torch.tensor([1.0, -1.0]))
 
 
@@ -118,7 +124,7 @@ def test_weight_that_the_siblings_lack_counts_as_the_default():
 def test_no_advantage_once_the_policy_is_the_target(divergence, alpha):
     drawn = torch.tensor([0, 1, 3, 3])
     for baseline in ("leave_one_out", "constant"):
-        advantages = dpg_advantages(
+        advantages = advantages_of(
             TARGET[drawn],
             TARGET[drawn],
             PROPOSAL[drawn],
@@ -135,7 +141,7 @@ def test_completions_left_out_have_no_part_in_the_baseline():
     groups = torch.tensor([0, 0, 0, 1, 1])
     assert_close(leave_one_out_baseline(rewards, groups), torch.tensor([3.0, 2.0, 1.0, 4.0, 0.0]))
     nan_target = torch.tensor([-1.0, torch.nan, -3.0, torch.nan, -2.0])
-    advantages = dpg_advantages(nan_target, torch.full((5,), -2.0), torch.full((5,), -2.0), groups, "reverse_kl")
+    advantages = advantages_of(nan_target, torch.full((5,), -2.0), torch.full((5,), -2.0), groups, "reverse_kl")
     assert_close(advantages, torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0]))
 
 
@@ -148,12 +154,38 @@ def test_an_outlier_leaves_its_siblings_mean_exact():
 def test_refusals():
     one, two = torch.zeros(1), torch.zeros(2)
     with pytest.raises(ValueError, match="`baseline` must be one of leave_one_out, constant, none, got 'mean'"):
-        dpg_advantages(two, two, two, two.long(), "js", baseline="mean")
+        advantages_of(two, two, two, two.long(), "js", baseline="mean")
     with pytest.raises(ValueError, match="at least two completions"):
-        dpg_advantages(one, one, one, one.long(), "js")
+        advantages_of(one, one, one, one.long(), "js")
     with pytest.raises(ValueError, match=r"`log_proposal` must be finite .* with 1 that"):
-        dpg_advantages(two, two, torch.tensor([0.0, -torch.inf]), two.long(), "js")
+        dpg_advantages(two, two, torch.tensor([0.0, -torch.inf]), two, "js")
     with pytest.raises(ValueError, match="`groups` must be integers"):
         leave_one_out_baseline(two, two)
     with pytest.raises(ValueError, match="same shape"):
         leave_one_out_baseline(two, one.long())
+
+
+def test_a_baseline_of_another_policy_keeps_the_gradient_unbiased():
+    """As in the second pass over a rollout: the baseline is that of the policy which drew it."""
+    log_policy, old = LOGITS.detach().log_softmax(-1), torch.tensor([0.2, 0.2, 0.5, 0.1], dtype=torch.float64).log()
+    scores = torch.eye(4, dtype=torch.float64) - log_policy.exp()
+    tuples = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
+    drawn, groups = tuples.flatten(), torch.arange(64).repeat_interleave(3)
+    baselines = dpg_baselines(TARGET[drawn], old[drawn], old[drawn], groups, "reverse_kl", None, "leave_one_out")
+    advantages = dpg_advantages(TARGET[drawn], log_policy[drawn], old[drawn], baselines, "reverse_kl").advantages
+    estimates = -(advantages[:, None] * scores[drawn]).view(64, 3, 4).mean(1)
+    expectation = (old[tuples].sum(-1).exp()[:, None] * estimates).sum(0)
+    assert_close(expectation, exact_gradient(TARGET, "reverse_kl", None), rtol=1e-6, atol=1e-7)
+
+
+def test_what_the_clip_takes_is_counted():
+    log_target, log_policy = torch.tensor([0.0, -1.0, -torch.inf]), torch.tensor([-3.0, -1.0, -2.0])
+    log_proposal = torch.tensor([-3.5, -1.0, -2.0])
+    ones = torch.ones(3)
+    kept, clipped = dpg_advantages(log_target, log_policy, log_proposal, ones, "forward_kl", None, 5.0)
+    ratio = math.exp(0.5)
+    assert_close(kept, torch.tensor([ratio * 4.0, 0.0, -1.0]))
+    assert_close(clipped, torch.tensor([ratio * (math.exp(3) - 5.0), 0.0, 0.0]))
+    whole, none = dpg_advantages(log_target, log_policy, log_proposal, ones, "forward_kl")
+    assert_close(whole, kept + clipped)
+    assert none.abs().max() == 0

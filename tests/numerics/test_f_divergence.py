@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import DIVERGENCES, f_divergence, js, pseudo_rewards, tv
+from rlhf_bayes.numerics import DIVERGENCES, f_divergence, f_divergence_terms, js, pseudo_rewards, tv
 
 CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5), ("alpha", 0.2)]
+INFINITE = [("reverse_kl", None), ("alpha", 1.0)]  # where something is forbidden
 GENERATORS = {
     "forward_kl": lambda t, alpha: -t.log(),
     "reverse_kl": lambda t, alpha: t * t.log(),
@@ -134,3 +135,24 @@ def test_refusals():
         f_divergence(torch.zeros(1), torch.zeros(2), "alpha", 0.5)
     with pytest.raises(ValueError, match="must be normalised"):
         f_divergence(one + 1, one, "alpha", 0.5)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), [*CASES, ("alpha", 0.0), ("alpha", 1.0)])
+@pytest.mark.parametrize("forbid", [False, True])
+def test_the_terms_of_a_divergence_have_it_as_their_mean(logits, log_target, divergence, alpha, forbid):
+    log_policy = logits.detach().log_softmax(-1)
+    target = conditioned(log_target) if forbid else log_target
+    terms = f_divergence_terms(target - log_policy, divergence, alpha)
+    assert (terms >= 0).all()
+    exact = f_divergence(target, log_policy, divergence, alpha)
+    mean = (log_policy.exp() * terms).sum()
+    assert mean == exact == torch.inf if forbid and (divergence, alpha) in INFINITE else mean.isfinite()
+    assert_close(mean, exact)
+
+
+def test_a_term_left_out_stays_so():
+    for divergence in DIVERGENCES:
+        alpha = 0.5 if divergence == "alpha" else None
+        terms = f_divergence_terms(torch.tensor([torch.nan, 0.0]), divergence, alpha)
+        assert terms[0].isnan()
+        assert terms[1] == 0

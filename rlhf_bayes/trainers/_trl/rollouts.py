@@ -12,6 +12,7 @@ one.
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -166,6 +167,12 @@ class RolloutTrainer(CheckpointTrainer):
     def log_metric(self, name: str, value: float) -> None:
         """Add a value to a metric; its mean is logged at the next logging step."""
         self._metrics[self.mode][name].append(float(value))
+
+    def draw(self, rows: list[dict[str, Any]]) -> None:
+        """A rollout of these rows of the data, one completion each, that nothing is learnt from and nothing logged."""
+        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        self._generate_and_score_completions(rows)
+        self._metrics["train"] = metrics
 
     # Rollouts
 

@@ -1,4 +1,4 @@
-"""What `_trl/rollouts.py` and `_trl/checkpoints.py` rely on in TRL, by name: a release that moves a name fails here, and says which."""
+"""What `_trl/` relies on in TRL for rollouts, by name: a release that moves a name fails here, and says which."""
 
 import ast
 import inspect

@@ -1,0 +1,99 @@
+"""Whether Markov chains agree, and what their correlated states are worth."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rhat(chains: Tensor) -> Tensor:
+    r"""
+    Rank-normalised split R̂: near 1 where chains, and their halves, look alike; above 1.01, run them longer.
+
+        R̂ = √(((S − 1)/S·W + B) / W),    W: variance within the half chains, B: variance of their means
+
+    The larger of that of the normal scores of the values, and of their distances from the median.
+
+    Args:
+        chains (`torch.Tensor`):
+            (C, S): S ≥ 4 states of C chains; of an odd S the middle one is left out.
+
+    Returns:
+        `torch.Tensor`: scalar, fp64; nan where all values are equal.
+
+    Raises:
+        ValueError: for another shape, fewer than 4 states, or values that are not finite.
+
+    Source: Vehtari et al. 2021, Bayesian Analysis 16(2), arXiv 1903.08008.
+    """
+    chains = _halves(chains)
+    folded = (chains - _median(chains)).abs()
+    return torch.maximum(_split_rhat(_normal_scores(chains)), _split_rhat(_normal_scores(folded)))
+
+
+def effective_sample_size(chains: Tensor) -> Tensor:
+    r"""
+    How many independent draws estimate the mean as well as these correlated states of several chains:
+
+        ESS = C·S / τ,    τ = −1 + 2 Σ_k (ρ_2k + ρ_2k+1)
+
+    ρ_t is the autocorrelation at lag t over all half chains, their disagreement included; the sum ends with the first
+    negative pair, and pairs only fall.
+
+    Args:
+        chains (`torch.Tensor`):
+            (C, S): S ≥ 4 states of C chains.
+
+    Returns:
+        `torch.Tensor`: scalar, fp64, at most C·S·log₁₀(C·S); nan where all values are equal.
+
+    Raises:
+        ValueError: as for `rhat`.
+
+    Source: Geyer 1992, Statistical Science 7(4); Vehtari et al. 2021, arXiv 1903.08008, section 3.
+    """
+    chains = _halves(chains)  # (C, S)
+    c, s = chains.shape
+    centred = chains - chains.mean(-1, keepdim=True)
+    # padded to twice the length: the transform is periodic, the chain is not
+    spectrum = torch.fft.rfft(centred, n=2 * s)
+    autocovariance = torch.fft.irfft(spectrum.abs() ** 2, n=2 * s)[:, :s].mean(0) / s  # (S,)
+    within = autocovariance[0] * s / (s - 1)
+    total = autocovariance[0] + chains.mean(-1).var()
+    rho = 1 - (within - autocovariance) / total  # (S,)
+    rho[0] = 1.0
+    pairs = rho[: s // 2 * 2].view(-1, 2).sum(-1)
+    negative = (pairs < 0).nonzero().flatten()
+    pairs = pairs[: int(negative[0])] if len(negative) else pairs
+    tau = -1 + 2 * pairs.cummin(0).values.sum()
+    return c * s / tau.clamp(min=1 / math.log10(c * s))
+
+
+def _halves(chains: Tensor) -> Tensor:
+    """(C, S) to (2C, S // 2), fp64, on the CPU."""
+    if chains.dim() != 2 or chains.size(0) < 1 or chains.size(1) < 4:
+        raise ValueError(f"`chains` must be (C, S) with at least 4 states of each chain, got {tuple(chains.shape)}.")
+    chains = chains.detach().double().cpu()
+    if not bool(chains.isfinite().all()):
+        raise ValueError("`chains` must be finite, got nan or inf.")
+    half = chains.size(1) // 2
+    return torch.cat([chains[:, :half], chains[:, -half:]])
+
+
+def _split_rhat(chains: Tensor) -> Tensor:
+    s = chains.size(1)
+    within = chains.var(-1).mean()
+    return (((s - 1) / s * within + chains.mean(-1).var()) / within).sqrt()
+
+
+def _normal_scores(chains: Tensor) -> Tensor:
+    """Normal quantiles of the ranks over all chains, ties at their mean rank."""
+    _, inverse, counts = chains.flatten().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts - 1) / 2)[inverse].view(chains.shape)  # 1 … n
+    return torch.special.ndtri((ranks - 0.375) / (chains.numel() + 0.25))
+
+
+def _median(values: Tensor) -> Tensor:
+    # torch's median is the lower of the two in the middle
+    return values.flatten().quantile(0.5) if values.numel() < 2**24 else values.median()

@@ -1,0 +1,148 @@
+"""Importance sampling: draws of a proposal that count by their weight, or are resampled by it."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from ..lm import Prompt
+from ..numerics import MIN_IMPORTANCE_ESS, importance_ess, khat, khat_threshold
+from .draws import Draws, Guarantee
+from .protocol import Proposal
+from .scored import (
+    as_draws,
+    check_confidence,
+    check_count,
+    check_supported,
+    checked_request,
+    draw_scored,
+    importance_log_z,
+)
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+
+@final
+class ImportanceSampler:
+    r"""
+    Draws of a proposal q with the weights that make them speak for the posterior:
+
+        w(x) = π0(x)·exp(log_likelihood(x)) / q(x),    E_π*[f] ≈ Σ_i w_i·f(x_i) / Σ_i w_i,    Ẑ = (1/N) Σ_i w_i
+
+    **Guarantee: consistent.** Estimates converge as draws grow, at a rate that `info` tells: the effective sample
+    size of the weights, and k̂, the shape of their tail. Where `info["trustworthy"]` is false, neither the estimates
+    nor their standard errors are to be believed: the posterior is too far from the proposal for this many draws.
+    [`expectation`] gives means with standard errors.
+
+    Args:
+        proposal ([`Proposal`], *optional*):
+            q. Default: the prior. The closer to the posterior, the better.
+        num_candidates (`int`, *optional*):
+            N, completions drawn a prompt, of which n are resampled by weight: they count alike, and may repeat.
+            Default: n are drawn and returned, with weights.
+        confidence (`float`):
+            Of the interval on log Z, normal on the log scale.
+
+    Raises:
+        `ValueError`: for options out of range.
+
+    Source: Owen 2013, "Monte Carlo theory, methods and examples", chapter 9; k̂: Vehtari et al. 2024, arXiv 1507.02646;
+    resampling: Rubin 1987, here systematic.
+    """
+
+    guarantee: Guarantee = "consistent"
+
+    def __init__(
+        self, proposal: Proposal | None = None, *, num_candidates: int | None = None, confidence: float = 0.95
+    ):
+        if num_candidates is not None:
+            check_count("num_candidates", num_candidates)
+        check_confidence(confidence)
+        self.proposal = proposal
+        self.num_candidates = num_candidates
+        self.confidence = confidence
+
+    def sample(
+        self,
+        posterior: "Posterior",
+        prompts: Sequence[Prompt],
+        n: int,
+        generator: torch.Generator | None = None,
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Draws:
+        """
+        n completions of each prompt, weighted or resampled.
+
+        Arguments as in [`Sampler`]. In `info`, a number a prompt: `importance_ess`, `khat`, `trustworthy`,
+        `max_weight` (the largest share of one draw) of the completions drawn, whose number is `candidates`; `distinct`
+        (different candidates among the resampled); and `tokens`, the completion tokens drawn. `candidate_weights` is
+        the share of each resampled row's candidate among those of its prompt. A prompt none of whose
+        draws is allowed has weights of 0, or no rows if resampled, and is warned of.
+
+        Raises:
+            `ValueError`: nothing that the posterior allows was drawn for any prompt; arguments as in
+                [`checked_request`].
+        """
+        proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
+        count = n if self.num_candidates is None else self.num_candidates
+        scored = draw_scored(posterior, proposal, prompts, [count] * len(prompts), generator, columns)
+        log_weights = scored.log_weights.view(len(prompts), count)
+        none_allowed = (log_weights == -torch.inf).all(-1)  # (P,)
+        check_supported(none_allowed, f"{count} completions drawn", prompts)
+        log_z = importance_log_z(list(log_weights), self.confidence)
+        info = {"candidates": count, **weight_summary(log_weights), "tokens": scored.tokens}
+        rows = list(range(len(scored.drawn)))
+        if self.num_candidates is not None:
+            picked = [
+                [] if none else systematic_resample(row, n, generator).tolist()
+                for row, none in zip(log_weights, none_allowed.tolist(), strict=True)
+            ]
+            rows = [prompt * count + draw for prompt, draws in enumerate(picked) for draw in draws]
+            info["distinct"] = [len(set(draws)) for draws in picked]
+            info["candidate_weights"] = log_weights.softmax(-1).flatten()[rows].tolist()
+        kept_weights = scored.log_weights if self.num_candidates is None else None
+        kept = [scored.row(row) for row in rows]
+        return as_draws(kept, len(prompts), self.guarantee, kept_weights, log_z, info)
+
+
+def weight_summary(log_weights: Tensor) -> dict[str, list]:
+    """What log-weights (P, n) are worth, for `info`: a number a prompt."""
+    ess = importance_ess(log_weights)
+    shape = [float(khat(row)) for row in log_weights]
+    n = log_weights.size(1)
+    limit = khat_threshold(n) if n > 1 else -torch.inf
+    share = torch.where(ess > 0, (log_weights.max(-1).values - log_weights.logsumexp(-1)).exp(), torch.nan)
+    return {
+        "importance_ess": ess.tolist(),
+        "khat": shape,
+        "trustworthy": [size >= MIN_IMPORTANCE_ESS and k < limit for size, k in zip(ess.tolist(), shape, strict=True)],
+        "max_weight": share.tolist(),
+    }
+
+
+def systematic_resample(log_weights: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """
+    n draws of N by weight, with one random number: draw i comes ⌊n·w̄_i⌋ or ⌈n·w̄_i⌉ times, n·w̄_i on average.
+
+    Args:
+        log_weights (`torch.Tensor`):
+            (N,), nats, not all `-inf`.
+        n (`int`):
+            How many to draw.
+        generator (`torch.Generator`, *optional*):
+            Makes the draw reproducible.
+
+    Returns:
+        `torch.Tensor`: (n,) indices, ascending.
+
+    Source: Kitagawa 1996, Journal of Computational and Graphical Statistics 5.
+    """
+    device = "cpu" if generator is None else generator.device
+    offset = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
+    edges = log_weights.double().softmax(0).cumsum(0)
+    points = (torch.arange(n) + offset) / n * edges[-1]
+    # right: a point on an edge belongs to the next draw, so that weight 0 is never drawn
+    index = torch.searchsorted(edges, points, right=True)
+    return index.clamp(max=int((log_weights > -torch.inf).nonzero().max()))

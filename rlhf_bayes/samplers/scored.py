@@ -1,0 +1,242 @@
+"""Completions from a proposal with their log-weights, which importance and rejection sampling share; and what every
+sampler asks of its arguments."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from ..lm import Completion, Completions, LanguageModel, Prompt
+from ..numerics import log_z, log_z_standard_error
+from .draws import Draws, Guarantee, LogZ
+from .protocol import Proposal
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+
+class Row(NamedTuple):
+    """One completion, as [`Draws`] holds it."""
+
+    prompt_index: int
+    prompt: Prompt
+    completion_ids: list[int]
+    text: str
+    completion: Completion
+
+
+@dataclass(frozen=True)
+class ScoredCompletions:
+    """B completions drawn from a proposal, grouped by prompt, and what the posterior says of them. fp64, CPU, nats."""
+
+    drawn: Completions
+    prompt_index: Tensor
+    """(B,)"""
+    log_likelihood: Tensor
+    """(B,): evidence."""
+    log_weights: Tensor
+    """(B,): log π0 + log_likelihood − log q."""
+
+    def row(self, index: int) -> Row:
+        """Completion `index` by itself."""
+        drawn = self.drawn
+        return Row(
+            int(self.prompt_index[index]),
+            drawn.prompts[index],
+            drawn.completion_ids[index],
+            drawn.texts[index],
+            drawn.completions[index],
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens drawn."""
+        return sum(map(len, self.drawn.completion_ids))
+
+
+def draw_scored(
+    posterior: "Posterior",
+    proposal: Proposal,
+    prompts: Sequence[Prompt],
+    counts: Sequence[int],
+    generator: torch.Generator | None,
+    columns: Mapping[str, Sequence] | None,
+) -> ScoredCompletions:
+    """
+    Draw `counts[p]` completions of each prompt p, and weigh them.
+
+    Args:
+        posterior, proposal, prompts, generator, columns:
+            As for a sampler, checked by [`checked_request`].
+        counts (`Sequence[int]`):
+            P counts, not all 0.
+    """
+    if len(set(counts)) == 1:  # a guided proposal reads each prompt once then
+        drawn = proposal.sample(prompts, counts[0], generator)
+    else:
+        drawn = proposal.sample(
+            [p for p, count in zip(prompts, counts, strict=True) for _ in range(count)], 1, generator
+        )
+    prompt_index = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(list(counts)))
+    rows = {name: [values[p] for p in prompt_index.tolist()] for name, values in (columns or {}).items()}
+    evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows).double().cpu()
+    log_weights = evidence.clone()
+    allowed = (evidence > -torch.inf).nonzero().flatten().tolist()  # the prior of the others does not matter
+    if proposal is not posterior.prior and allowed:
+        prompts_of, ids = ([column[row] for row in allowed] for column in (drawn.prompts, drawn.completion_ids))
+        log_prior = posterior.prior.log_prob(prompts_of, ids).double().cpu()
+        log_weights[allowed] += log_prior - drawn.log_prob.double().cpu()[allowed]
+    return ScoredCompletions(drawn, prompt_index, evidence, log_weights)
+
+
+def importance_log_z(log_weights: Sequence[Tensor], confidence: float) -> LogZ:
+    """
+    log Z of each prompt from its log-weights, with the normal interval on the log scale; without a bound where no
+    weight is positive, or there is one draw.
+
+    Args:
+        log_weights (`Sequence[torch.Tensor]`):
+            P tensors (n_p,), nats, all draws from the proposal.
+        confidence (`float`):
+            Of the interval, between 0 and 1.
+    """
+    estimate = torch.stack([log_z(row) for row in log_weights]).double()  # (P,)
+    error = torch.stack([log_z_standard_error(row) for row in log_weights]).double()
+    half_width = float(norm.ppf((1 + confidence) / 2)) * error
+    none = estimate == -torch.inf
+    low = torch.where(none, -torch.inf, estimate - half_width)
+    return LogZ(estimate, low, torch.where(none, torch.inf, estimate + half_width), confidence)
+
+
+def checked_request(
+    posterior: "Posterior",
+    proposal: Proposal | None,
+    prompts: Sequence[Prompt],
+    n: int,
+    generator: torch.Generator | None,
+    columns: Mapping[str, Sequence] | None,
+) -> Proposal:
+    """
+    Refuse what no sampler can serve, before anything is drawn; returns the proposal, by default the prior.
+
+    Raises:
+        `ValueError`: no prompts, an n below 1, columns of another length, or a proposal that misses part of the
+            posterior.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"`prompts` must be a non-empty list of texts or of chats, got {prompts!r}. Pass a list.")
+    check_count("n", n)
+    for name, values in (columns or {}).items():
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"`columns['{name}']` must have one entry a prompt, {len(prompts)}, got {len(values)}. They are "
+                "repeated for the completions of a prompt."
+            )
+    if proposal is None or proposal is posterior.prior:
+        return posterior.prior
+    _check_support(posterior, proposal, prompts, generator, columns)
+    return proposal
+
+
+def check_count(name: str, value: Any, at_least: int = 1) -> None:
+    """Refuse what is not an integer of at least `at_least`: ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"`{name}` must be an integer of at least {at_least}, got {value!r}.")
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is not between 0 and 1: ValueError."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
+
+
+def _check_support(
+    posterior: "Posterior",
+    proposal: Proposal,
+    prompts: Sequence[Prompt],
+    generator: torch.Generator | None,
+    columns: Mapping[str, Sequence] | None,
+) -> None:
+    prior = posterior.prior
+    if isinstance(proposal, LanguageModel):
+        support, other = (
+            (lm.max_completion_length, sorted(lm.eos_token_ids), len(cast(Any, lm.tokenizer)))
+            for lm in (prior, proposal)
+        )
+        if support != other:
+            raise ValueError(
+                "`proposal` must draw completions of the prior's support: the same `max_completion_length`, EOS "
+                f"tokens and size of the vocabulary, got {other} for {support}. Wrap the trained model with the "
+                "prior's tokenizer and length: `LanguageModel(policy, prior.tokenizer, prior.max_completion_length)`."
+            )
+        return  # a softmax is positive everywhere
+    # weights of draws from q never show what q cannot draw: ask it about draws of the prior
+    per_prompt = -(-_SUPPORT_DRAWS // len(prompts))
+    few = min(len(prompts), _SUPPORT_DRAWS)
+    few_columns = {name: values[:few] for name, values in (columns or {}).items()}
+    probe = draw_scored(posterior, prior, prompts[:few], [per_prompt] * few, generator, few_columns)
+    log_q = proposal.log_prob(probe.drawn.prompts, probe.drawn.completion_ids).double().cpu()
+    missed = (log_q == -torch.inf) & (probe.log_likelihood > -torch.inf)
+    if bool(missed.any()):
+        row = probe.row(int(missed.int().argmax()))
+        raise ValueError(
+            f"`proposal` must be able to draw whatever the posterior allows, but gives probability 0 to "
+            f"{row.text!r} of prompt {row.prompt!r}, a draw from the prior: weights would miss that part of the "
+            "posterior. Remove top-k, top-p or whatever else truncates it."
+        )
+
+
+_SUPPORT_DRAWS = 64
+
+
+def check_supported(none_allowed: Tensor, drawn: str, prompts: Sequence[Prompt], stacklevel: int = 3) -> None:
+    """
+    Say which prompts the draws say nothing of: none of them was allowed.
+
+    Args:
+        none_allowed (`torch.Tensor`): (P,) bool.
+        drawn (`str`): what was drawn, for the message.
+        prompts (`Sequence`): P prompts.
+        stacklevel (`int`): of the warning.
+
+    Raises:
+        `ValueError`: where that is so of every prompt; of some, it warns.
+    """
+    count = int(none_allowed.sum())
+    if count == 0:
+        return
+    first = prompts[int(none_allowed.int().argmax())]
+    message = (
+        f"None of {drawn} is allowed by the posterior, for {count} of {len(prompts)} prompts, the first {first!r}. "
+        "Draw more, or pass a `proposal` trained towards this posterior."
+    )
+    if count == len(prompts):
+        raise ValueError(message)
+    warnings.warn(message + " These prompts have no weighted draws.", stacklevel=stacklevel)
+
+
+def as_draws(
+    rows: Sequence[Row],
+    num_prompts: int,
+    guarantee: Guarantee,
+    log_weights: Tensor | None = None,
+    log_z: LogZ | None = None,
+    info: Mapping[str, Any] | None = None,
+) -> Draws:
+    """Rows in the order of the prompts, as a sampler returns them."""
+    return Draws(
+        prompts=[row.prompt for row in rows],
+        prompt_index=torch.tensor([row.prompt_index for row in rows], dtype=torch.long),
+        completion_ids=[row.completion_ids for row in rows],
+        texts=[row.text for row in rows],
+        completions=[row.completion for row in rows],
+        log_weights=log_weights,
+        guarantee=guarantee,
+        num_prompts=num_prompts,
+        log_z=log_z,
+        info=dict(info or {}),
+    )

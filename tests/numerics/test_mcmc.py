@@ -1,0 +1,63 @@
+"""R-hat and effective sample size: ArviZ's, autoregressions whose answer is known, chains that disagree."""
+
+import math
+
+import pytest
+import torch
+from arviz_stats.base import array_stats
+
+from rlhf_bayes.numerics import effective_sample_size, rhat
+
+
+def autoregression(coefficient, chains, steps, seed=0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(chains, steps, generator=generator).double() * math.sqrt(1 - coefficient**2)
+    states = [torch.randn(chains, generator=generator).double()]
+    for step in range(1, steps):
+        states.append(coefficient * states[-1] + noise[:, step])
+    return torch.stack(states, -1) + shift * torch.arange(chains).double()[:, None]
+
+
+CASES = {
+    "independent": autoregression(0.0, 4, 500),
+    "sticky": autoregression(0.9, 4, 1001),
+    "alternating": autoregression(-0.5, 3, 400),
+    "apart": autoregression(0.3, 4, 300, shift=0.5),
+    "ties": autoregression(0.5, 4, 300).round(),
+    "one chain": autoregression(0.5, 1, 300),
+    "short": autoregression(0.2, 4, 12),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_against_arviz(case):
+    chains = CASES[case]
+    if len(chains) > 1:  # ArviZ gives nan for one chain, though its halves can be compared
+        reference = float(array_stats.rhat(chains.numpy(), method="rank"))
+        assert float(rhat(chains)) == pytest.approx(reference, rel=1e-6)
+    reference = float(array_stats.ess(chains.numpy(), method="mean"))
+    assert float(effective_sample_size(chains)) == pytest.approx(reference, rel=0.05)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5, 0.9])
+def test_an_autoregression_is_worth_its_known_share(coefficient):
+    chains = autoregression(coefficient, 8, 20_000)
+    expected = (1 - coefficient) / (1 + coefficient)
+    assert float(effective_sample_size(chains)) / chains.numel() == pytest.approx(expected, rel=0.1)
+
+
+def test_chains_that_disagree_are_seen():
+    assert float(rhat(CASES["independent"])) < 1.01
+    assert float(rhat(CASES["apart"])) > 1.05
+    spread = torch.cat([autoregression(0.0, 2, 300), 3 * autoregression(0.0, 2, 300, seed=1)])
+    assert float(rhat(spread)) > 1.05  # equal means, different spread: the folded values tell
+
+
+def test_what_cannot_be():
+    assert rhat(torch.ones(2, 8)).isnan()
+    assert effective_sample_size(torch.ones(2, 8)).isnan()
+    for function in (rhat, effective_sample_size):
+        with pytest.raises(ValueError, match="at least 4 states"):
+            function(torch.zeros(2, 3))
+        with pytest.raises(ValueError, match="must be finite"):
+            function(torch.full((2, 4), math.inf))
