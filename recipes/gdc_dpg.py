@@ -150,12 +150,13 @@ def print_report(
     """Prior, trained policy and posterior side by side."""
     console, wanted = Console(), {name: moment for name, (_, moment) in constraints.items()}
     prompts, before, after = cli.draw_before_and_after(trainer, args, model_path, lambda prior: likelihood, dataset)
-    prior, policy, posterior = control_fits(before, after).values()
-    columns = {"prior (before)": prior, "policy (after)": policy, "posterior": posterior}
+    fits = control_fits(before, after)
+    names = {"prior": "prior (before)", "policy": "policy (after)", "guarded": "its allowed draws"}
+    columns = {names.get(name, name): fit for name, fit in fits.items()}
     console.print(samples_table(prompts[:4], {"prior (before)": before, "policy (after)": after}, title="Samples"))
     console.print(control_table(columns, wanted, title=f"Distance to the posterior, {len(prompts)} prompts"))
     curves = Path(trainer.args.output_dir) / "curves.png"
-    plot_control(trainer.state.log_history, wanted, posterior.kl_to_prior, curves)
+    plot_control(trainer.state.log_history, wanted, fits["posterior"].kl_to_prior, curves)
     console.print(f"Model in {trainer.args.output_dir}, curves in {curves}.")
 
 

@@ -51,15 +51,19 @@ def control_fits(before: Draws, after: Draws) -> dict[str, ControlFit]:
             Drawn from the policy, for the same prompts.
 
     Returns:
-        `dict[str, ControlFit]`: "prior", "policy" and "posterior". An estimate that rests on fewer than 10 effective
-        draws of a prompt is not `trustworthy`.
+        `dict[str, ControlFit]`: "prior", "policy" and "posterior"; with forbidden completions "guarded" too, the
+        policy's draws that are allowed: what [`~rlhf_bayes.samplers.RejectionSampler`] keeps of a policy, at KL(π*‖π)
+        + log A for a share A (GUARD, Kim et al. 2024, arXiv 2410.06716). An estimate that rests on fewer than 10
+        effective draws of a prompt is not `trustworthy`.
     """
     pooled = _Pooled.of(before, after)
-    return {
+    fits = {
         "prior": _of_draws(before.as_untrained(), pooled, pooled.log_prior),
         "policy": _of_draws(after, pooled, pooled.log_policy),
-        "posterior": _of_posterior(before, after, pooled),
     }
+    if bool((pooled.log_likelihood == -torch.inf).any()):
+        fits["guarded"] = _guarded(after, pooled)
+    return fits | {"posterior": _of_posterior(before, after, pooled)}
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,38 @@ def _of_draws(draws: Draws, pooled: _Pooled, log_pi: Tensor) -> ControlFit:
         kl_to_prior=mean_over_draws(draws.kl),
         entropy=mean_over_draws(-draws.log_policy),
         distinct_2=sum(map(distinct_2, draws.texts)) / len(draws.texts),
+    )
+
+
+def _guarded(draws: Draws, pooled: _Pooled) -> ControlFit:
+    allowed = (draws.log_likelihood > -torch.inf).double()  # (P, n)
+    share = allowed.mean(1, keepdim=True)  # A, (P, 1)
+    share_error = ((1.0 - share) / share / allowed.size(1)).sum().sqrt().item() / len(share)  # of the mean log A
+    trustworthy = pooled.trustworthy and bool((share > 0).all())
+
+    def mean(values: Tensor, log_shares: float = 0.0) -> Estimate:
+        """Of allowed draws, for values (P, n) that hold log A so many times."""
+        values = torch.where(allowed > 0, values.double(), 0.0)
+        means = (allowed * values).sum(1, keepdim=True) / allowed.sum(1, keepdim=True)
+        influence = allowed / share * (values - means) + log_shares * (allowed / share - 1.0)
+        error = (influence.square().mean(1) / influence.size(1)).sum().sqrt().item() / len(share)
+        return Estimate(means.mean().item(), error, trustworthy)
+
+    forward_kl = pooled.mean(pooled.log_target - pooled.log_policy + share.log(), log_zs=-1.0)
+    log_pi = torch.where(pooled.log_likelihood > -torch.inf, pooled.log_policy - share.log(), -torch.inf)
+    log_draws = draws.log_policy - share.log()  # log-density of an allowed draw
+    log_target = draws.log_prior + draws.log_likelihood - pooled.log_z[:, None]
+    reverse_kl = mean(log_draws - log_target, log_shares=-1.0)
+    log_z_error = pooled.log_z_error.square().sum().sqrt().item() / len(share)
+    return ControlFit(
+        moments={name: mean(values) for name, values in draws.features.items()},
+        satisfaction=Estimate(1.0, 0.0),
+        forward_kl=Estimate(forward_kl.mean, math.hypot(forward_kl.standard_error, share_error), trustworthy),
+        reverse_kl=Estimate(reverse_kl.mean, math.hypot(reverse_kl.standard_error, log_z_error), trustworthy),
+        tv=pooled.tv(log_pi),
+        kl_to_prior=mean(log_draws - draws.log_prior, log_shares=-1.0),
+        entropy=mean(-log_draws, log_shares=1.0),
+        distinct_2=None,
     )
 
 

@@ -54,27 +54,33 @@ def test_fits_are_those_of_the_enumeration(large_toy, forbidding):
     log_p, policy, draws = setting(large_toy, features, lambdas)
     log_pi = large_toy.log_probs(policy.model).detach()  # (P, N)
     fits = control_fits(*draws)
-    assert list(fits) == ["prior", "policy", "posterior"]
+    assert list(fits) == ["prior", "policy", *(["guarded"] if forbidding else []), "posterior"]
 
     p, allowed = log_p.exp(), log_p > -math.inf
+    log_guarded = torch.where(allowed, log_pi, -math.inf).log_softmax(-1)
     values = torch.tensor(even(completion_ids=large_toy.completion_ids))  # (N,)
-    for fit, log_q in ((fits["prior"], large_toy.log_prior), (fits["policy"], log_pi)):
+    densities = {"prior": large_toy.log_prior, "policy": log_pi, "guarded": log_guarded}
+    for fit, log_q in ((fits[name], densities[name]) for name in list(fits)[:-1]):
         q = log_q.exp()
         near(fit.forward_kl, torch.where(allowed, p * (log_p - log_q), 0.0).sum(-1).mean().item())
         near(fit.tv, (p - q).abs().sum(-1).mean().item() / 2)
         near(fit.moments["even"], (q * values).sum(-1).mean().item())
         near(fit.satisfaction, q[allowed].sum().item() / len(q))
-        near(fit.kl_to_prior, (q * (log_q - large_toy.log_prior)).sum(-1).mean().item())
-        near(fit.entropy, -(q * log_q).sum(-1).mean().item())
-        if forbidding:
+        near(fit.kl_to_prior, torch.where(q > 0, q * (log_q - large_toy.log_prior), 0.0).sum(-1).mean().item())
+        near(fit.entropy, -torch.where(q > 0, q * log_q, 0.0).sum(-1).mean().item())
+        if q[~allowed].sum() > 0:
             assert fit.reverse_kl is None
         else:
-            near(fit.reverse_kl, (q * (log_q - log_p)).sum(-1).mean().item())
+            near(fit.reverse_kl, torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1).mean().item())
     target = fits["posterior"]
     near(target.moments["even"], (p * values).sum(-1).mean().item())
     near(target.kl_to_prior, torch.where(allowed, p * (log_p - large_toy.log_prior), 0.0).sum(-1).mean().item())
     near(target.entropy, -torch.where(allowed, p * log_p, 0.0).sum(-1).mean().item())
     assert fits["policy"].forward_kl.mean > 0.3
+    if forbidding:
+        log_share = fits["guarded"].forward_kl.mean - fits["policy"].forward_kl.mean
+        exact = torch.where(allowed, log_pi.exp(), 0.0).sum(-1).log().mean().item()
+        assert log_share == pytest.approx(exact, abs=0.03)
 
 
 def test_standard_errors_are_those_of_repetitions(toy):

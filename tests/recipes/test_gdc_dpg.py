@@ -94,7 +94,7 @@ def test_stories_with_animals(tmp_path):
     [
         (["--words", "but"], "`words` must have the form"),
         (["--features", "no_such_module:f=1"], "a module that can be imported"),
-        (["--beta", 0.1], "`beta` must be left out with `likelihood`"),
+        (["--beta", 0.1, "--words", "but=1"], "`beta` must be left out with `likelihood`"),
         (["--model_name_or_path", "some/model"], "`--dataset_name` must be given"),
         (["--model_name_or_path", "some/model", "--dataset_name", "rows.jsonl"], "`--features .* or `--words"),
         (["--divergence", "reverse_kl", "--words", "but=1"], "`divergence` must not be 'reverse_kl'"),
