@@ -30,7 +30,7 @@ from rich.console import Console
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel, cli, toy
-from rlhf_bayes.diagnostics import control_fits, control_table, plot_control, samples_table
+from rlhf_bayes.diagnostics import control_table, plot_control
 from rlhf_bayes.likelihoods import MomentLikelihood
 
 ON_CPU = not torch.cuda.is_available()
@@ -147,16 +147,15 @@ def print_report(
     constraints: dict,
     dataset: Dataset,
 ) -> None:
-    """Prior, trained policy and posterior side by side."""
+    """Prior and trained policy side by side."""
     console, wanted = Console(), {name: moment for name, (_, moment) in constraints.items()}
-    prompts, before, after = cli.draw_before_and_after(trainer, args, model_path, lambda prior: likelihood, dataset)
-    fits = control_fits(before, after)
-    names = {"prior": "prior (before)", "policy": "policy (after)", "guarded": "its allowed draws"}
-    columns = {names.get(name, name): fit for name, fit in fits.items()}
-    console.print(samples_table(prompts[:4], {"prior (before)": before, "policy (after)": after}, title="Samples"))
-    console.print(control_table(columns, wanted, title=f"Distance to the posterior, {len(prompts)} prompts"))
+    evaluation = cli.evaluate_saved(trainer, args, model_path, lambda prior: likelihood, dataset)
+    cli.print_samples(evaluation, console)
+    console.print(control_table(evaluation, wanted, title="Distance to what was asked for"))
+    console.print(evaluation.verdict)
+    console.print(str(evaluation.log_z))
     curves = Path(trainer.args.output_dir) / "curves.png"
-    plot_control(trainer.state.log_history, wanted, fits["posterior"].kl_to_prior, curves)
+    plot_control(trainer.state.log_history, wanted, evaluation.policy.posterior_kl_to_prior, curves)
     console.print(f"Model in {trainer.args.output_dir}, curves in {curves}.")
 
 

@@ -5,9 +5,10 @@ from .features import contains_words, parse_features
 from .named import load_function, load_language_model, load_pooled_reward, load_reward_func
 from .recipe import (
     PromptArguments,
-    draw_before_and_after,
+    evaluate_saved,
     model_init_kwargs,
     parse_flags,
+    print_samples,
     reward_report,
     train_and_report,
 )
@@ -15,7 +16,7 @@ from .recipe import (
 __all__ = [
     "PromptArguments",
     "contains_words",
-    "draw_before_and_after",
+    "evaluate_saved",
     "hold_out",
     "load_function",
     "load_language_model",
@@ -26,6 +27,7 @@ __all__ = [
     "model_init_kwargs",
     "parse_features",
     "parse_flags",
+    "print_samples",
     "prompts_of_pairs",
     "reward_report",
     "train_and_report",

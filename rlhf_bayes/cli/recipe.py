@@ -13,16 +13,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, RLOOConfig, TrlParser
 
 from .. import toy
-from ..diagnostics import (
-    Draws,
-    PosteriorProgress,
-    draw,
-    estimate_log_z,
-    fit_table,
-    plot_history,
-    posterior_fit,
-    samples_table,
-)
+from ..diagnostics import Evaluation, PosteriorProgress, evaluate, fit_table, plot_history, samples_table
 from ..likelihoods import Likelihood
 from ..lm import LanguageModel
 from ..posterior import Posterior
@@ -114,15 +105,15 @@ def train_and_report(trainer: Trainer, report: Callable[[], None] | None) -> Non
     trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
 
 
-def draw_before_and_after(
+def evaluate_saved(
     trainer: Trainer,
     args: PromptArguments,
     model_path: str,
     evidence: Callable[[LanguageModel], Likelihood],
     dataset: Dataset,
-) -> tuple[list, Draws, Draws]:
+) -> Evaluation:
     """
-    Completions of prior and trained policy for the first prompts: what was saved is what is judged.
+    Prior and trained policy against the posterior, on the first prompts: what was saved is what is judged.
 
     Args:
         trainer (`Trainer`):
@@ -135,9 +126,6 @@ def draw_before_and_after(
             From the prior to the likelihood.
         dataset (`Dataset`):
             Prompts, and the columns that rewards ask for.
-
-    Returns:
-        The prompts, and what the prior and the policy made of them.
     """
     training_args: RLOOConfig = trainer.args
     unset_hf_deepspeed_config()  # under ZeRO-3 models would be loaded in shards, which waits for the other processes
@@ -145,16 +133,22 @@ def draw_before_and_after(
         load_language_model(path, training_args, trainer.processing_class)
         for path in (model_path, training_args.output_dir)
     )
-    posterior = Posterior(prior, evidence(prior))
     chosen = dataset.select(range(min(args.report_prompts, len(dataset))))
-    columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
-    prompts, generator = list(chosen["prompt"]), torch.Generator().manual_seed(training_args.seed)
-    with Console().status(f"Drawing {args.report_samples} completions of {len(prompts)} prompts, before and after"):
-        before, after = (
-            draw(source, policy, posterior, prompts, args.report_samples, generator, columns)
-            for source in (prior, policy)
-        )
-    return prompts, before, after
+    return evaluate(
+        policy,
+        Posterior(prior, evidence(prior)),
+        list(chosen["prompt"]),
+        args.report_samples,
+        torch.Generator().manual_seed(training_args.seed),
+        {name: chosen[name] for name in chosen.column_names if name != "prompt"},
+        show_progress=True,
+    )
+
+
+def print_samples(evaluation: Evaluation, console: Console) -> None:
+    """A completion of each of some prompts, before and after."""
+    draws = {"prior (before)": evaluation.from_prior, "policy (after)": evaluation.from_policy}
+    console.print(samples_table(evaluation.from_policy.prompts[:4], draws, title="Samples"))
 
 
 def reward_report(
@@ -165,7 +159,7 @@ def reward_report(
 
     Args:
         trainer, args, model_path, dataset:
-            As for [`draw_before_and_after`].
+            As for [`evaluate_saved`].
         reward_funcs (`list`):
             What it was trained on, whatever the objective.
     """
@@ -181,17 +175,16 @@ def reward_report(
         )
         return posterior.likelihood
 
-    prompts, before, after = draw_before_and_after(trainer, args, model_path, evidence, dataset)
-    log_z = estimate_log_z(before, after) if beta else None
-    fits = {
-        "prior (before)": posterior_fit(before.as_untrained(), log_z, beta or 1.0),
-        "policy (after)": posterior_fit(after, log_z, beta or 1.0),
-    }
-    console.print(samples_table(prompts[:4], {"prior (before)": before, "policy (after)": after}, title="Samples"))
-    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {beta:g}" if beta else "β = 0: no posterior"
+    evaluation = evaluate_saved(trainer, args, model_path, evidence, dataset)
+    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
+    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {beta:g}"
+    if not beta:
+        fits, title = {name: fit.without_posterior() for name, fit in fits.items()}, "β = 0: no posterior"
+    print_samples(evaluation, console)
     console.print(fit_table(fits, title=title))
-    if log_z is not None:
-        console.print(str(log_z))
+    if beta:
+        console.print(evaluation.verdict)
+        console.print(str(evaluation.log_z))
     curves = Path(training_args.output_dir) / "curves.png"
     plot_history(trainer.state.log_history, fits["policy (after)"].log_z, curves)
     console.print(f"Model in {training_args.output_dir}, curves in {curves}.")

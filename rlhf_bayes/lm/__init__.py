@@ -1,5 +1,6 @@
 """Layer 1: a causal LM as a distribution over completions."""
 
+from .continuation import regrow
 from .critic import (
     CRITIC,
     Critic,
@@ -51,6 +52,7 @@ __all__ = [
     "is_critic_folder",
     "kept_trainable",
     "raw_generation_config",
+    "regrow",
     "sampling_config",
     "scatter",
     "score_completions",

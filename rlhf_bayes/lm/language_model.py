@@ -137,9 +137,10 @@ class LanguageModel:
         rows = [prompt for prompt in _checked_prompts(prompts) for _ in range(n)]
         prompt_ids = self.prompt_token_ids(rows)
         completion_ids: list[list[int]] = []
-        with _seeded_by(generator, self.device), raw_generation_config(self.model):
+        with seeded_by(generator, self.device), raw_generation_config(self.model):
             for start in range(0, len(rows), self.batch_size):
-                completion_ids += self._generate(prompt_ids[start : start + self.batch_size])
+                batch = prompt_ids[start : start + self.batch_size]
+                completion_ids += self.generate_ids(batch, self.max_completion_length)
         token_log_probs, mask = self._score(prompt_ids, completion_ids)
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         eos = set(self.eos_token_ids)
@@ -231,11 +232,15 @@ class LanguageModel:
             check_prompt_fits(base_causal_lm(self.model), len(prompt), self.max_completion_length, row)
         return [ids[row] for row in range(len(prompts))]
 
-    def _generate(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+    def generate_ids(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """
+        One pass of `generate`, for what holds [`raw_generation_config`] and the seed: token ids that follow B token
+        sequences, up to and including the first EOS.
+        """
         padded, mask = self._pad(prompt_ids, left=True)
         pad_token_id = self.tokenizer.pad_token_id
         config = sampling_config(
-            self.max_completion_length,
+            max_new_tokens,
             self.eos_token_ids,
             self.eos_token_ids[0] if pad_token_id is None else pad_token_id,
             self.temperature,
@@ -339,7 +344,7 @@ def _checked_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 @contextmanager
-def _seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+def seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
     # `generate` draws from the global random state only
     if generator is None:
         yield

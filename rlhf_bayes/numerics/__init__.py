@@ -5,13 +5,14 @@ calibration, pooled rewards, best of n.
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """
 
-from .best_of_n import best_of_n_kl_bound, expected_best_of_n
+from .best_of_n import best_of_n_kl, best_of_n_kl_bound, expected_best_of_n
 from .calibration import ReliabilityBins, brier_score, expected_calibration_error, reliability_bins
 from .divergences import forward_kl, jeffreys, js, reverse_kl, tv
 from .dpg import BASELINES, DPGAdvantages, dpg_advantages, dpg_baselines
 from .f_divergence import DIVERGENCES, check_divergence, f_divergence, f_divergence_terms, pseudo_rewards
 from .gae import gae
 from .groups import grouped, leave_one_out_baseline
+from .jackknife import jackknife
 from .kl import exact_token_kl, k1, k2, k3
 from .log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
 from .log_weights import (
@@ -25,6 +26,7 @@ from .log_weights import (
 )
 from .masked import masked_mean, masked_sum, masked_var, masked_whiten
 from .mcmc import effective_sample_size, rhat
+from .mixture import log_fitted_mixture
 from .moments import MomentFit, fit_moments
 from .pooling import POOLING_RULES, pool, pool_centered, uses_beta
 from .ppo import (
@@ -63,6 +65,7 @@ __all__ = [
     "ZPool",
     "adapted_beta",
     "agreement",
+    "best_of_n_kl",
     "best_of_n_kl_bound",
     "bradley_terry_loss",
     "brier_score",
@@ -84,6 +87,7 @@ __all__ = [
     "gae",
     "grouped",
     "importance_ess",
+    "jackknife",
     "jeffreys",
     "js",
     "k1",
@@ -93,6 +97,7 @@ __all__ = [
     "khat_threshold",
     "kl_penalised_advantages",
     "leave_one_out_baseline",
+    "log_fitted_mixture",
     "log_importance_ess",
     "log_variance_centres",
     "log_variance_loss",

@@ -1,4 +1,4 @@
-"""Best-of-n as a measure: what the best of n completions by a proxy reward is worth under another score."""
+"""Best-of-n as a measure: what the best of n completions by a proxy is worth, and how far from the prior it is."""
 
 import math
 from collections.abc import Sequence
@@ -86,3 +86,54 @@ def best_of_n_kl_bound(n: int) -> float:
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
     return math.log(n) - (n - 1) / n
+
+
+def best_of_n_kl(rewards: Tensor, n: int, log_prob: Tensor | None = None) -> Tensor:
+    r"""
+    KL(best of n‖prior), ties counted:
+
+        Σ_v p_n(v)·log(p_n(v)/p(v)),    p_n(v) = F(v)ⁿ − F⁻(v)ⁿ
+
+    over the values v of the reward, with F(v) and F⁻(v) the prior's probability of a reward of at most v and below v.
+    Within a value the best is drawn as by the prior, so completions themselves have no other KL. Values that come
+    once in a sample are taken as points of a continuous distribution, p = dF and p_n = n·Fⁿ⁻¹·dF: without ties the
+    result is log n − (n−1)/n, as it must be.
+
+    Args:
+        rewards (`torch.Tensor`):
+            (N,), of completions; `-inf` is the lowest.
+        n (`int`):
+            Completions of which the best is taken, at least 1.
+        log_prob (`torch.Tensor`, *optional*):
+            (N,), nats: the prior's, where the N are all completions. Default: they are N draws from it.
+
+    Returns:
+        `torch.Tensor`: nats, fp64 scalar.
+
+    Raises:
+        ValueError: for an n below 1, no rewards, or nan or `+inf` among them.
+
+    Source: Beirami et al. 2024, arXiv 2401.01879, section 3.
+    """
+    bound = best_of_n_kl_bound(n)
+    if rewards.dim() != 1 or rewards.numel() == 0 or bool((rewards.isnan() | (rewards == torch.inf)).any()):
+        raise ValueError(f"`rewards` must be (N,) with N > 0, finite or -inf, got shape {tuple(rewards.shape)}.")
+    values, inverse, counts = rewards.detach().cpu().unique(return_inverse=True, return_counts=True)
+    if log_prob is None:
+        mass = counts.double() / rewards.numel()
+    else:
+        mass = torch.zeros(len(values), dtype=torch.float64).index_add(
+            0, inverse, log_prob.detach().double().cpu().exp()
+        )
+        mass = mass / mass.sum()
+    high = mass.cumsum(0).clamp(max=1)  # F
+    low = torch.cat([mass.new_zeros(1), high[:-1]])  # F⁻
+    best = high**n - low**n  # (V,)
+    tied = torch.special.xlogy(best, best) - torch.special.xlogy(best, mass)
+    if log_prob is not None:
+        return tied.sum().clamp(min=0)
+
+    def integral(u: Tensor) -> Tensor:  # of n·uⁿ⁻¹·log(n·uⁿ⁻¹) from 0
+        return u**n * bound + (n - 1) * torch.special.xlogy(u**n, u)
+
+    return torch.where(counts > 1, tied, integral(high) - integral(low)).sum().clamp(min=0)

@@ -82,15 +82,41 @@ def draw_scored(
             [p for p, count in zip(prompts, counts, strict=True) for _ in range(count)], 1, generator
         )
     prompt_index = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(list(counts)))
-    rows = {name: [values[p] for p in prompt_index.tolist()] for name, values in (columns or {}).items()}
-    evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows).double().cpu()
-    log_weights = evidence.clone()
-    allowed = (evidence > -torch.inf).nonzero().flatten().tolist()  # the prior of the others does not matter
-    if proposal is not posterior.prior and allowed:
-        prompts_of, ids = ([column[row] for row in allowed] for column in (drawn.prompts, drawn.completion_ids))
-        log_prior = posterior.prior.log_prob(prompts_of, ids).double().cpu()
-        log_weights[allowed] += log_prior - drawn.log_prob.double().cpu()[allowed]
+    evidence, log_weights = weighed(posterior, proposal, drawn, prompt_index.tolist(), columns, drawn.log_prob)
     return ScoredCompletions(drawn, prompt_index, evidence, log_weights)
+
+
+def weighed(
+    posterior: "Posterior",
+    proposal: Proposal,
+    drawn: Completions | Draws,
+    prompt_index: Sequence[int],
+    columns: Mapping[str, Sequence] | None,
+    log_q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """
+    log_likelihood and log π0 + log_likelihood − log q of completions, two of (B,), fp64, on the CPU.
+
+    Args:
+        posterior, proposal, columns:
+            As for a sampler.
+        drawn (`Completions` or `Draws`):
+            B completions.
+        prompt_index (`Sequence[int]`):
+            Which of the P prompts each belongs to.
+        log_q (`torch.Tensor`, *optional*):
+            (B,), nats, if known.
+    """
+    rows = {name: [values[p] for p in prompt_index] for name, values in (columns or {}).items()}
+    evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows).double().cpu()
+    allowed = (evidence > -torch.inf).nonzero().flatten().tolist()  # the density of the others does not matter
+    if proposal is posterior.prior or not allowed:
+        return evidence, evidence
+    prompts, ids = ([column[row] for row in allowed] for column in (drawn.prompts, drawn.completion_ids))
+    log_q = proposal.log_prob(prompts, ids) if log_q is None else log_q[allowed]
+    log_weights = evidence.clone()
+    log_weights[allowed] += posterior.prior.log_prob(prompts, ids).double().cpu() - log_q.double().cpu()
+    return evidence, log_weights
 
 
 def importance_log_z(log_weights: Sequence[Tensor], confidence: float) -> LogZ:
@@ -217,6 +243,12 @@ def check_supported(none_allowed: Tensor, drawn: str, prompts: Sequence[Prompt],
     if count == len(prompts):
         raise ValueError(message)
     warnings.warn(message + " These prompts have no weighted draws.", stacklevel=stacklevel)
+
+
+def rows_of(draws: Draws) -> list[Row]:
+    """The rows one by one."""
+    columns = (draws.prompt_index.tolist(), draws.prompts, draws.completion_ids, draws.texts, draws.completions)
+    return [Row(*row) for row in zip(*columns, strict=True)]
 
 
 def as_draws(

@@ -1,4 +1,4 @@
-"""Moments and divergences from draws, against a policy and a posterior that are enumerated."""
+"""Means of features, and what rejection makes of a policy, against enumeration."""
 
 import io
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlhf_bayes.diagnostics import Estimate, control_fits, control_table, draw, plot_control
+from rlhf_bayes.diagnostics import Estimate, control_table, evaluate, feature_means, guarded_forward_kl, plot_control
 from rlhf_bayes.likelihoods import MomentLikelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.posterior import Posterior
@@ -19,118 +19,85 @@ def even(completion_ids, **columns):
     return [float(sum(ids) % 2 == 0) for ids in completion_ids]
 
 
-def not_long(completion_ids, **columns):
+def brief(completion_ids, **columns):
     return [float(len(ids) < 4 or ids[0] != 3) for ids in completion_ids]
 
 
-def language_model(toy, model):
-    return LanguageModel(model, toy.tokenizer, toy.max_completion_length, batch_size=512)
-
-
-def setting(toy, features, lambdas, seed=0, n=800):
-    """The posterior's log-density (P, N) by enumeration, the policy, and draws of prior and policy."""
-    prior = language_model(toy, toy.model)
-    policy = language_model(toy, toy.random_policy(noise=0.1, seed=4))
+def evaluation_of(toy, features, lambdas, n=800):
+    """Of a policy against the posterior of features, the policy, and the exact log-posterior (P, N)."""
+    prior, policy = (
+        LanguageModel(model, toy.tokenizer, toy.max_completion_length, batch_size=512)
+        for model in (toy.model, toy.random_policy(noise=0.1, seed=4))
+    )
     posterior = Posterior(prior, MomentLikelihood(features, lambdas))
-    columns = [
+    evidence = [
         posterior.likelihood.log_likelihood([prompt] * len(toy.completions), toy.completions, toy.completion_ids)
         for prompt in toy.prompts
     ]
-    generator = torch.Generator().manual_seed(seed)
-    draws = [draw(source, policy, posterior, toy.prompts, n, generator) for source in (prior, policy)]
-    return toy.log_posterior(torch.stack(columns)), policy, draws
+    evaluation = evaluate(policy, posterior, toy.prompts, n, torch.Generator().manual_seed(0))
+    return evaluation, policy, toy.log_posterior(torch.stack(evidence))
 
 
 def near(estimate: Estimate, expected: float):
-    off = (estimate.mean - expected) / max(estimate.standard_error, 1e-6)
+    off = (estimate.mean - expected) / estimate.draws_standard_error
     assert abs(off) < 4, f"{estimate} for {expected:.4f}: off by {off:.1f} standard errors"
 
 
-@pytest.mark.parametrize("forbidding", [False, True])
-def test_fits_are_those_of_the_enumeration(large_toy, forbidding):
-    features, lambdas = {"even": even}, {"even": LAMBDA}
-    if forbidding:
-        features, lambdas = features | {"not_long": not_long}, lambdas | {"not_long": math.inf}
-    log_p, policy, draws = setting(large_toy, features, lambdas)
-    log_pi = large_toy.log_probs(policy.model).detach()  # (P, N)
-    fits = control_fits(*draws)
-    assert list(fits) == ["prior", "policy", *(["guarded"] if forbidding else []), "posterior"]
-
-    p, allowed = log_p.exp(), log_p > -math.inf
-    log_guarded = torch.where(allowed, log_pi, -math.inf).log_softmax(-1)
-    values = torch.tensor(even(completion_ids=large_toy.completion_ids))  # (N,)
-    densities = {"prior": large_toy.log_prior, "policy": log_pi, "guarded": log_guarded}
-    for fit, log_q in ((fits[name], densities[name]) for name in list(fits)[:-1]):
-        q = log_q.exp()
-        near(fit.forward_kl, torch.where(allowed, p * (log_p - log_q), 0.0).sum(-1).mean().item())
-        near(fit.tv, (p - q).abs().sum(-1).mean().item() / 2)
-        near(fit.moments["even"], (q * values).sum(-1).mean().item())
-        near(fit.satisfaction, q[allowed].sum().item() / len(q))
-        near(fit.kl_to_prior, torch.where(q > 0, q * (log_q - large_toy.log_prior), 0.0).sum(-1).mean().item())
-        near(fit.entropy, -torch.where(q > 0, q * log_q, 0.0).sum(-1).mean().item())
-        if q[~allowed].sum() > 0:
-            assert fit.reverse_kl is None
-        else:
-            near(fit.reverse_kl, torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1).mean().item())
-    target = fits["posterior"]
-    near(target.moments["even"], (p * values).sum(-1).mean().item())
-    near(target.kl_to_prior, torch.where(allowed, p * (log_p - large_toy.log_prior), 0.0).sum(-1).mean().item())
-    near(target.entropy, -torch.where(allowed, p * log_p, 0.0).sum(-1).mean().item())
-    assert fits["policy"].forward_kl.mean > 0.3
-    if forbidding:
-        log_share = fits["guarded"].forward_kl.mean - fits["policy"].forward_kl.mean
-        exact = torch.where(allowed, log_pi.exp(), 0.0).sum(-1).log().mean().item()
-        assert log_share == pytest.approx(exact, abs=0.03)
+@pytest.fixture(scope="module")
+def forbidding(large_toy):
+    return evaluation_of(large_toy, {"even": even, "brief": brief}, {"even": LAMBDA, "brief": math.inf})
 
 
-def test_standard_errors_are_those_of_repetitions(toy):
-    estimates = []
-    for seed in range(40):
-        *_, draws = setting(toy, {"even": even}, {"even": LAMBDA}, seed=seed, n=60)
-        fits = control_fits(*draws)
-        fit, target = fits["policy"], fits["posterior"]
-        estimates.append([fit.forward_kl, fit.tv, target.moments["even"], target.kl_to_prior, target.entropy])
-    spread = torch.tensor([[estimate.mean for estimate in row] for row in estimates]).std(0)
-    said = torch.tensor([[estimate.standard_error for estimate in row] for row in estimates]).mean(0)
-    # prior's and policy's draws are as many each, not independent draws of their mixture: never more spread than said
-    assert (spread / said < 1.3).all(), (spread / said).tolist()
-    assert (spread / said > 0.4).all(), (spread / said).tolist()
+def test_feature_means_are_those_of_the_enumeration(large_toy, forbidding):
+    evaluation, policy, _ = forbidding
+    values = torch.tensor([even(large_toy.completion_ids), brief(large_toy.completion_ids)])  # (2, N)
+    log_pi = large_toy.log_probs(policy.model).detach()
+    for draws, log_q in ((evaluation.from_prior, large_toy.log_prior), (evaluation.from_policy, log_pi)):
+        means = feature_means(draws)
+        for name, exact in zip(("even", "brief"), (log_q.exp() @ values.T).mean(0).tolist(), strict=True):
+            near(means[name], exact)
 
 
-def test_what_rests_on_few_draws_is_not_told(toy):
-    *_, draws = setting(toy, {"even": even}, {"even": LAMBDA}, n=4)
-    fits = control_fits(*draws)
-    assert str(fits["policy"].forward_kl) == "not trustworthy"
-    assert "±" in str(fits["policy"].moments["even"])
+def test_rejection_brings_the_policy_closer_by_the_share_it_keeps(large_toy, forbidding):
+    evaluation, policy, log_p = forbidding
+    log_pi, allowed = large_toy.log_probs(policy.model).detach(), log_p > -math.inf
+    log_kept = torch.where(allowed, log_pi, -math.inf).log_softmax(-1)
+    exact = torch.where(allowed, log_p.exp() * (log_p - log_kept), 0.0).sum(-1).mean().item()
+    guarded = guarded_forward_kl(evaluation)
+    near(guarded, exact)
+    assert guarded.mean < evaluation.policy.forward_kl.mean
+    assert guarded.low < guarded.mean < guarded.high
 
 
-def test_nothing_allowed_was_drawn(toy):
+def test_nothing_to_reject(toy):
+    evaluation, *_ = evaluation_of(toy, {"even": even}, {"even": LAMBDA}, n=60)
+    guarded, forward_kl = guarded_forward_kl(evaluation), evaluation.policy.forward_kl
+    assert (guarded.mean, guarded.standard_error) == pytest.approx((forward_kl.mean, forward_kl.standard_error))
+
+
+def test_nothing_is_allowed(toy):
     def never(completions, **columns):
         return [0.0] * len(completions)
 
-    *_, draws = setting(toy, {"even": never}, {"even": LAMBDA}, n=40)
-    forbidden = [torch.full_like(part.log_likelihood, -math.inf) for part in draws]
-    for part, column in zip(draws, forbidden, strict=True):
-        object.__setattr__(part, "log_likelihood", column)
-    fits = control_fits(*draws)
-    assert str(fits["policy"].forward_kl) == str(fits["posterior"].kl_to_prior) == "not trustworthy"
-    assert fits["policy"].satisfaction.mean == 0
-
-
-@pytest.mark.parametrize("forbidding", [False, True])
-def test_table_and_curves(toy, tmp_path, forbidding):
-    features, lambdas = {"even": even, "short": not_long}, {"even": LAMBDA, "short": 0.5}
-    if forbidding:
-        features, lambdas = {"even": even}, {"even": math.inf}
-    *_, draws = setting(toy, features, lambdas, n=200)
-    fits, wanted = control_fits(*draws), dict.fromkeys(features, 0.5)
+    evaluation, *_ = evaluation_of(toy, {"never": never}, {"never": math.inf}, n=40)
+    assert guarded_forward_kl(evaluation) is None
     console = Console(file=io.StringIO(), width=120)
-    console.print(control_table(fits, wanted))
+    console.print(control_table(evaluation, {"never": 1.0}))
+    assert "never, 1 wanted" in console.file.getvalue()
+
+
+def test_table_and_curves(toy, forbidding, tmp_path):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(control_table(forbidding[0], {"even": 0.5, "brief": 1}))
     text = console.file.getvalue()
-    assert "even, 0.5 wanted" in text
-    assert ("∞" in text) == ("not forbidden" in text) == forbidding
+    for row in ("even, 0.5 wanted", "brief, 1 wanted", "KL from posterior, its forbidden", "share forbidden", "∞"):
+        assert row in text
     names = ("moments/even", "forward_kl", "forward_kl_standard_error", "tv", "kl_to_prior")
     history = [{"step": step} | {f"posterior/{name}": 0.1 * step for name in names} for step in (1, 2, 3)]
-    for number, kl in enumerate((Estimate(1.0, 0.1), Estimate(1.0, 0.1, trustworthy=False))):
-        plot_control([*history, {"train_loss": 1.0}], wanted, kl, tmp_path / f"{number}.png")
-        assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
+    good = Estimate(1.0, 0.1, 0.8, 1.2, 0.1)
+    bad = Estimate(1.0, 0.1, 0.8, 1.2, 0.1, trustworthy=False)
+    for number, kl in enumerate((good, bad, None)):
+        plot_control([*history, {"train_loss": 1.0}], {"even": 0.5}, kl, tmp_path / f"{number}.png")
+    images = [(tmp_path / f"{number}.png").read_bytes() for number in range(3)]
+    assert images[0].startswith(b"\x89PNG")
+    assert images[0] != images[1] == images[2]

@@ -32,9 +32,16 @@ def test_without_arguments_trains_the_bundled_model(tmp_path):
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
     flags = ["--fit_samples", 64, "--report_samples", 16]
     output = run_script(RECIPE, *FEW, *flags, cwd=tmp_path, launcher=accelerate)
-    for expected in ("closest to the prior", "∞: a condition", "Samples", "The movie", "prior (before)", "posterior"):
+    for expected in (
+        "closest to the prior",
+        "∞: a condition",
+        "Samples",
+        "The movie",
+        "prior (before)",
+        "trustworthy",
+    ):
         assert expected in output
-    rows = ("but, 1 wanted", "not, 0.5 wanted", "KL(π*‖π)", "KL(π‖π*)", "total variation", "KL to prior", "distinct-2")
+    rows = ("but, 1 wanted", "not, 0.5 wanted", "KL from posterior", "total variation", "KL to prior", "distinct-2")
     for quantity in rows:
         assert f"│ {quantity}" in output
     folder = tmp_path / "runs" / "gdc_dpg"
@@ -60,7 +67,7 @@ def test_own_prompts_features_and_lora_from_yaml(run_in_process, tmp_path, capsy
     output = capsys.readouterr().out
     assert "is_long, 0.8 wanted" in output
     assert "strong, 0.4 wanted" in output
-    assert "not forbidden" not in output
+    assert "forbidden" not in output
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

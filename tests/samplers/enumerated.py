@@ -4,6 +4,7 @@ import torch
 from scipy.stats import chi2
 
 from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.samplers import Draws
 from rlhf_bayes.testing import toy_reward
 
 
@@ -45,6 +46,15 @@ def conditioned(toy, predicate=few_a):
     return log_density.log_softmax(-1), log_density.logsumexp(-1)
 
 
+def exact_draws(toy, log_prob, n):
+    """n draws of the first prompt from log p (N,)."""
+    index = torch.multinomial(log_prob.exp(), n, replacement=True, generator=seeded(99)).tolist()
+    texts = [toy.completions[i] for i in index]
+    ids = [toy.completion_ids[i] for i in index]
+    zeros = torch.zeros(n, dtype=torch.long)
+    return Draws([toy.prompts[0]] * n, zeros, ids, texts, list(texts), None, "exact", 1)
+
+
 def counts_of(toy, draws):
     """(P, N): how often each completion came."""
     column = {tuple(ids): index for index, ids in enumerate(toy.completion_ids)}
@@ -67,7 +77,7 @@ def chi_square_p(counts, log_prob):
         cells.append(rest)
     elif rest[1] > 0:
         cells[-1] = (cells[-1][0] + rest[0], cells[-1][1] + rest[1])
-    assert len(cells) > 3, "too few cells: draw more"
+    assert len(cells) >= 3, "too few cells: draw more"
     statistic = sum((o - e) ** 2 / e for o, e in cells)
     return float(chi2.sf(statistic, len(cells) - 1))
 

@@ -1,0 +1,165 @@
+"""The distance to the posterior at each evaluation of any trainer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list
+from transformers import Trainer, TrainerCallback
+
+from ..lm import LanguageModel, Prompt
+from ..posterior import Posterior
+from .estimates import Estimate, PosteriorFit
+from .evaluate import Evaluation, evaluate
+from .scored_draws import ScoredDraws
+
+PREFIX = "eval_posterior_fit/"
+_WITH_ERROR = (
+    "reward", "kl_to_prior", "elbo", "log_z", "gap", "forward_kl", "jeffreys", "tv", "posterior_reward",
+    "posterior_kl_to_prior", "entropy",
+)  # fmt: skip
+_WITHOUT = (
+    "forbidden", "prior_perplexity", "distinct_1", "distinct_2", "self_bleu", "repeated_4grams", "duplicates",
+)  # fmt: skip
+
+
+@final
+class PosteriorCallback(TrainerCallback):
+    """
+    [`evaluate`] during the evaluations of a TRL trainer, RLOO and GRPO too, logged wherever `report_to` says.
+
+        posterior = LanguageModel(model_id, max_completion_length=64).tilt(reward_func, beta=0.05)
+        trainer.add_callback(PosteriorCallback(posterior, trainer))
+
+    Metrics are `eval_posterior_fit/…`, the fields of [`PosteriorFit`] (nats per sequence), most with a
+    `…_standard_error`. Those that are not trustworthy, or infinite, are left out; `eval_posterior_fit/trustworthy` is
+    1 where log Z is to be believed, else 0. They are also in what `trainer.evaluate()` returns, for
+    `metric_for_best_model`. Every evaluation uses the same seed, and the prior's completions are drawn once. Training
+    is left as it is, random state included.
+
+    PPOTrainer's `eval_posterior/…` are of the same quantities, from the few completions of its own evaluation.
+
+    Args:
+        posterior ([`~rlhf_bayes.Posterior`]):
+            What to measure the distance to: its prior with the trainer's `max_completion_length` and `temperature`.
+            Nothing says that the trainer aims at it; that is up to you.
+        trainer ([`~transformers.Trainer`]):
+            The trainer, whose model is the policy.
+        prompts (`Sequence` of `str` or of chat messages, *optional*):
+            P prompts. Default: the first `max_prompts` of the trainer's `eval_dataset`, with its other columns.
+        n (`int`, *optional*, defaults to `64`):
+            Completions a prompt.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns that reward functions ask for, P entries each; with `prompts`.
+        max_prompts (`int`, *optional*, defaults to `16`):
+            How many of the `eval_dataset`.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+
+    Attributes:
+        last ([`Evaluation`], *optional*):
+            The latest, on the main process.
+
+    Raises:
+        ValueError: if there are no prompts, the prior draws other completions than the trainer, or the weights are
+            sharded (FSDP, ZeRO-3): then evaluate what was saved.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        trainer: Trainer,
+        prompts: Sequence[Prompt] | None = None,
+        n: int = 64,
+        columns: Mapping[str, Sequence] | None = None,
+        max_prompts: int = 16,
+        seed: int = 0,
+    ):
+        _check(posterior, trainer, n)
+        if prompts is None:
+            prompts, columns = _first_rows(trainer, max_prompts)
+        self.posterior, self.trainer, self.prompts, self.columns = posterior, trainer, prompts, columns
+        self.n, self.seed = n, seed
+        self.last: Evaluation | None = None
+        self._from_prior: ScoredDraws | None = None
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        logs: list[dict[str, float] | None] = [None]
+        if state.is_world_process_zero:
+            logs[0] = self._evaluate()
+        if args.world_size > 1:
+            # the others wait, and choose the same best model
+            broadcast_object_list(logs)
+        found = logs[0] or {}
+        if metrics is not None:
+            metrics.update(found)
+        # Trainer's own: TRL's would log its completions a second time
+        Trainer.log(self.trainer, dict(found))
+
+    def _evaluate(self) -> dict[str, float]:
+        prior, model = self.posterior.prior, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        policy = LanguageModel(
+            model, prior.tokenizer, prior.max_completion_length, prior.temperature, prior.batch_size
+        )
+        generator = torch.Generator().manual_seed(self.seed)
+        try:
+            self.last = evaluate(
+                policy, self.posterior, self.prompts, self.n, generator, self.columns, from_prior=self._from_prior
+            )
+        finally:
+            model.train(was_training)
+        self._from_prior = self.last.from_prior
+        return _metrics(self.last.policy) | {
+            f"{PREFIX}trustworthy": float(self.last.log_z.trustworthy),
+            f"{PREFIX}importance_ess": self.last.log_z.importance_ess.mean().item(),
+        }
+
+
+def _metrics(fit: PosteriorFit) -> dict[str, float]:
+    metrics = {}
+    for name in (*_WITH_ERROR, *_WITHOUT):
+        estimate: Estimate | None = getattr(fit, name)
+        # json has no infinity: of a forbidden completion, `forbidden` tells
+        if estimate is None or not estimate.trustworthy or not math.isfinite(estimate.mean):
+            continue
+        metrics[f"{PREFIX}{name}"] = estimate.mean
+        if name in _WITH_ERROR:
+            metrics[f"{PREFIX}{name}_standard_error"] = estimate.standard_error
+    return metrics
+
+
+def _check(posterior: Posterior, trainer: Trainer, n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+        raise ValueError(f"`n` must be an integer of at least 2, completions a prompt, got {n!r}.")
+    prior, args = posterior.prior, trainer.args
+    for name in ("max_completion_length", "temperature"):
+        if getattr(args, name, None) not in (None, getattr(prior, name)):
+            raise ValueError(
+                f"`posterior` must have a prior with the trainer's `{name}` = {getattr(args, name)}, got "
+                f"{getattr(prior, name)}: the policy is trained on other completions. Pass `{name}` to the prior's "
+                "`LanguageModel`."
+            )
+    accelerator = trainer.accelerator
+    plugin = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
+        raise ValueError(
+            "`trainer` must hold whole weights on each process, got sharded ones (FSDP or ZeRO-3): completions are "
+            "drawn on one. Call `evaluate` on the saved model instead."
+        )
+
+
+def _first_rows(trainer: Any, max_prompts: int) -> tuple[list[Prompt], dict[str, list]]:
+    dataset = trainer.eval_dataset
+    columns = getattr(dataset, "column_names", None) or []  # of one dataset; by name, for a dictionary of them
+    if "prompt" not in columns or isinstance(columns, dict):
+        raise ValueError(
+            "`prompts` must be given unless the trainer's `eval_dataset` is one dataset with a column `prompt`, got "
+            f"{type(dataset).__name__} with {columns}. Pass `prompts`, and `columns` where the reward asks for some."
+        )
+    rows = list(dataset.take(max_prompts))
+    if not rows:
+        raise ValueError(f"`max_prompts` must leave at least one prompt, got {max_prompts} of the `eval_dataset`.")
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    return [row["prompt"] for row in rows], columns

@@ -1,0 +1,371 @@
+"""From scored draws to numbers: how far policy and prior are from the posterior, each number with its uncertainty."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from ..numerics import (
+    MIN_IMPORTANCE_ESS,
+    importance_ess,
+    jackknife,
+    khat,
+    khat_threshold,
+    log_fitted_mixture,
+)
+from ..numerics import log_z as importance_log_z
+from ..numerics.jackknife import NUM_GROUPS
+from .diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
+from .scored_draws import ScoredDraws
+
+NOT_TRUSTWORTHY = "not trustworthy"
+CONFIDENCE = 0.95
+MIN_DRAWS = 25  # fewer have no tail to judge
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    A mean over prompts, with two kinds of doubt. `trustworthy` is false where no number here means anything.
+    """
+
+    mean: float
+    standard_error: float
+    """For prompts like these: from the spread between prompts, which holds that of the draws. With one prompt, that
+    of its draws alone."""
+    low: float
+    """Lower end of the 95% confidence interval, from Student's t with one degree of freedom less than prompts."""
+    high: float
+    """Upper end."""
+    draws_standard_error: float
+    """For these very prompts: from the draws alone, which more completions make smaller. nan where it is not known."""
+    trustworthy: bool = True
+
+    def __str__(self) -> str:
+        if not self.trustworthy:
+            return NOT_TRUSTWORTHY
+        if math.isinf(self.mean):
+            return "∞" if self.mean > 0 else "−∞"
+        digits = 2 if not self.standard_error < 0.01 else 3
+        return f"{self.mean:.{digits}f} ± {self.standard_error:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class LogZEstimate:
+    """log Z of P prompts and what says whether to believe it."""
+
+    log_z: Tensor
+    """(P,) fp64, nats."""
+    standard_error: Tensor
+    """(P,), nats, over the draws."""
+    importance_ess: Tensor
+    """(P,): draws that count under the posterior."""
+    khat: float
+    """
+    Pareto shape of the weights of all prompts together, each divided by its prompt's Z: to first order, the mean of
+    log Z over prompts is the mean of these. Infinite where too few are distinct to say. (Of 16 prompts one by one,
+    some k̂ is above its threshold by chance, even when no weight has a tail.)
+    """
+    num_draws: int
+    """A prompt, from prior and policy together."""
+
+    @classmethod
+    def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor) -> "LogZEstimate":
+        """From log-weights (P, N) and what they gave."""
+        relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where no weight is above 0
+        relative = relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
+        shape = math.inf if _ties(relative) else float(khat(relative))
+        return cls(log_z, standard_error, importance_ess(log_weights), shape, log_weights.size(1))
+
+    @property
+    def enough_draws(self) -> Tensor:
+        """(P,) bool: at least 25 draws, of which 10 count."""
+        return (self.importance_ess >= MIN_IMPORTANCE_ESS) & (self.num_draws >= MIN_DRAWS)
+
+    @property
+    def trustworthy(self) -> bool:
+        """
+        Whether to believe the mean over prompts: enough draws of each, and k̂ below the threshold for that many.
+
+        Where k̂ is infinite, equal weights leave too short a tail to say anything, and the sample sizes decide.
+        """
+        return bool(self.enough_draws.all()) and (self.khat < self._threshold or self.khat == math.inf)
+
+    @property
+    def _threshold(self) -> float:
+        return khat_threshold(self.num_draws * len(self.log_z))
+
+    def __str__(self) -> str:
+        good, prompts = int(self.enough_draws.sum()), len(self.log_z)
+        tail = f"k-hat {self.khat:.2f}" if math.isfinite(self.khat) else "no k-hat, for weights that tie,"
+        text = (
+            f"log Z of {prompts} prompts from {self.num_draws} draws each is "
+            f"{'' if self.trustworthy else 'not '}trustworthy: importance ESS {self.importance_ess.min():.0f} to "
+            f"{self.importance_ess.max():.0f} ({good} prompts with 10 or more), {tail} (trusted below "
+            f"{self._threshold:.2f})."
+        )
+        if (self.log_z == -torch.inf).any():
+            none = int((self.log_z == -torch.inf).sum())
+            text += f" For {none} prompts, no draw is possible under the posterior: its support was not found."
+        if not self.trustworthy:
+            text += " Draw more completions a prompt, or pass a policy that is closer to the posterior, or raise β."
+        return text
+
+
+@dataclass(frozen=True)
+class PosteriorFit:
+    """
+    A distribution q, the policy or the prior, against a posterior: means over prompts, nats per sequence where no
+    other unit is named.
+
+    What needs a normaliser is None where there is no posterior (β = 0), `reward` where the evidence has no β.
+    """
+
+    reward: Estimate | None
+    """E_q[r], in the reward's own unit."""
+    kl_to_prior: Estimate
+    """KL(q‖π0), by the exact KLs of its tokens."""
+    elbo: Estimate | None
+    """E_q[ℓ] − KL(q‖π0) ≤ log Z."""
+    log_z: Estimate | None
+    """log Z: the best ELBO there is."""
+    gap: Estimate | None
+    """KL(q‖π*) = log Z − ELBO. Reverse KL: large where q goes beyond the posterior."""
+    forward_kl: Estimate | None
+    """KL(π*‖q). Large where q leaves out what the posterior holds."""
+    jeffreys: Estimate | None
+    """KL(q‖π*) + KL(π*‖q), in which log Z cancels."""
+    tv: Estimate | None
+    """Total variation distance of q and π*, in [0, 1]."""
+    forbidden: Estimate
+    """Share of draws that the evidence forbids; above 0, the gap is infinite."""
+    posterior_reward: Estimate | None
+    """E_π*[r]: the reward of a policy that has reached the posterior."""
+    posterior_kl_to_prior: Estimate | None
+    """KL(π*‖π0): how far that policy is from the prior."""
+    entropy: Estimate
+    """Of q."""
+    prior_perplexity: Estimate
+    """exp of the mean −log π0 a token of q's completions: high where they are unlike the prior's."""
+    distinct_1: Estimate
+    """Distinct words over all words of a prompt's completions; falls with their number, see `distinct_n`."""
+    distinct_2: Estimate
+    """The same for pairs of neighbouring words."""
+    self_bleu: Estimate
+    """BLEU-4 of each completion with the prompt's others as references: 1 where all are the same."""
+    repeated_4grams: Estimate
+    """Share of a completion's 4-grams that it has said before."""
+    duplicates: Estimate
+    """Share of a prompt's completions that equal an earlier one."""
+    num_draws: int
+    """Completions of q a prompt; those of two fits whose diversity is compared must be equal."""
+
+    def without_posterior(self) -> "PosteriorFit":
+        """The same where the evidence is no more than a reward: for β = 0."""
+        names = ("elbo", "log_z", "gap", "forward_kl", "jeffreys", "tv", "posterior_reward", "posterior_kl_to_prior")
+        return replace(self, **dict.fromkeys(names))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON: one dictionary an estimate; None for what is not known or not finite."""
+        return {
+            name: {key: _plain(number) for key, number in value.items()} if isinstance(value, dict) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def posterior_fits(
+    from_prior: ScoredDraws, from_policy: ScoredDraws, prior_draws_under_policy: Tensor, beta: float | None
+) -> tuple[PosteriorFit, PosteriorFit, LogZEstimate]:
+    r"""
+    Prior and policy against the posterior, from draws of both.
+
+    Of the 2n pooled draws of a prompt, each weighs v_i ∝ π*(x_i) / (ω·π0(x_i) + (1 − ω)·π(x_i)), see
+    [`~rlhf_bayes.numerics.log_fitted_mixture`]. With ℓ = log_likelihood and q either of π0 and π:
+
+        log Ẑ = log mean w,    ELBO = E_q[ℓ − log(q/π0)],    KL(q‖π*) = log Z − ELBO
+        KL(π*‖q) = Σ_i v_i·(ℓ − log(q/π0))(x_i) − log Z,    TV = ½ Σ_i |v_i − q(x_i)/(N·mixture(x_i))|
+
+    Bias and variance of each by the jackknife within each prompt; intervals for means over prompts from the spread
+    between prompts, as if these had been drawn from all that matter.
+
+    Args:
+        from_prior (`ScoredDraws`):
+            Drawn from the prior.
+        from_policy (`ScoredDraws`):
+            Drawn from the policy, for the same prompts.
+        prior_draws_under_policy (`Tensor` (P, n)):
+            log π of the prior's draws, nats.
+        beta (`float`, *optional*):
+            Turns evidence back into reward; None where it has no such scale.
+
+    Returns:
+        The prior's [`PosteriorFit`], the policy's, and log Z of each prompt.
+
+    Raises:
+        ValueError: if there are fewer than two draws a prompt.
+
+    Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 5 to 7; the KL as in Amini, Vieira & Cotterell
+    2025, arXiv 2504.10637. The ELBO keeps the log-ratio of the tokens drawn: at the optimum it has no variance then.
+    """
+    pool = _Pool.of(from_prior, from_policy, prior_draws_under_policy)
+    names: list[str] = []
+
+    def statistics(kept: list[Tensor]) -> Tensor:
+        found = pool.statistics(kept)
+        names[:] = found
+        return torch.stack(list(found.values()))  # (Q, P)
+
+    means, variances = jackknife(statistics, pool.sizes)
+    columns = {name: (means[row], variances[row]) for row, name in enumerate(names)}
+    log_z, variance = columns["log_z"]
+    normaliser = LogZEstimate.of(pool.log_weights(), log_z, variance.sqrt())
+    fits = [
+        _fit(columns, name, draws, beta, normaliser.trustworthy)
+        for name, draws in (("prior", from_prior), ("policy", from_policy))
+    ]
+    return fits[0], fits[1], normaliser
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Draws of prior and policy: evidence, log-densities, KLs, entropies, −log π0 and lengths, (P, n) fp64 each."""
+
+    prior: dict[str, Tensor]
+    policy: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, from_prior: ScoredDraws, from_policy: ScoredDraws, prior_draws_under_policy: Tensor) -> "_Pool":
+        def part(draws: ScoredDraws, log_policy: Tensor) -> dict[str, Tensor]:
+            columns = {
+                "evidence": draws.log_likelihood,
+                "log_prior": draws.log_prior,
+                "log_policy": log_policy,
+                "kl": draws.kl,
+                "entropy": draws.entropy,
+                "length": draws.lengths,
+            }
+            return {name: column.double() for name, column in columns.items()}
+
+        return cls(part(from_prior, prior_draws_under_policy), part(from_policy, from_policy.log_prob))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [part["evidence"].size(1) for part in (self.prior, self.policy)]
+
+    def log_weights(self) -> Tensor:
+        """log of P/mixture at the pooled draws: (P, N)."""
+        pooled, log_mixture = self._pooled([self.prior, self.policy])
+        return pooled["log_prior"] + pooled["evidence"] - log_mixture
+
+    def statistics(self, kept: list[Tensor]) -> dict[str, Tensor]:
+        """Each (P,), from the draws at these positions."""
+        parts = [
+            {name: column[:, rows] for name, column in part.items()}
+            for part, rows in zip((self.prior, self.policy), kept, strict=True)
+        ]
+        pooled, log_mixture = self._pooled(parts)
+        evidence, log_prior = pooled["evidence"], pooled["log_prior"]
+        log_weights = log_prior + evidence - log_mixture  # (P, N)
+        normaliser = importance_log_z(log_weights)
+        weights = log_weights.softmax(-1)  # nan where all are 0
+        expected_evidence = torch.where(weights > 0, weights * evidence, 0.0).sum(-1)
+        found = {
+            "log_z": normaliser,
+            "posterior_evidence": expected_evidence,
+            "posterior_kl_to_prior": expected_evidence - normaliser,
+        }
+        for name, part in zip(("prior", "policy"), parts, strict=True):
+            log_own = pooled[f"log_{name}"]
+            log_ratio = log_prior + evidence - log_own  # (P, N): unnormalised posterior over q
+            elbo = (part["evidence"] - part[f"log_{name}"] + part["log_prior"]).mean(-1)
+            forward = torch.where(weights > 0, weights * log_ratio, 0.0).sum(-1) - normaliser
+            own_weights = (log_own - log_mixture).exp() / log_mixture.size(-1)
+            found |= {
+                f"{name}/evidence": part["evidence"].mean(-1),
+                f"{name}/kl_to_prior": part["kl"].mean(-1),
+                f"{name}/elbo": elbo,
+                f"{name}/gap": normaliser - elbo,
+                f"{name}/forward_kl": forward,
+                f"{name}/jeffreys": normaliser - elbo + forward,
+                f"{name}/tv": 0.5 * (weights - own_weights).abs().sum(-1),
+                f"{name}/forbidden": (part["evidence"] == -torch.inf).double().mean(-1),
+                f"{name}/entropy": part["entropy"].mean(-1),
+                f"{name}/prior_perplexity": (-part["log_prior"].sum(-1) / part["length"].sum(-1)).exp(),
+            }
+        return found
+
+    @staticmethod
+    def _pooled(parts: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+        pooled = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}  # (P, N)
+        share = parts[0]["evidence"].size(1) / pooled["evidence"].size(1)
+        return pooled, log_fitted_mixture(pooled["log_prior"], pooled["log_policy"], share)
+
+
+def _fit(
+    columns: Mapping[str, tuple[Tensor, Tensor]], name: str, draws: ScoredDraws, beta: float | None, trusted: bool
+) -> PosteriorFit:
+    def of(quantity: str, scale: float = 1.0, trustworthy: bool = True) -> Estimate:
+        means, variances = columns[quantity]
+        return over_prompts(scale * means, scale**2 * variances, trustworthy)
+
+    def of_texts(measure: Any, *arguments: int) -> Estimate:
+        values = [measure([text.split() for text in texts], *arguments) for texts in draws.texts]
+        return over_prompts(torch.tensor(values, dtype=torch.float64))
+
+    return PosteriorFit(
+        reward=None if beta is None else of(f"{name}/evidence", beta),
+        kl_to_prior=of(f"{name}/kl_to_prior"),
+        elbo=of(f"{name}/elbo"),
+        log_z=of("log_z", trustworthy=trusted),
+        # a forbidden draw makes the gap infinite, whatever log Z is
+        gap=of(f"{name}/gap", trustworthy=trusted or bool((columns[f"{name}/elbo"][0] == -torch.inf).any())),
+        forward_kl=of(f"{name}/forward_kl", trustworthy=trusted),
+        jeffreys=of(f"{name}/jeffreys", trustworthy=trusted),
+        tv=of(f"{name}/tv", trustworthy=trusted),
+        forbidden=of(f"{name}/forbidden"),
+        posterior_reward=None if beta is None else of("posterior_evidence", beta, trusted),
+        posterior_kl_to_prior=of("posterior_kl_to_prior", trustworthy=trusted),
+        entropy=of(f"{name}/entropy"),
+        prior_perplexity=of(f"{name}/prior_perplexity"),
+        distinct_1=of_texts(distinct_n, 1),
+        distinct_2=of_texts(distinct_n, 2),
+        self_bleu=of_texts(self_bleu),
+        repeated_4grams=of_texts(repeated_ngrams),
+        duplicates=of_texts(duplicates),
+        num_draws=draws.log_prob.size(1),
+    )
+
+
+def _ties(log_weights: Tensor) -> bool:
+    """Whether the largest weights (N,) are few values over and over, as for short completions or a reward of steps."""
+    # a Pareto distribution fitted to clumps has whatever shape the gaps between them give
+    tail = log_weights.topk(min(len(log_weights), math.ceil(3 * math.sqrt(len(log_weights))))).values
+    return len(tail.mul(1e4).round().unique()) < len(tail) / 2
+
+
+def over_prompts(values: Tensor, variances: Tensor | None = None, trustworthy: bool = True) -> Estimate:
+    """
+    The mean of one number a prompt, its interval clustered by prompt.
+
+    Args:
+        values (`Tensor` (P,)):
+            Estimates.
+        variances (`Tensor` (P,), *optional*):
+            Of each, over its draws.
+        trustworthy (`bool`):
+            Whether the mean is to be believed.
+    """
+    prompts, mean = len(values), values.mean().item()
+    draws_error = math.nan if variances is None else math.sqrt(variances.sum().item()) / prompts
+    error = (values.std() / math.sqrt(prompts)).item() if prompts > 1 else draws_error
+    # a lone prompt's error is that of the jackknife, from its groups
+    half = float(student.ppf((1 + CONFIDENCE) / 2, (prompts if prompts > 1 else NUM_GROUPS) - 1)) * error
+    return Estimate(mean, error, mean - half, mean + half, draws_error, trustworthy)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

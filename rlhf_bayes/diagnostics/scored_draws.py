@@ -1,0 +1,196 @@
+"""Completions drawn from a policy or from the prior, scored: what every estimate here is made of."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..likelihoods import checked_evidence
+from ..lm import (
+    Completions,
+    LanguageModel,
+    LMHead,
+    Prompt,
+    base_causal_lm,
+    scatter,
+    score_completions,
+    token_log_probs_and_exact_kl,
+)
+from ..posterior import Posterior
+from ..samplers import Proposal
+
+_ROWS_AT_ONCE = 1024  # between two movements of the progress bar
+
+
+@dataclass(frozen=True)
+class ScoredDraws:
+    """
+    Completions of P prompts, n each, drawn from one distribution q, the policy or the prior.
+
+    Log-probabilities, evidence, KL and entropy are in nats per sequence, (P, n), on the CPU.
+    """
+
+    prompts: list[Prompt]
+    """The P prompts."""
+    completion_ids: list[list[list[int]]]
+    """(P, n) completions: token ids up to and including the first EOS."""
+    texts: list[list[str]]
+    """(P, n) decoded completions."""
+    log_prob: Tensor
+    """log q(x | c)."""
+    log_prior: Tensor
+    """log π0(x | c)."""
+    log_likelihood: Tensor
+    """Evidence, r/β; `-inf` where it forbids the completion."""
+    kl: Tensor
+    """Σ_t KL(q(· | x_<t) ‖ π0(· | x_<t)), exact at each token: its mean is KL(q‖π0)."""
+    entropy: Tensor
+    """Σ_t of the entropy of q(· | x_<t), exact at each token: its mean is the entropy of q."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> (P, n): what the evidence read off the completions, where it tells."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """(P, n): tokens, EOS included."""
+        return torch.tensor([[len(ids) for ids in rows] for rows in self.completion_ids])
+
+    @property
+    def log_weights(self) -> Tensor:
+        """(P, n) fp64, nats: log of the unnormalised posterior over q."""
+        return self.log_prior.double() + self.log_likelihood.double() - self.log_prob.double()
+
+    def log_prob_under(self, other: Proposal) -> Tensor:
+        """log π(x | c) of the same completions under another distribution: (P, n), nats."""
+        n = self.log_prob.size(1)
+        ids = [ids for rows in self.completion_ids for ids in rows]
+        return other.log_prob([prompt for prompt in self.prompts for _ in range(n)], ids).cpu().view(-1, n)
+
+
+def draw(
+    source: Proposal,
+    posterior: Posterior,
+    prompts: Sequence[Prompt],
+    n: int,
+    generator: torch.Generator | None = None,
+    columns: Mapping[str, Sequence] | None = None,
+    show_progress: bool = False,
+) -> ScoredDraws:
+    """
+    Draw n completions for each prompt and score them.
+
+    Args:
+        source (`LanguageModel` or [`~rlhf_bayes.samplers.Proposal`]):
+            What to draw from: a policy, or `posterior.prior`. A policy needs the prior's tokenizer and
+            `max_completion_length`.
+        posterior (`Posterior`):
+            Gives the prior and the evidence.
+        prompts (`Sequence` of `str` or of chat messages):
+            P prompts.
+        n (`int`):
+            Completions a prompt.
+        generator (`torch.Generator`, *optional*):
+            Makes the draw reproducible.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of the dataset that reward functions ask for, P entries each.
+        show_progress (`bool`, *optional*, defaults to `False`):
+            Show a bar.
+
+    Raises:
+        ValueError: if there are no prompts, a column has not one entry a prompt, or the source draws completions of
+            another support than the prior's.
+    """
+    _check(source, posterior, prompts, columns)
+    parts: list[tuple[Completions, Tensor, dict[str, Tensor]]] = []
+    at_once = max(1, _ROWS_AT_ONCE // n)
+    with tqdm(total=len(prompts), desc="Drawing completions", unit="prompt", disable=not show_progress) as bar:
+        for start in range(0, len(prompts), at_once):
+            some = slice(start, start + at_once)
+            drawn = source.sample(prompts[some], n, generator)
+            rows = {name: [x for x in values[some] for _ in range(n)] for name, values in (columns or {}).items()}
+            texts = (drawn.prompts, drawn.completions, drawn.completion_ids, rows)
+            evidence, features = checked_evidence(posterior.likelihood, *texts)  # (B,)
+            scores = torch.stack([*_score(source, posterior.prior, drawn), evidence.cpu()])
+            parts.append((drawn, scores, features))
+            bar.update(len(drawn) // n)
+    log_prob, log_prior, kl, entropy, evidence = torch.cat([scores for _, scores, _ in parts], dim=1).view(5, -1, n)
+    return ScoredDraws(
+        prompts=list(prompts),
+        completion_ids=_grouped([ids for drawn, *_ in parts for ids in drawn.completion_ids], n),
+        texts=_grouped([text for drawn, *_ in parts for text in drawn.texts], n),
+        log_prob=log_prob,
+        log_prior=log_prior,
+        log_likelihood=evidence,
+        kl=kl,
+        entropy=entropy,
+        features={
+            name: torch.cat([features[name].cpu() for *_, features in parts]).view(-1, n) for name in parts[0][2]
+        },
+    )
+
+
+def _check(
+    source: Any, posterior: Posterior, prompts: Sequence[Prompt], columns: Mapping[str, Sequence] | None
+) -> None:
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}. Pass a list.")
+    for name, values in (columns or {}).items():
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"`columns['{name}']` must have one entry a prompt, {len(prompts)}, got {len(values)}. Take both from "
+                "the same rows of the dataset."
+            )
+    if not isinstance(source, LanguageModel):
+        return
+    wanted, got = (
+        (lm.max_completion_length, lm.eos_token_ids, len(cast(Any, lm.tokenizer))) for lm in (posterior.prior, source)
+    )
+    if wanted != got:
+        raise ValueError(
+            "`policy` must draw completions of the prior's support: the same `max_completion_length`, EOS tokens and "
+            f"size of the vocabulary, got {got} for {wanted}. Wrap the trained model with the prior's tokenizer and "
+            "length: `LanguageModel(policy, prior.tokenizer, prior.max_completion_length)`."
+        )
+
+
+@torch.no_grad()
+def _score(source: Proposal, prior: LanguageModel, drawn: Completions) -> list[Tensor]:
+    """log q(x), log π0(x), and the summed token KLs and entropies of q: four of (B,), on the CPU."""
+    if not isinstance(source, LanguageModel):
+        # of a proposal that is no model, only log q is known
+        log_prob = drawn.log_prob.cpu()
+        log_prior = prior.log_prob(drawn.prompts, drawn.completion_ids).cpu()
+        return [log_prob, log_prior, log_prob - log_prior, -log_prob]
+    prompt_ids = source.prompt_token_ids(drawn.prompts)
+    heads = [LMHead.of(base_causal_lm(lm.model), lm.temperature) for lm in (source, prior)]
+    parts = []
+    for start in range(0, len(drawn), source.batch_size):
+        rows = slice(start, start + source.batch_size)
+        prompts, prompt_mask = _padded(prompt_ids[rows], "left", source.device)  # (b, C)
+        completions, mask = _padded(drawn.completion_ids[rows], "right", source.device)  # (b, T)
+        batch = (prompts, prompt_mask, completions, mask)
+        hidden = _hidden(source, batch)
+        prior_hidden = hidden if source is prior else _hidden(prior, batch)
+        log_q, log_p, entropy, kl = token_log_probs_and_exact_kl(
+            hidden, heads[0], prior_hidden, heads[1], completions[mask]
+        )
+        parts.append(torch.stack([scatter(column, mask).sum(-1) for column in (log_q, log_p, kl, entropy)]).cpu())
+    return list(torch.cat(parts, dim=1))
+
+
+def _hidden(lm: LanguageModel, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Last hidden states before each of the N tokens: (N, H)."""
+    return cast(Tensor, score_completions(lm.model, *batch, hidden_only=True, with_values=False).hidden)
+
+
+def _padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = [torch.tensor(ids) for ids in sequences]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    padded, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side=side) for x in (rows, mask))
+    return padded.to(device), mask.to(device)
+
+
+def _grouped(rows: list, n: int) -> list[list]:
+    return [rows[start : start + n] for start in range(0, len(rows), n)]

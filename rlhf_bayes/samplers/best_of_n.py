@@ -1,0 +1,80 @@
+"""Best of n: what most people do, and what it is not."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+import torch
+
+from ..lm import Prompt
+from ..numerics import best_of_n_kl, best_of_n_kl_bound
+from .draws import Draws, Guarantee
+from .protocol import Proposal
+from .scored import as_draws, check_count, check_supported, checked_request, draw_scored
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+
+
+@final
+class BestOfN:
+    r"""
+    The completion of most evidence among `num_candidates` draws of the prior.
+
+    **Guarantee: none.** It does not target the posterior: N sets how far it moves, whatever β says, and evidence
+    counts by its rank alone. A draw has the distribution
+
+        π_N(x) = π0(x) · (F(v)ᴺ − F⁻(v)ᴺ) / (F(v) − F⁻(v)),    v = log_likelihood(x)
+
+    with F(v) and F⁻(v) the prior's probability of evidence of at most v, and below v. Its KL to the prior is at most
+    log N − (N−1)/N, and less where completions tie; `info` has both.
+
+    Args:
+        num_candidates (`int`):
+            N, completions drawn for each one that is returned.
+        proposal ([`Proposal`], *optional*):
+            In place of the prior, in all that is said above.
+
+    Raises:
+        `ValueError`: for an N below 1.
+
+    Source: Stiennon et al. 2020, arXiv 2009.01325; the KL: Beirami et al. 2024, arXiv 2401.01879.
+    """
+
+    guarantee: Guarantee = "none"
+
+    def __init__(self, num_candidates: int = 16, *, proposal: Proposal | None = None):
+        check_count("num_candidates", num_candidates)
+        self.num_candidates = num_candidates
+        self.proposal = proposal
+
+    def sample(
+        self,
+        posterior: "Posterior",
+        prompts: Sequence[Prompt],
+        n: int,
+        generator: torch.Generator | None = None,
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Draws:
+        """
+        n completions of each prompt, each the best of its own `num_candidates`.
+
+        Arguments as in [`Sampler`]. In `info`: `kl_to_prior`, a number a prompt, nats, from the ties among all n · N
+        candidates; its bound `kl_bound`; and `tokens`, the completion tokens drawn.
+
+        Raises:
+            `ValueError`: nothing that the posterior allows was drawn for any prompt; arguments as in
+                [`checked_request`].
+        """
+        proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
+        size = self.num_candidates
+        scored = draw_scored(posterior, proposal, prompts, [n * size] * len(prompts), generator, columns)
+        evidence = scored.log_likelihood.view(len(prompts), n, size)
+        check_supported((evidence == -torch.inf).flatten(1).all(-1), f"{n * size} completions drawn", prompts)
+        # candidates are exchangeable: the first of those that tie is a random one
+        best = evidence.flatten(0, 1).argmax(-1) + size * torch.arange(len(prompts) * n)
+        info = {
+            "kl_to_prior": [float(best_of_n_kl(row.flatten(), size)) for row in evidence],
+            "kl_bound": best_of_n_kl_bound(size),
+            "tokens": scored.tokens,
+        }
+        return as_draws([scored.row(row) for row in best.tolist()], len(prompts), self.guarantee, info=info)

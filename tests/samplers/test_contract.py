@@ -1,0 +1,57 @@
+"""What every sampler keeps: chats and texts alike, rows in order, and numbers that no batch or padding changes."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.samplers import BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
+from rlhf_bayes.testing import EnumerableLM, toy_reward
+
+from .enumerated import policy_of, prior_of, seeded
+
+SAMPLERS = {
+    "importance": lambda policy: ImportanceSampler(policy),
+    "resampling": lambda policy: ImportanceSampler(policy, num_candidates=50),
+    "rejection": lambda policy: RejectionSampler(policy, log_bound=1.0, quasi=True, max_draws=300),
+    "guard": lambda policy: RejectionSampler(policy, log_bound=-math.inf, quasi=True),
+    "best of n": lambda policy: BestOfN(8, proposal=policy),
+    "suffix": lambda policy: MetropolisHastings("suffix", policy, num_chains=2, burn_in=2),
+    "independence": lambda policy: MetropolisHastings("independence", policy, num_chains=2, burn_in=2),
+}
+
+
+def not_only_a(completion_ids, **kwargs):
+    return [ids[:2] != [0, 0] for ids in completion_ids]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_are_those_of_their_prompts(toy, name):
+    chats = [[{"role": "user", "content": prompt}] for prompt in toy.prompts]
+    for prompts in (toy.prompts, chats):
+        posterior = prior_of(toy).condition(not_only_a).tilt(toy_reward, 1.0)
+        draws = SAMPLERS[name](policy_of(toy)).sample(posterior, prompts, 6, seeded())
+        assert draws.counts.tolist() == [6, 6, 6]
+        assert draws.prompts == [prompts[index] for index in draws.prompt_index]
+        assert draws.prompt_index.tolist() == sorted(draws.prompt_index.tolist())
+        assert draws.texts == toy.tokenizer.batch_decode(draws.completion_ids, skip_special_tokens=True)
+        messages = [[{"role": "assistant", "content": text}] for text in draws.texts]
+        assert draws.completions == (messages if prompts is chats else draws.texts)
+        assert draws.info["tokens"] >= sum(len(ids) for ids in draws.completion_ids) or name == "resampling"
+        assert_close(draws.weights.sum(), torch.tensor(3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_weights_do_not_depend_on_batch_or_padding(pad_is_eos):
+    """The log-weights of completions drawn together, against each scored alone."""
+    toy = EnumerableLM(vocab_size=4, max_completion_length=3, pad_is_eos=pad_is_eos)
+    prior, policy = (LanguageModel(lm.model, toy.tokenizer, 3, batch_size=7) for lm in (prior_of(toy), policy_of(toy)))
+    posterior = prior.tilt(toy_reward, 1.0)
+    draws = ImportanceSampler(policy).sample(posterior, toy.prompts, 10, seeded())
+    alone = [
+        float(posterior.log_density([p], None, [ids]) - policy.log_prob([p], [ids]))
+        for p, ids in zip(draws.prompts, draws.completion_ids, strict=True)
+    ]
+    assert_close(draws.log_weights, torch.tensor(alone, dtype=torch.float64), atol=1e-4, rtol=0)
