@@ -40,7 +40,7 @@ DEFAULTS |= {"report_prompts": 32, "report_samples": 64}
 # for the bundled model only: your own starts from TRL's defaults
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "max_steps": 300,
     "num_iterations": 2,
     "per_device_train_batch_size": 64,

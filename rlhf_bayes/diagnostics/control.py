@@ -129,7 +129,7 @@ def plot_control(
         moments.axhline(moment, color=f"C{index}", linestyle="--", linewidth=1)
     curve(divergences, "posterior/forward_kl", "KL(π*‖π), nats", "C0")
     curve(divergences, "posterior/tv", "total variation", "C2")
-    divergences.axhline(0, color="black", linewidth=0.5)
+    divergences.set_ylim(bottom=0)  # whatever the error, it is not below
     curve(prior, "posterior/kl_to_prior", "KL(π‖π0)", "C0")
     if kl_to_prior is not None and kl_to_prior.trustworthy:
         prior.axhline(kl_to_prior.mean, color="C1", linestyle="--", label="KL(π*‖π0)")
