@@ -152,7 +152,8 @@ def print_report(
     evaluation = cli.evaluate_saved(trainer, args, model_path, lambda prior: likelihood, dataset)
     cli.print_samples(evaluation, console)
     console.print(control_table(evaluation, wanted, title="Distance to what was asked for"))
-    console.print(evaluation.verdict)
+    if evaluation.policy.forbidden.mean == 0:  # otherwise KL(π‖π*) is infinite, and there is no more to say of it
+        console.print(evaluation.verdict)
     console.print(str(evaluation.log_z))
     curves = Path(trainer.args.output_dir) / "curves.png"
     plot_control(trainer.state.log_history, wanted, evaluation.policy.posterior_kl_to_prior, curves)

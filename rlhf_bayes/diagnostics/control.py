@@ -82,8 +82,9 @@ def control_table(evaluation: Evaluation, wanted: Mapping[str, float], title: st
         guarded = guarded_forward_kl(evaluation)
         table.add_row("KL from posterior, its forbidden draws rejected", "–", "–" if guarded is None else str(guarded))
     table.add_section()
-    for row in zip(*(column.cells for column in fits.columns), strict=True):
-        table.add_row(*row)
+    for label, *cells in zip(*(column.cells for column in fits.columns), strict=True):
+        if set(cells) != {"–"}:  # features have no reward
+            table.add_row(label, *cells)
     return table
 
 
