@@ -1,6 +1,6 @@
 # make ppo          environment, install, PPO on the bundled model        make test         environment, install, tests
 # make rlhf         the same, from preferences to policies                make test-oldest  the tests on the oldest trl
-# make lint         ruff and pyright
+# make gdc          the same, towards given means of features             make lint         ruff and pyright
 #
 # Arguments of the recipe:   make ppo ARGS='--beta 0.2 --critic separate'
 # Another torch:             export TORCH='torch==2.12.1' TORCH_INDEX=https://download.pytorch.org/whl/cu128
@@ -42,7 +42,7 @@ unexport PYTHONPATH
 # An environment is up to date when its stamp is newer than pyproject.toml; the stamp's name holds the torch asked for.
 stamp = .installed-$(subst ==,-,$(notdir $(TORCH)))
 
-.PHONY: ppo rlhf test test-oldest lint format clean
+.PHONY: ppo rlhf gdc test test-oldest lint format clean
 .DELETE_ON_ERROR:
 
 ppo: $(VENV)/$(stamp)
@@ -50,6 +50,9 @@ ppo: $(VENV)/$(stamp)
 
 rlhf: $(VENV)/$(stamp)
 	$(VENV)/bin/accelerate launch --num_processes 1 recipes/rlhf.py $(ARGS)
+
+gdc: $(VENV)/$(stamp)
+	$(VENV)/bin/accelerate launch recipes/gdc_dpg.py $(ARGS)
 
 test: $(VENV)/$(stamp)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 $(TESTS)

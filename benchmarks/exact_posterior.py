@@ -1,19 +1,20 @@
 """
-How close trainers come to the posterior: exact KL(πθ‖π*) by enumeration, at equal samples, on a toy LM.
+How close trainers come to the posterior: exact divergences by enumeration, at equal samples, on a toy LM.
 
-    python benchmarks/exact_posterior.py                                     about 25 minutes on one core
+    python benchmarks/exact_posterior.py                                     about an hour on one core
     python benchmarks/exact_posterior.py --quick                             a smoke run of every method
     python benchmarks/exact_posterior.py --samples 25600 --plot limit.png    closer to the limit
     python benchmarks/exact_posterior.py --method 'ppo:{"num_iterations": 4, "lam": 1.0}' --method rloo --seeds 3
+    python benchmarks/exact_posterior.py --method 'gdc:{"divergence": "log_variance", "replay_batches": 8}'
 
 The toy is that of `rlhf_bayes.testing.EnumerableLM`: 4,681 completions of a prompt, β = 0.5 and a reward without
 symmetry; its prior here is a GPT-2 of 2 layers × 64, 1.8 nats from the posterior. Every method draws the same number
-of completions in batches of 64, with Adam and linear decay; for each, the learning rate with the best median over
-seeds counts. Beside them stands what exact gradients of the same objective reach in 100 Adam steps. `--prompts 0 1 2`
-has one model fit three posteriors at once.
+of completions in batches of 64, with Adam and linear decay; for each, the learning rate with the best median KL(π‖π*)
+over seeds counts, with KL(π*‖π) and the total variation distance beside it. Below stands what exact gradients of
+KL(π‖π*) reach in 100 Adam steps. `--prompts 0 1 2` has one model fit three posteriors at once.
 
-A method is `ppo`, `rloo` or `grpo`, with any field of its config as JSON. `steps_per_generation` splits a batch into
-that many optimizer steps, and `num_iterations` repeats them.
+A method is `ppo`, `gdc`, `rloo` or `grpo`, with any field of its config as JSON. `steps_per_generation` splits a
+batch into that many optimizer steps, and `num_iterations` repeats them.
 """
 
 import argparse
@@ -39,12 +40,17 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from rlhf_bayes import PPOConfig, PPOTrainer
-from rlhf_bayes.numerics import reverse_kl
+from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
+from rlhf_bayes.numerics import forward_kl, reverse_kl, tv
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
-TRAINERS = {"ppo": (PPOTrainer, PPOConfig), "rloo": (RLOOTrainer, RLOOConfig), "grpo": (GRPOTrainer, GRPOConfig)}
-LINE_STYLES = {"ppo": "-", "rloo": "--", "grpo": "-."}
+TRAINERS = {
+    "ppo": (PPOTrainer, PPOConfig),
+    "gdc": (GDCTrainer, GDCConfig),
+    "rloo": (RLOOTrainer, RLOOConfig),
+    "grpo": (GRPOTrainer, GRPOConfig),
+}
+LINE_STYLES = {"ppo": "-", "gdc": (0, (4, 1, 1, 1)), "rloo": "--", "grpo": "-."}
 METHODS = (
     "ppo",
     'ppo:{"critic": "separate"}',
@@ -55,6 +61,17 @@ METHODS = (
     'rloo:{"num_iterations": 4, "steps_per_generation": 4}',
     "grpo",
     'grpo:{"scale_rewards": "none"}',
+    "gdc",
+    'gdc:{"num_iterations": 4}',
+    'gdc:{"divergence": "alpha", "alpha": 0.5}',
+    'gdc:{"divergence": "alpha", "alpha": 0.5, "num_iterations": 4}',
+    'gdc:{"divergence": "reverse_kl"}',
+    'gdc:{"divergence": "js"}',
+    'gdc:{"divergence": "tv"}',
+    'gdc:{"divergence": "log_variance"}',
+    'gdc:{"divergence": "log_variance", "num_iterations": 4}',
+    'gdc:{"divergence": "log_variance", "num_iterations": 4, "replay_batches": 8}',
+    'gdc:{"divergence": "log_variance", "num_iterations": 8, "replay_batches": 16}',
 )
 EXACT = "exact gradient"
 EXACT_STEPS, EXACT_LEARNING_RATES = 100, (5e-4, 1e-3, 2e-3)
@@ -82,15 +99,23 @@ class Cell:
 
 @dataclass
 class Curve:
-    """Exact KL(π‖π*) in nats, mean over prompts, after so many completions (or exact gradients)."""
+    """Exact divergences, means over prompts, after so many completions (or exact gradients)."""
 
     samples: list[int] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    """KL(π‖π*), nats."""
+    forward_kl: list[float] = field(default_factory=list)
+    """KL(π*‖π), nats."""
+    tv: list[float] = field(default_factory=list)
+    """Total variation distance."""
     seconds: float = 0.0
 
-    def add(self, samples: int, kl: float) -> None:
+    def add(self, samples: int, target: "Target", model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            log_probs = target.toy.log_probs(model, target.prompts)  # (P, N)
         self.samples.append(samples)
-        self.kl.append(kl)
+        for column, divergence in ((self.kl, reverse_kl), (self.forward_kl, forward_kl), (self.tv, tv)):
+            column.append(divergence(target.log_posterior, log_probs).mean().item())
 
 
 class Target:
@@ -100,8 +125,8 @@ class Target:
         self.toy = EnumerableLM("gpt2")
         self.prompts = [self.toy.prompts[index] for index in prompts]
         with torch.no_grad():
-            log_prior = self.toy.log_probs(self.new_model(), self.prompts)  # (P, N)
-        self.log_posterior = (log_prior + self.toy.log_likelihood[list(prompts)]).log_softmax(-1)  # (P, N)
+            self.log_prior = self.toy.log_probs(self.new_model(), self.prompts)  # (P, N)
+        self.log_posterior = (self.log_prior + self.toy.log_likelihood[list(prompts)]).log_softmax(-1)  # (P, N)
 
     def new_model(self) -> GPT2LMHeadModel:
         """The prior, to be trained."""
@@ -137,15 +162,14 @@ class CurveCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            with torch.no_grad():
-                self.curve.add(state.global_step // self.steps_per_rollout * BATCH, self.target.kl(model).item())
+            self.curve.add(state.global_step // self.steps_per_rollout * BATCH, self.target, model)
 
 
 def run_cell(cell: Cell) -> Curve:
     """Train once and measure on the way."""
     started = time.perf_counter()
     target, curve = Target(cell.prompts), Curve()
-    curve.add(0, target.kl(target.new_model()).item())
+    curve.add(0, target, target.new_model())
     if cell.method == EXACT:
         descend_exactly(target, curve, cell.learning_rate)
     else:
@@ -172,7 +196,7 @@ def descend_exactly(target: Target, curve: Curve, learning_rate: float) -> None:
         optimizer.zero_grad()
         target.kl(model).backward()
         optimizer.step()
-    curve.add(EXACT_STEPS, target.kl(model).item())
+    curve.add(EXACT_STEPS, target, model)
 
 
 def train(target: Target, curve: Curve, cell: Cell) -> None:
@@ -225,6 +249,11 @@ class Summary:
     by_learning_rate: dict[float, float]
     curves: list[Curve]
 
+    @property
+    def other_ends(self) -> list[list[float]]:
+        """KL(π*‖π) and total variation distance of each seed in the end."""
+        return [[curve.forward_kl[-1] for curve in self.curves], [curve.tv[-1] for curve in self.curves]]
+
     @classmethod
     def of(cls, method: str, results: dict[Cell, Curve]) -> "Summary":
         curves: dict[float, list[Curve]] = {}
@@ -237,8 +266,18 @@ class Summary:
 
 
 def results_table(summaries: list[Summary], samples: int) -> Table:
-    table = Table(title=f"Exact KL(π‖π*) after {samples:,} completions, nats; medians over seeds")
-    for name in ("method", "best learning rate", "KL", "lowest", "highest", "every learning rate", "seconds"):
+    table = Table(title=f"Exact divergences after {samples:,} completions, KLs in nats; medians over seeds")
+    for name in (
+        "method",
+        "learning rate",
+        "KL(π‖π*)",
+        "lowest",
+        "highest",
+        "KL(π*‖π)",
+        "TV",
+        "KL(π‖π*) by rate",
+        "s",
+    ):
         table.add_column(name, justify="left" if name == "method" else "right")
     for summary in summaries:
         ends = [curve.kl[-1] for curve in summary.curves]
@@ -248,6 +287,7 @@ def results_table(summaries: list[Summary], samples: int) -> Table:
             f"[bold]{summary.median:.4f}[/]",
             f"{min(ends):.4f}",
             f"{max(ends):.4f}",
+            *(f"{statistics.median(ends):.4f}" for ends in summary.other_ends),
             "  ".join(f"{rate:g}: {kl:.4f}" for rate, kl in summary.by_learning_rate.items()),
             f"{statistics.median(curve.seconds for curve in summary.curves):.1f}",
         )
@@ -318,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
         results[cell] = curve
         console.print(
             f"{number}/{len(cells)} {cell.method}, learning rate {cell.learning_rate:g}, seed {cell.seed}: "
-            f"{curve.kl[-1]:.4f} nats, {curve.seconds:.1f} s",
+            f"{curve.kl[-1]:.4f} and {curve.forward_kl[-1]:.4f} nats, {curve.seconds:.1f} s",
             highlight=False,
         )
     methods = dict.fromkeys(cell.method for cell in results)

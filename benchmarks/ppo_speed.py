@@ -1,5 +1,5 @@
 """
-Episodes per second and peak memory of PPOTrainer, beside TRL's RLOOTrainer and the PPO of trl 1.12.
+Episodes per second and peak memory of PPOTrainer and GDCTrainer, beside TRL's RLOOTrainer and the PPO of trl 1.12.
 
     python benchmarks/ppo_speed.py                 about 20 minutes; builds an environment with trl 1.12 the first time
     python benchmarks/ppo_speed.py --quick         one short repetition
@@ -35,12 +35,13 @@ HERE = Path(__file__).parent
 OLD_ENVIRONMENT = HERE / ".venv-trl-1.12"
 PHASES = ("generation", "scoring", "training", "rest")
 
-FLOOR, RLOO, PPO, SEPARATE, OLD = range(5)
+FLOOR, RLOO, PPO, SEPARATE, OLD, GDC = range(6)
 METHODS = {
     FLOOR: ("floor", {"method": "floor"}),
     RLOO: ("RLOO", {"method": "rloo"}),
     PPO: ("PPO, shared critic", {"method": "ppo", "critic": "shared"}),
     SEPARATE: ("PPO, separate critic", {"method": "ppo", "critic": "separate"}),
+    GDC: ("GDC, forward KL", {"method": "gdc"}),
     OLD: ("PPO of trl 1.12", {"method": "ppo_1_12"}),
 }
 SETTINGS = {
@@ -53,6 +54,8 @@ AIMS = (
     ("PPO, shared critic: at least 0.9 × the speed of RLOO", PPO, RLOO, "total", 0.9),
     ("PPO, shared critic: at least 1.5 × the speed of trl 1.12", PPO, OLD, "total", 1.5),
     ("PPO, separate critic, beside trl 1.12, whose critic is always separate", SEPARATE, OLD, "total", None),
+    # 1 / 1.15
+    ("GDC: at least 0.87 × the speed of the floor", GDC, FLOOR, "total", 0.87),
     ("PPO, shared critic: at least 2 × less memory than trl 1.12 (an aim with LoRA)", PPO, OLD, "memory", 2.0),
 )
 Results = dict[tuple[str, int], list[dict[str, float]]]

@@ -51,7 +51,7 @@ class Shape:
 class Row:
     """What is measured."""
 
-    method: str  # floor, rloo, ppo, or ppo_1_12
+    method: str  # floor, rloo, ppo, gdc, or ppo_1_12
     lora: bool = False
     critic: str = "shared"
     epochs: int = 1
@@ -202,12 +202,17 @@ class OptimizerTimer(TrainerCallback):
 
 
 def run_hosted(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
-    """RLOO of the installed TRL, or this package's PPO on top of it."""
+    """RLOO of the installed TRL, or this package's PPO or GDC on top of it."""
     from trl import RLOOConfig, RLOOTrainer
 
-    from rlhf_bayes import PPOConfig, PPOTrainer
+    from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 
-    config_class, trainer_class = (RLOOConfig, RLOOTrainer) if row.method == "rloo" else (PPOConfig, PPOTrainer)
+    classes = {
+        "rloo": (RLOOConfig, RLOOTrainer),
+        "ppo": (PPOConfig, PPOTrainer),
+        "gdc": (GDCConfig, GDCTrainer),
+    }
+    config_class, trainer_class = classes[row.method]
     with tempfile.TemporaryDirectory() as folder:
         # RLOO reloads its reference from the path that the model came from
         build_model(shape).save_pretrained(folder)
@@ -231,7 +236,7 @@ def run_hosted(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
                 bf16=False,
                 gradient_checkpointing=False,
                 model_init_kwargs={"dtype": "float32"},
-                **({} if row.method == "rloo" else {"critic": row.critic}),
+                **({"critic": row.critic} if row.method == "ppo" else {}),
             ),
             train_dataset=Dataset.from_dict({"prompt": build_prompts(shape)}),
             processing_class=build_tokenizer(shape),
@@ -327,7 +332,7 @@ def run_ppo_1_12(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
     trainer.train()
 
 
-RUN = {"floor": run_floor, "rloo": run_hosted, "ppo": run_hosted, "ppo_1_12": run_ppo_1_12}
+RUN = {"floor": run_floor, "rloo": run_hosted, "ppo": run_hosted, "gdc": run_hosted, "ppo_1_12": run_ppo_1_12}
 
 
 def resident_mib() -> float:

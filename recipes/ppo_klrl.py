@@ -21,17 +21,11 @@ Against a reward model of reward_models/train.py, the members of an ensemble poo
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from datasets import Dataset
-from rich.console import Console
-from transformers import ProgressCallback
-from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import PPOConfig, PPOTrainer, cli, toy
-from rlhf_bayes.diagnostics import PosteriorProgress, evaluate, fit_table, plot_history, samples_table
 from rlhf_bayes.numerics import POOLING_RULES, uses_beta
 from rlhf_bayes.toy.rewards import sentiment_reward
 
@@ -52,18 +46,9 @@ TOY_DEFAULTS = {
 
 
 @dataclass
-class Arguments:
+class Arguments(cli.PromptArguments):
     """What to train on; `PPOConfig` says how, and `ModelConfig` which model."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Prompts: a name on the hub, a .json, .jsonl, .parquet, .csv or .txt file (.gz too), or a "
-                  "folder of `save_to_disk`. Default: openings of reviews, with the bundled model only."},
-    )  # fmt: skip
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split that holds the prompts."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts: texts or chats."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Train on that many, chosen at random."})
     reward_func: list[str] | None = field(
         default=None,
         metadata={"action": "extend", "help": "Reward functions, `module:function`. Several are added up; see "
@@ -80,15 +65,12 @@ class Arguments:
     reward_penalty: float | None = field(
         default=None, metadata={"help": "Weight of the variance, for mean_minus_variance. Default: 1/(2 beta)."}
     )
-    report_prompts: int = field(default=16, metadata={"help": "Prompts in the report before and after; 0: none."})
-    report_samples: int = field(default=128, metadata={"help": "Completions a prompt in the report."})
 
 
 def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
     own_model, parsed = cli.parse_flags((Arguments, PPOConfig, ModelConfig), DEFAULTS, TOY_DEFAULTS)
     args, training_args, model_args = parsed
-    if own_model and args.dataset_name is None:
-        raise ValueError("`--dataset_name` must be given with `--model_name_or_path`, got none: it holds the prompts.")
+    args.check(own_model)
     if own_model and not args.reward_func and args.reward_model_path is None:
         raise ValueError(
             "`--reward_func module:function` or `--reward_model_path` must be given with `--model_name_or_path`, got "
@@ -105,13 +87,7 @@ def main() -> None:
     args, training_args, model_args = parse_arguments()
 
     # data and reward, before the model: wrong names are found at once
-    if args.dataset_name is None:
-        dataset = Dataset.from_dict({"prompt": toy.prompts()})
-    else:
-        dataset = cli.load_prompts(
-            args.dataset_name, args.prompt_column, args.max_prompts, args.dataset_train_split, args.dataset_config,
-            training_args.seed,
-        )  # fmt: skip
+    dataset = args.load(training_args.seed)
     reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []]
     if args.reward_model_path is not None:
         reward_funcs.append(args.reward_model_path)
@@ -133,55 +109,12 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(PosteriorProgress())
 
-    # train
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
+    # train, save and report
+    def report() -> None:
+        cli.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
 
-    # report
-    if args.report_prompts > 0 and trainer.is_world_process_zero():
-        report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
-
-
-def report(trainer: PPOTrainer, args: Arguments, model_path: str, reward_funcs: list, dataset: Dataset) -> None:
-    """Prior and trained policy side by side: what was saved is what is judged."""
-    training_args, console = trainer.args, Console()
-    unset_hf_deepspeed_config()  # under ZeRO-3 models would be loaded in shards, which waits for the other processes
-    output_dir = Path(training_args.output_dir)
-    prior, policy = (
-        cli.load_language_model(path, training_args, trainer.processing_class)
-        for path in (model_path, str(output_dir))
-    )
-    # without a posterior (β = 0) the evidence is only read as a reward
-    posterior = prior.tilt(
-        reward_funcs,
-        trainer.beta or 1.0,
-        reward_weights=training_args.reward_weights,
-        reward_clip_range=training_args.reward_clip_range,
-        missing_eos_penalty=training_args.missing_eos_penalty,
-    )
-    chosen = dataset.select(range(min(args.report_prompts, len(dataset))))
-    columns = {name: chosen[name] for name in chosen.column_names if name != "prompt"}
-    prompts, generator = list(chosen["prompt"]), torch.Generator().manual_seed(training_args.seed)
-    evaluation = evaluate(policy, posterior, prompts, args.report_samples, generator, columns, show_progress=True)
-    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
-    draws = {"prior (before)": evaluation.from_prior, "policy (after)": evaluation.from_policy}
-    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {trainer.beta:g}"
-    if not trainer.beta:
-        fits, title = {name: fit.without_posterior() for name, fit in fits.items()}, "β = 0: no posterior"
-
-    console.print(samples_table(prompts[:4], draws, title="Samples"))
-    console.print(fit_table(fits, title=title))
-    if trainer.beta:
-        console.print(evaluation.verdict)
-        console.print(str(evaluation.log_z))
-    curves = output_dir / "curves.png"
-    plot_history(trainer.state.log_history, fits["policy (after)"].log_z, curves)
-    console.print(f"Model in {output_dir}, curves in {curves}.")
+    cli.train_and_report(trainer, report if args.report_prompts > 0 else None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Criticism: how far a policy is from the posterior, in nats."""
 
 from .callback import PosteriorCallback
+from .control import control_table, feature_means, guarded_forward_kl, plot_control
 from .diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
 from .estimates import Estimate, LogZEstimate, PosteriorFit, posterior_fits
 from .evaluate import Evaluation, evaluate
@@ -21,12 +22,16 @@ __all__ = [
     "PosteriorProgress",
     "PreferenceSummary",
     "ScoredDraws",
+    "control_table",
     "distinct_n",
     "draw",
     "duplicates",
     "evaluate",
+    "feature_means",
     "fit_table",
+    "guarded_forward_kl",
     "log_z_sandwich",
+    "plot_control",
     "plot_history",
     "plot_overoptimization",
     "plot_reliability",

@@ -7,14 +7,19 @@ from transformers import ProgressCallback
 
 class PosteriorProgress(ProgressCallback):
     """
-    A bar with the latest reward, KL to the prior and ELBO beside it, in place of a printed dictionary at each logging
-    step. Takes the place of [`~transformers.ProgressCallback`]:
+    A bar with the latest reward, KL to the prior, ELBO and KL from the posterior beside it, as far as the trainer logs
+    them, in place of a printed dictionary at each logging step. Takes the place of [`~transformers.ProgressCallback`]:
 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(PosteriorProgress())
     """
 
-    FIGURES: ClassVar = {"reward": "reward", "posterior/kl_to_prior": "KL", "posterior/elbo": "ELBO"}
+    FIGURES: ClassVar = {
+        "reward": "reward",
+        "posterior/kl_to_prior": "KL",
+        "posterior/elbo": "ELBO",
+        "posterior/forward_kl": "KL(π*‖π)",
+    }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and logs is not None:

@@ -1,13 +1,14 @@
 """Completions drawn from a policy or from the prior, scored: what every estimate here is made of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..likelihoods import checked_evidence
 from ..lm import (
     Completions,
     LanguageModel,
@@ -48,6 +49,8 @@ class ScoredDraws:
     """Σ_t KL(q(· | x_<t) ‖ π0(· | x_<t)), exact at each token: its mean is KL(q‖π0)."""
     entropy: Tensor
     """Σ_t of the entropy of q(· | x_<t), exact at each token: its mean is the entropy of q."""
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> (P, n): what the evidence read off the completions, where it tells."""
 
     @property
     def lengths(self) -> Tensor:
@@ -100,26 +103,31 @@ def draw(
             another support than the prior's.
     """
     _check(source, posterior, prompts, columns)
-    parts: list[tuple[Completions, Tensor]] = []
+    parts: list[tuple[Completions, Tensor, dict[str, Tensor]]] = []
     at_once = max(1, _ROWS_AT_ONCE // n)
     with tqdm(total=len(prompts), desc="Drawing completions", unit="prompt", disable=not show_progress) as bar:
         for start in range(0, len(prompts), at_once):
             some = slice(start, start + at_once)
             drawn = source.sample(prompts[some], n, generator)
             rows = {name: [x for x in values[some] for _ in range(n)] for name, values in (columns or {}).items()}
-            evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows)  # (B,)
-            parts.append((drawn, torch.stack([*_score(source, posterior.prior, drawn), evidence.cpu()])))
+            texts = (drawn.prompts, drawn.completions, drawn.completion_ids, rows)
+            evidence, features = checked_evidence(posterior.likelihood, *texts)  # (B,)
+            scores = torch.stack([*_score(source, posterior.prior, drawn), evidence.cpu()])
+            parts.append((drawn, scores, features))
             bar.update(len(drawn) // n)
-    log_prob, log_prior, kl, entropy, evidence = torch.cat([scores for _, scores in parts], dim=1).view(5, -1, n)
+    log_prob, log_prior, kl, entropy, evidence = torch.cat([scores for _, scores, _ in parts], dim=1).view(5, -1, n)
     return ScoredDraws(
         prompts=list(prompts),
-        completion_ids=_grouped([ids for drawn, _ in parts for ids in drawn.completion_ids], n),
-        texts=_grouped([text for drawn, _ in parts for text in drawn.texts], n),
+        completion_ids=_grouped([ids for drawn, *_ in parts for ids in drawn.completion_ids], n),
+        texts=_grouped([text for drawn, *_ in parts for text in drawn.texts], n),
         log_prob=log_prob,
         log_prior=log_prior,
         log_likelihood=evidence,
         kl=kl,
         entropy=entropy,
+        features={
+            name: torch.cat([features[name].cpu() for *_, features in parts]).view(-1, n) for name in parts[0][2]
+        },
     )
 
 

@@ -17,6 +17,8 @@ TINY = speed_worker.Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completio
         speed_worker.Row("rloo", epochs=2),
         speed_worker.Row("ppo", lora=True),
         speed_worker.Row("ppo", critic="separate", epochs=2),
+        speed_worker.Row("gdc", epochs=2),
+        speed_worker.Row("gdc", lora=True),
     ],
     ids=str,
 )

@@ -1,6 +1,5 @@
 """The recipe as a user launches it, in processes of its own, with few steps; and what wrong flags end in."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_bayes import toy
 from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel
 
-from ..scripts import run_script
+from ..scripts import loaded_script, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ppo_klrl.py"
@@ -23,26 +22,8 @@ SMALL = [*FEW, "--report_samples", "32", "--max_completion_length", "24"]
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("ppo_klrl", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ppo_klrl"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["ppo_klrl"]
-
-
-@pytest.fixture
-def run_in_process(recipe, monkeypatch, tmp_path):
-    """Runs main() with flags in an empty folder: a launch is mostly imports."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["ppo_klrl.py", *map(str, flags)])
-        recipe.main()
-
-    return run
+    with loaded_script(RECIPE) as module:
+        yield module
 
 
 def test_without_arguments_trains_the_bundled_model(tmp_path):

@@ -1,8 +1,6 @@
 """The recipe with few steps; that it votes as the annotator does, and where it sees the best gold reward."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, load_reward
 from rlhf_bayes.toy.rewards import sentiment
 
-from ..scripts import run_script
+from ..scripts import loaded_script, run_script
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "rlhf.py"
 FEW = ["--num_pairs", "12", "--reward_epochs", "1", "--max_steps", "2", "--batch_size", "8", "--logging_steps", "1"]
@@ -18,12 +16,8 @@ FEW = ["--num_pairs", "12", "--reward_epochs", "1", "--max_steps", "2", "--batch
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("rlhf_recipe", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rlhf_recipe"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["rlhf_recipe"]
+    with loaded_script(RECIPE) as module:
+        yield module
 
 
 def test_from_preferences_to_policies(tmp_path):

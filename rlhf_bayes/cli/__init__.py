@@ -1,0 +1,34 @@
+"""What a script's flags name: data, rewards and features. Wrong names are refused before a model is loaded."""
+
+from .data import hold_out, load_preferences, load_prompts, prompts_of_pairs
+from .features import contains_words, parse_features
+from .named import load_function, load_language_model, load_pooled_reward, load_reward_func
+from .recipe import (
+    PromptArguments,
+    evaluate_saved,
+    model_init_kwargs,
+    parse_flags,
+    print_samples,
+    reward_report,
+    train_and_report,
+)
+
+__all__ = [
+    "PromptArguments",
+    "contains_words",
+    "evaluate_saved",
+    "hold_out",
+    "load_function",
+    "load_language_model",
+    "load_pooled_reward",
+    "load_preferences",
+    "load_prompts",
+    "load_reward_func",
+    "model_init_kwargs",
+    "parse_features",
+    "parse_flags",
+    "print_samples",
+    "prompts_of_pairs",
+    "reward_report",
+    "train_and_report",
+]
