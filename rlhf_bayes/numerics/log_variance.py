@@ -14,7 +14,8 @@ class LogVarianceCentres(NamedTuple):
     centre: Tensor
     """(B,), in nats: what the completion's deviation is taken from, an estimate of −log Z while none is forbidden."""
     scale: Tensor
-    """(B,): n/(n − 1) for the n completions of a prompt that take part; 0 for one alone, which has no spread."""
+    """(B,): n/(n − 1) for the n completions of a prompt that take part; 0 for one alone, which has no spread, and where
+    all are forbidden."""
 
 
 def log_variance_centres(
@@ -63,11 +64,11 @@ def log_variance_centres(
     any_allowed = ~allowed.isnan().all(-1, keepdim=True)  # (G, 1)
     level = torch.where(any_allowed, huber_centre(allowed, huber_delta), 0.0)
     above = torch.where(allowed.isnan(), too_likely, allowed - level)  # (G, M)
-    # without a permitted sibling there is nothing that the mass should go to instead: down, from 0
     lift = torch.where(any_allowed, huber_centre(above, huber_delta), 0.0)
     counts = (~above.isnan()).sum(-1, keepdim=True)  # (G, 1)
-    scale = torch.where(counts > 1, counts / (counts - 1).clamp(min=1), 0.0)
-    scale = torch.where(any_allowed, scale, 1.0)
+    # without a permitted sibling nothing says where the mass should go instead, and a policy that is only pushed away
+    # from what it draws leaves the support
+    scale = torch.where((counts > 1) & any_allowed, counts / (counts - 1).clamp(min=1), 0.0)
     centre = torch.where(forbidden, layout.rows(lift), layout.rows(level + lift))  # (B,)
     return LogVarianceCentres(centre.to(difference.dtype), layout.rows(scale).to(difference.dtype))
 
@@ -97,7 +98,7 @@ def log_variance_loss(
     and where that is c it takes no further part: at the posterior, where π = 0, every d is c. So the posterior
     remains a minimum, exactly; a policy without loss puts at most `exp(−gap)` of its mass on forbidden completions;
     and d̄, over all that take part, is a baseline, so that what is taken from the forbidden goes to the others. c and d̄
-    are constants. Where a prompt has forbidden completions only, they are compared with 0.
+    are constants. Where a prompt has forbidden completions only, nothing is learnt from them.
 
     Args:
         log_policy (`torch.Tensor`): log π (B,), in nats, with gradient.

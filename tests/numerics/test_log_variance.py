@@ -152,8 +152,8 @@ def test_alone_all_forbidden_or_left_out():
     log_likelihood = torch.tensor([2.0, -torch.inf, -torch.inf, torch.nan, 1.0])
     groups = torch.tensor([0, 1, 1, 2, 2])
     loss = loss_of(log_policy, torch.full((5,), -2.0), log_likelihood, groups)
-    assert_close(loss.detach(), torch.tensor([0.0, 12.5, 8.0, 0.0, 0.0]))
-    assert torch.autograd.grad(loss.sum(), log_policy)[0].tolist() == [0.0, 5.0, 4.0, 0.0, 0.0]
+    assert loss.tolist() == [0.0] * 5
+    assert torch.autograd.grad(loss.sum(), log_policy)[0].tolist() == [0.0] * 5
 
 
 def test_refusals():
