@@ -24,9 +24,9 @@ def dpg_baselines(
     r"""
     Baseline b of the pseudo-reward of each completion, for [`dpg_advantages`].
 
-    Which one has the least noise depends on the divergence. With 4 draws a prompt on a toy, on policy, the constant
-    has less than leave-one-out for all but the reverse KL, whose mean reward −KL(π‖p) − 1 is far from its constant
-    before it has learnt: a mean of three siblings is noisy.
+    Which one has the least noise depends on the divergence. With 4 draws of the prior on a toy, the constant has less
+    than leave-one-out for the forward KL, α and JS, and more for TV and the reverse KL, whose mean reward
+    −KL(π‖p) − 1 is far from its constant before it has learnt (`benchmarks/gradient_variance.py`).
 
     Args:
         log_target, log_policy, log_proposal (`torch.Tensor`): (B,), nats, as for [`dpg_advantages`]; any policy will

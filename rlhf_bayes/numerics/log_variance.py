@@ -12,10 +12,10 @@ class LogVarianceCentres(NamedTuple):
     """What [`log_variance_loss`] needs to know of a completion's siblings. Constants."""
 
     centre: Tensor
-    """(B,), in nats: what the completion's deviation is taken from, an estimate of −log Z while none is forbidden."""
+    """(B,), in nats: what the completion's deviation is taken from, an estimate of −log Z."""
     scale: Tensor
-    """(B,): n/(n − 1) for the n completions of a prompt that take part; 0 for one alone, which has no spread, and where
-    all are forbidden."""
+    """(B,): n/(n − 1) for the n completions of a prompt, 0 for one alone, which has no spread; with a given log Z 1,
+    or 0 where it is not known."""
 
 
 def log_variance_centres(
@@ -24,7 +24,7 @@ def log_variance_centres(
     log_likelihood: Tensor,
     groups: Tensor,
     huber_delta: float | None = None,
-    forbidden_gap: float = 5.0,
+    log_z: Tensor | None = None,
 ) -> LogVarianceCentres:
     """
     Centre of `d = log π − log π0 − log_likelihood` over the completions of each prompt, that of [`log_variance_loss`].
@@ -40,36 +40,36 @@ def log_variance_centres(
             policy they were drawn.
         huber_delta (`float`, *optional*): as for the loss. The centre is then Huber's location, which an outlier
             hardly moves, in place of the mean.
-        forbidden_gap (`float`, defaults to `5.0`): as for the loss.
+        log_z (`torch.Tensor`, *optional*): log Z of the prompt of each completion (B,), in nats; nan or `-inf` where
+            it is not known. The centre is then −log Z, which the loss of forbidden completions needs.
 
     Returns:
         `LogVarianceCentres`: of each completion.
 
     Raises:
-        ValueError: if the shapes differ, `groups` is not integers, a log-probability is not finite, or `huber_delta`
-            is not positive.
+        ValueError: if the shapes differ, `groups` is not integers, a log-probability is not finite, `huber_delta` is
+            not positive, or a completion is forbidden and `log_z` is not given.
 
     Source: as [`log_variance_loss`].
     """
-    _check_options(huber_delta, forbidden_gap)
-    log_policy = log_policy.detach()
-    difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
+    _check_options(huber_delta)
+    difference = _differences(log_policy.detach(), log_prior, log_likelihood)  # (B,)
     if groups.shape != difference.shape:
         raise ValueError(f"`groups` must be {tuple(difference.shape)}, got {tuple(groups.shape)}: one a completion.")
-    layout, forbidden = grouped(groups), difference == torch.inf
-    excess = _excess(log_policy, log_prior, forbidden_gap)
-    # +inf is a forbidden completion: it would take the mean with it
-    allowed = layout.table(torch.where(forbidden, torch.nan, difference).double(), torch.nan)  # (G, M)
-    too_likely = layout.table(torch.where(forbidden & (excess > 0), excess, torch.nan).double(), torch.nan)
-    any_allowed = ~allowed.isnan().all(-1, keepdim=True)  # (G, 1)
-    level = torch.where(any_allowed, huber_centre(allowed, huber_delta), 0.0)
-    above = torch.where(allowed.isnan(), too_likely, allowed - level)  # (G, M)
-    lift = torch.where(any_allowed, huber_centre(above, huber_delta), 0.0)
-    counts = (~above.isnan()).sum(-1, keepdim=True)  # (G, 1)
-    # without a permitted sibling nothing says where the mass should go instead, and a policy that is only pushed away
-    # from what it draws leaves the support
-    scale = torch.where((counts > 1) & any_allowed, counts / (counts - 1).clamp(min=1), 0.0)
-    centre = torch.where(forbidden, layout.rows(lift), layout.rows(level + lift))  # (B,)
+    if log_z is not None:
+        known = log_z.isfinite()
+        centre = torch.where(known, -log_z, 0.0).to(difference.dtype)
+        return LogVarianceCentres(centre, known.to(difference.dtype))
+    if bool((difference == torch.inf).any()):
+        raise ValueError(
+            "`log_z` must be given where completions are forbidden: the mean over those that are not says nothing of "
+            "how much mass the others must lose."
+        )
+    layout = grouped(groups)
+    table = layout.table(difference.double(), torch.nan)  # (G, M)
+    counts = (~table.isnan()).sum(-1, keepdim=True)  # (G, 1)
+    scale = torch.where(counts > 1, counts / (counts - 1).clamp(min=1), 0.0)
+    centre = layout.rows(huber_centre(table, huber_delta))  # (B,)
     return LogVarianceCentres(centre.to(difference.dtype), layout.rows(scale).to(difference.dtype))
 
 
@@ -79,7 +79,7 @@ def log_variance_loss(
     log_likelihood: Tensor,
     centres: LogVarianceCentres,
     huber_delta: float | None = None,
-    forbidden_gap: float = 5.0,
+    forbidden_gap: float = 1.0,
 ) -> Tensor:
     r"""
     Log-variance loss of each completion, wherever it was drawn from: no importance weights.
@@ -91,14 +91,14 @@ def log_variance_loss(
     baseline. Off policy it is another loss with the same minimum on what the draws cover.
 
     A **forbidden** completion has d = +∞, and no finite π makes it constant. Left out, mass on it would cost nothing;
-    with a finite log-likelihood in its place, the posterior would no longer be the minimum. So its d is
+    with a finite log-likelihood in its place, the posterior would no longer be the minimum. So its loss is
 
-        c + max(0, log π − log π0 + gap),    c: the mean d of the prompt's completions that are not forbidden
+        ½·max(0, log π − log π0 + gap)²
 
-    and where that is c it takes no further part: at the posterior, where π = 0, every d is c. So the posterior
-    remains a minimum, exactly; a policy without loss puts at most `exp(−gap)` of its mass on forbidden completions;
-    and d̄, over all that take part, is a baseline, so that what is taken from the forbidden goes to the others. c and d̄
-    are constants. Where a prompt has forbidden completions only, nothing is learnt from them.
+    and the others are drawn to −log Z itself, not to a mean (trajectory balance with Z given): off policy, a baseline
+    that moves mass from the forbidden to the others would move it there again each time they are replayed, past the
+    posterior. That remains a minimum, where π = 0 and d = −log Z; a policy without loss puts at most `exp(−gap)` of
+    the prior's mass on forbidden completions.
 
     Args:
         log_policy (`torch.Tensor`): log π (B,), in nats, with gradient.
@@ -106,9 +106,9 @@ def log_variance_loss(
         log_likelihood (`torch.Tensor`): (B,), in nats; `-inf` for a forbidden completion, nan for one to be left out.
         centres (`LogVarianceCentres`): of these completions, from [`log_variance_centres`].
         huber_delta (`float`, *optional*): deviations beyond it, in nats, count linearly: `δ·(|r| − ½ δ)` for `½ r²`.
-        forbidden_gap (`float`, defaults to `5.0`): nats below its prior at which a forbidden completion is let be.
-            Give the centres the same. The forbidden stand this far out at first: a larger gap leaves less mass and
-            makes noisier gradients, which `huber_delta` bounds.
+        forbidden_gap (`float`, defaults to `1.0`): nats below its prior at which a forbidden completion is let be. The
+            forbidden stand this far out at first: a larger gap leaves less mass and makes noisier gradients, which
+            `huber_delta` bounds.
 
     Returns:
         `torch.Tensor`: (B,), in nats², with gradient; 0 for completions left out, and for a permitted one alone.
@@ -123,15 +123,14 @@ def log_variance_loss(
     _check_options(huber_delta, forbidden_gap)
     difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
     forbidden = difference == torch.inf
-    excess = _excess(log_policy, log_prior, forbidden_gap)
-    counts = ~difference.isnan() & ~(forbidden & (excess == 0))
+    excess = (log_policy - log_prior + forbidden_gap).clamp(min=0)
     # filled before the arithmetic: inf and nan times 0 would leave a nan in the gradient
-    value = torch.where(forbidden, excess, torch.where(difference.isfinite(), difference, 0.0))
-    residual = torch.where(counts, value - centres.centre, 0.0)
+    deviation = torch.where(difference.isfinite(), difference, 0.0) - centres.centre
+    residual = torch.where(forbidden, excess, torch.where(difference.isnan(), 0.0, deviation))
     return centres.scale * _huber(residual, huber_delta)
 
 
-def _check_options(huber_delta: float | None, forbidden_gap: float) -> None:
+def _check_options(huber_delta: float | None, forbidden_gap: float = 1.0) -> None:
     if huber_delta is not None and not huber_delta > 0:
         raise ValueError(
             f"`huber_delta` must be positive, got {huber_delta}: nats beyond which a deviation counts linearly. "
@@ -142,11 +141,6 @@ def _check_options(huber_delta: float | None, forbidden_gap: float) -> None:
             f"`forbidden_gap` must be positive and finite, got {forbidden_gap}: nats that a forbidden completion must "
             "lie below its prior."
         )
-
-
-def _excess(log_policy: Tensor, log_prior: Tensor, forbidden_gap: float) -> Tensor:
-    """Nats by which a completion is likelier than a forbidden one may be."""
-    return (log_policy - log_prior + forbidden_gap).clamp(min=0)
 
 
 def _huber(residual: Tensor, delta: float | None) -> Tensor:

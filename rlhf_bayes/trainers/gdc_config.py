@@ -28,7 +28,7 @@ class GDCConfig(RolloutConfig):
             α of `"alpha"`, between 0, the forward KL, and 1, the reverse KL.
         baseline (`str`, *optional*):
             Of the pseudo-reward: `"constant"`, `"leave_one_out"` or `"none"`. Default: leave-one-out for the reverse
-            KL, the constant −f′(1) for the others, where it has less noise, and for one completion a prompt.
+            KL and TV, the constant −f′(1) for the others, where it has less noise, and for one completion a prompt.
         proposal (`str`, *optional*, defaults to `"policy"`):
             What completions are drawn from: the policy; `"adaptive"`, the policy as it was when its KL(p‖·) was last
             seen to be lower than that of the proposal before, beyond noise; or `"prior"`.
@@ -39,10 +39,12 @@ class GDCConfig(RolloutConfig):
             `"uniform"` over these rollouts, or `"recency"`: with a weight that falls linearly with age.
         huber_delta (`float`, *optional*):
             Deviations beyond so many nats count linearly. For `"log_variance"` alone.
-        forbidden_gap (`float`, *optional*, defaults to `5.0`):
+        forbidden_gap (`float`, *optional*, defaults to `1.0`):
             Nats below its prior at which a forbidden completion is let be. For `"log_variance"` alone.
-        ess_min (`float`, *optional*, defaults to `0.0`):
-            Optimizer steps whose weights p/q have an effective sample size below are skipped and counted.
+        ess_min (`float`, *optional*, defaults to `1.0`):
+            Optimizer steps whose weights p/q have an effective sample size below are skipped and counted. The default
+            skips those without any completion that the posterior allows: such a step can only push the policy away
+            from what it draws, and leads out of the support. 0 skips none.
         max_pseudo_reward (`float`, *optional*):
             Upper bound of the pseudo-reward, p/π for the forward KL. Default: none. It moves the optimum.
         beta_init (`float`, *optional*):
@@ -74,7 +76,7 @@ class GDCConfig(RolloutConfig):
     baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Of the pseudo-reward. Default: 'leave_one_out' for the reverse KL, 'constant' for the others.",
+            "help": "Of the pseudo-reward. Default: 'leave_one_out' for the reverse KL and TV, else 'constant'.",
             "choices": list(BASELINES),
         },
     )
@@ -100,12 +102,15 @@ class GDCConfig(RolloutConfig):
         metadata={"help": "Nats beyond which a deviation of the log-variance loss counts linearly. Default: none."},
     )
     forbidden_gap: float = field(
-        default=5.0,
+        default=1.0,
         metadata={"help": "Nats below its prior at which the log-variance loss lets a forbidden completion be."},
     )
     ess_min: float = field(
-        default=0.0,
-        metadata={"help": "Optimizer steps with a smaller effective sample size of p/q are skipped and counted."},
+        default=1.0,
+        metadata={
+            "help": "Optimizer steps with a smaller effective sample size of p/q are skipped and counted. 1 skips "
+            "those with forbidden completions only."
+        },
     )
     max_pseudo_reward: float | None = field(
         default=None, metadata={"help": "Upper bound of the pseudo-reward. It moves the optimum. Default: none."}
@@ -177,7 +182,7 @@ class GDCConfig(RolloutConfig):
                 "variance. Draw more a prompt."
             )
         values = {"alpha": self.alpha, "baseline": self.baseline, "max_pseudo_reward": self.max_pseudo_reward}
-        values |= {"ess_min": self.ess_min or None, "prior_samples": self.prior_samples or None}
+        values |= {"prior_samples": self.prior_samples or None}
         for name, value in values.items():
             if value is not None:
                 raise ValueError(

@@ -181,7 +181,7 @@ class GDCTrainer(RolloutTrainer):
             "baseline": targets["baseline"][own],
         }
         if self.mode == "eval" and self.args.divergence == LOG_VARIANCE:  # in training: before each optimizer step
-            names = ("log_policy", "log_prior", "log_likelihood")
+            names = ("log_policy", "log_prior", "log_likelihood", "log_z")
             centres = self._centres(*(self.accelerator.gather(batch[name]) for name in names), keys)
             batch |= {"centre": centres.centre[own], "scale": centres.scale[own]}
         return batch
@@ -208,7 +208,7 @@ class GDCTrainer(RolloutTrainer):
         if self.args.divergence == LOG_VARIANCE or not training:
             baseline = torch.zeros_like(log_policy)
         else:
-            siblings = self.args.divergence == "reverse_kl" and self.num_generations > 1
+            siblings = self.args.divergence in ("reverse_kl", "tv") and self.num_generations > 1
             kind = self.args.baseline or ("leave_one_out" if siblings else "constant")
             options = (self.args.divergence, self.args.alpha, kind)
             baseline = dpg_baselines(log_target, log_policy, log_proposal, keys, *options)
@@ -248,10 +248,8 @@ class GDCTrainer(RolloutTrainer):
             batches = self.replay.sample([len(batch["prompt_keys"]) for batch in batches])
             for batch in batches:  # Z is known better now
                 batch["log_z"] = self.normalizers.log_z(batch["prompt_keys"]).float()
-        if self.args.divergence == LOG_VARIANCE:
-            return self._with_centres(batches)
         self._judge_step(batches)
-        return batches
+        return self._with_centres(batches) if self.args.divergence == LOG_VARIANCE else batches
 
     def _with_centres(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         # a prompt's completions may be spread over micro-batches and processes: then its mean takes a pass of its own
@@ -259,9 +257,9 @@ class GDCTrainer(RolloutTrainer):
             return batches
         with torch.no_grad(), self.accelerator.autocast():
             log_policy = torch.cat([self.score(self.model, batch).log_probs.sum(-1) for batch in batches])
-        names = ("log_prior", "log_likelihood")
+        names = ("log_prior", "log_likelihood", "log_z")
         local = torch.stack([log_policy, *(torch.cat([batch[name] for batch in batches]) for name in names)], dim=-1)
-        columns = self.accelerator.gather(local.float())  # (M_global, 3)
+        columns = self.accelerator.gather(local.float())  # (M_global, 4)
         keys = self.accelerator.gather(torch.cat([batch["prompt_keys"] for batch in batches]))
         centres = self._centres(*columns.unbind(-1), keys)
         first = self.accelerator.process_index * len(log_policy)
@@ -271,19 +269,19 @@ class GDCTrainer(RolloutTrainer):
             batch | {"centre": centre, "scale": scale} for batch, (centre, scale) in zip(batches, parts, strict=True)
         ]
 
-    def _centres(self, log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor, keys: Tensor):
+    def _centres(self, log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor, log_z: Tensor, keys: Tensor):
         evidence = self.normalizers.power * log_likelihood
-        options = (self.args.huber_delta, self.args.forbidden_gap)
-        return log_variance_centres(log_policy, log_prior, evidence, keys, *options)
+        log_z = log_z if self._forbidden_seen else None
+        return log_variance_centres(log_policy, log_prior, evidence, keys, self.args.huber_delta, log_z)
 
     def _judge_step(self, batches: list[dict[str, Tensor]]) -> None:
-        # by the weights p/q that its gradient rests on
+        # by the weights p/q of its completions: without any, all that it could do is to leave what was drawn
         names = ("log_prior", "log_likelihood", "log_z", "log_proposal")
         columns = torch.stack([torch.cat([batch[name] for batch in batches]) for name in names], dim=-1)  # (M, 4)
         log_prior, log_likelihood, log_z, log_proposal = self.accelerator.gather(columns.double()).unbind(-1)
         log_weights = self._log_target(log_prior, log_likelihood, log_z) - log_proposal  # (M_global,)
         ess = importance_ess(torch.where(log_weights.isnan(), -torch.inf, log_weights)).item()
-        self._skips_step = ess < self.args.ess_min
+        self._skips_step = ess < self.args.ess_min - 1e-6  # one completion alone has an ESS of 1 up to rounding
         self.log_metric("gdc/step_ess", ess)
         self.log_metric("gdc/skipped_steps", float(self._skips_step))
 
@@ -292,7 +290,7 @@ class GDCTrainer(RolloutTrainer):
         if scores is not None:
             self._report_step(scores, batch, log_policy.detach() - batch["log_proposal"])
         if self.args.divergence == LOG_VARIANCE:
-            return self._log_variance(log_policy, batch).sum()
+            return self._log_variance(log_policy, batch).sum() * (0.0 if self._skips_step else 1.0)
         log_target = self._log_target(batch["log_prior"], batch["log_likelihood"], batch["log_z"])
         options = (self.args.divergence, self.args.alpha)
         if scores is None:
@@ -307,7 +305,7 @@ class GDCTrainer(RolloutTrainer):
         return -(advantages * log_policy).sum() * (0.0 if self._skips_step else 1.0)
 
     def _log_variance(self, log_policy: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        columns = (batch["log_prior"], batch["log_likelihood"])
+        columns = (batch["log_prior"], batch["log_likelihood"], batch["log_z"])
         if "centre" in batch:
             centres = LogVarianceCentres(batch["centre"], batch["scale"])
         else:

@@ -47,7 +47,6 @@ LOG_VARIANCE = {"divergence": "log_variance"}
         ({"alpha": 0.5} | LOG_VARIANCE, r"`alpha` is of no use with `divergence`='log_variance', got 0\.5: the loss"),
         ({"baseline": "none"} | LOG_VARIANCE, "`baseline` is of no use with `divergence`='log_variance'"),
         ({"max_pseudo_reward": 9.0} | LOG_VARIANCE, "`max_pseudo_reward` is of no use .*neither importance weights"),
-        ({"ess_min": 2.0} | LOG_VARIANCE, "`ess_min` is of no use with `divergence`='log_variance'"),
         ({"prior_samples": 8} | LOG_VARIANCE, "`prior_samples` is of no use with `divergence`='log_variance'"),
         ({"normalize_advantages": True}, "`normalize_advantages` must be False: dividing by the spread"),
         ({"epsilon": 0.1}, r"`epsilon` must be left out, got 0\.1: .* not clipped. `ess_min` skips steps"),
