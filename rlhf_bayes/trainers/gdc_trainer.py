@@ -28,6 +28,7 @@ from .prior_samples import PriorSamples
 from .proposal import Comparison, Snapshot
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
+from .withheld import withheld_steps
 
 logger = logging.getLogger(__name__)
 
@@ -277,9 +278,9 @@ class GDCTrainer(RolloutTrainer):
 
     def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
         log_policy = batch["log_policy"] if scores is None else scores.log_probs.sum(-1)  # (B,)
-        if scores is not None:
-            self._report_step(scores, batch, log_policy.detach() - batch["log_proposal"])
         if self.args.divergence == LOG_VARIANCE:
+            if scores is not None:
+                self._report_step(scores, batch)
             return self._log_variance(log_policy, batch).sum()
         log_target = self._log_target(batch["log_prior"], batch["log_likelihood"], batch["log_z"])
         options = (self.args.divergence, self.args.alpha)
@@ -288,10 +289,7 @@ class GDCTrainer(RolloutTrainer):
         advantages, clipped = dpg_advantages(
             log_target, log_policy, batch["log_proposal"], batch["baseline"], *options, self.args.max_pseudo_reward
         )
-        if self.args.max_pseudo_reward is not None:
-            lost, kept = clipped.sum(), advantages.abs().sum()
-            lost, kept = self.accelerator.reduce(torch.stack([lost, kept]), reduction="sum").tolist()
-            self.log_metric("gdc/clipped", lost / max(lost + kept, 1e-30))
+        self._report_step(scores, batch, clipped, advantages.abs())
         return -(advantages * log_policy).sum() * (0.0 if self._skips_step else 1.0)
 
     def _log_variance(self, log_policy: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -305,9 +303,10 @@ class GDCTrainer(RolloutTrainer):
         return log_variance_loss(log_policy, batch["log_prior"], evidence, centres, *options)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        # a gradient of 0 would still move the weights: by momentum and weight decay
+        with withheld_steps(self.optimizer, lambda: self._skips_step):  # whether, is known when the batch is at hand
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self._skips_step:
-            # a gradient of 0 would still move the weights: by momentum and weight decay
             for parameter in self.model.parameters():
                 parameter.grad = None
         return loss
@@ -341,14 +340,20 @@ class GDCTrainer(RolloutTrainer):
         means = self.accelerator.gather(local).double().mean(0).tolist()  # (F,)
         return {f"posterior/moments/{name}": mean for name, mean in zip(features, means, strict=True)}
 
-    def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], log_ratio: Tensor) -> None:
+    def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], *pseudo_rewards: Tensor) -> None:
+        # the last: what was clipped of them, and what was kept
         mask = batch["completion_mask"].bool()
-        entropy, ratio = torch.where(mask, scores.entropy.detach(), 0.0), log_ratio.exp()
-        columns = (entropy, mask.float(), ratio, ratio.square(), torch.ones_like(ratio))
-        sums = self.accelerator.reduce(torch.stack([column.sum() for column in columns]), reduction="sum")
-        entropy, tokens, ratios, squares, rows = sums.tolist()
+        entropy = torch.where(mask, scores.entropy, 0.0)
+        ratio = (scores.log_probs.sum(-1) - batch["log_proposal"]).exp()
+        columns = (entropy, mask.float(), ratio, ratio.square(), torch.ones_like(ratio), *pseudo_rewards)
+        totals = self.step_totals(torch.stack([column.sum() for column in columns]))
+        if totals is None:
+            return
+        entropy, tokens, ratios, squares, rows, *rewards = totals.tolist()
         self.log_metric("entropy", entropy / max(tokens, 1.0))
         self.log_metric("gdc/ratio_ess", ratios**2 / max(squares, 1e-30) / rows)
+        if self.args.max_pseudo_reward is not None and rewards:
+            self.log_metric("gdc/clipped", rewards[0] / max(sum(rewards), 1e-30))
 
     # Checkpoints
 
