@@ -28,6 +28,7 @@ from .prior_samples import PriorSamples
 from .proposal import Comparison, Snapshot, check_proposal
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
+from .withheld import withheld_steps
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,6 @@ class GDCTrainer(RolloutTrainer):
             self.add_callback(PriorSamples(self))
         self._forbidden_seen = likelihood is not None and forbids(likelihood)
         self._skips_step = False
-        self._step_sums = torch.zeros(5)
 
     # From a rollout to the columns of a batch
 
@@ -287,10 +287,12 @@ class GDCTrainer(RolloutTrainer):
 
     def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
         log_policy = batch["log_policy"] if scores is None else scores.log_probs.sum(-1)  # (B,)
-        if scores is not None:
-            self._report_step(scores, batch, log_policy.detach() - batch["log_proposal"])
         if self.args.divergence == LOG_VARIANCE:
-            return self._log_variance(log_policy, batch).sum() * (0.0 if self._skips_step else 1.0)
+            loss = self._log_variance(log_policy, batch).sum()
+            if scores is None:
+                return loss
+            self._report_step(scores, batch)
+            return loss * (0.0 if self._skips_step else 1.0)
         log_target = self._log_target(batch["log_prior"], batch["log_likelihood"], batch["log_z"])
         options = (self.args.divergence, self.args.alpha)
         if scores is None:
@@ -298,10 +300,7 @@ class GDCTrainer(RolloutTrainer):
         advantages, clipped = dpg_advantages(
             log_target, log_policy, batch["log_proposal"], batch["baseline"], *options, self.args.max_pseudo_reward
         )
-        if self.args.max_pseudo_reward is not None:
-            lost, kept = clipped.sum(), advantages.abs().sum()
-            lost, kept = self.accelerator.reduce(torch.stack([lost, kept]), reduction="sum").tolist()
-            self.log_metric("gdc/clipped", lost / max(lost + kept, 1e-30))
+        self._report_step(scores, batch, clipped, advantages.abs())
         return -(advantages * log_policy).sum() * (0.0 if self._skips_step else 1.0)
 
     def _log_variance(self, log_policy: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -315,9 +314,10 @@ class GDCTrainer(RolloutTrainer):
         return log_variance_loss(log_policy, batch["log_prior"], evidence, centres, *options)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        # a gradient of 0 would still move the weights: by momentum and weight decay
+        with withheld_steps(self.optimizer, lambda: self._skips_step):  # whether, is known when the batch is at hand
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self._skips_step:
-            # a gradient of 0 would still move the weights: by momentum and weight decay
             for parameter in self.model.parameters():
                 parameter.grad = None
         return loss
@@ -351,17 +351,20 @@ class GDCTrainer(RolloutTrainer):
         means = self.accelerator.gather(local).double().mean(0).tolist()  # (F,)
         return {f"posterior/moments/{name}": mean for name, mean in zip(features, means, strict=True)}
 
-    def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], log_ratio: Tensor) -> None:
+    def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], *pseudo_rewards: Tensor) -> None:
+        # the last: what was clipped of them, and what was kept
         mask = batch["completion_mask"].bool()
-        entropy, ratio = torch.where(mask, scores.entropy.detach(), 0.0), log_ratio.exp()
-        columns = (entropy, mask.float(), ratio, ratio.square(), torch.ones_like(ratio))
-        # an effective sample size is that of the whole step, not of its micro-batches
-        sums = torch.stack([column.sum() for column in columns])
-        self._step_sums = sums if self.micro_batch == 0 else self._step_sums + sums
-        if self.micro_batch == self.args.gradient_accumulation_steps - 1:
-            entropy, tokens, ratios, squares, rows = self.accelerator.reduce(self._step_sums, reduction="sum").tolist()
-            self.log_metric("entropy", entropy / max(tokens, 1.0))
-            self.log_metric("gdc/ratio_ess", ratios**2 / max(squares, 1e-30) / rows)
+        entropy = torch.where(mask, scores.entropy, 0.0)
+        ratio = (scores.log_probs.sum(-1) - batch["log_proposal"]).exp()
+        columns = (entropy, mask.float(), ratio, ratio.square(), torch.ones_like(ratio), *pseudo_rewards)
+        totals = self.step_totals(torch.stack([column.sum() for column in columns]))
+        if totals is None:
+            return
+        entropy, tokens, ratios, squares, rows, *rewards = totals.tolist()
+        self.log_metric("entropy", entropy / max(tokens, 1.0))
+        self.log_metric("gdc/ratio_ess", ratios**2 / max(squares, 1e-30) / rows)
+        if self.args.max_pseudo_reward is not None and rewards:
+            self.log_metric("gdc/clipped", rewards[0] / max(sum(rewards), 1e-30))
 
     # Checkpoints
 

@@ -121,6 +121,11 @@ class PPOTrainer(RolloutTrainer):
                 f"`args` must be a PPOConfig, got {type(args).__name__}. Replace the class name; every field of "
                 "RLOOConfig is one of PPOConfig."
             )
+        if args.critic_warmup_steps and args.weight_decay and args.deepspeed_plugin is not None:
+            raise ValueError(
+                f"`weight_decay` must be 0 with `critic_warmup_steps` under DeepSpeed, got {args.weight_decay}: its "
+                "optimizer would shrink the policy's weights while only the critic learns. Set `weight_decay=0.0`."
+            )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device)
         if args.beta == 0:
@@ -284,6 +289,9 @@ class PPOTrainer(RolloutTrainer):
             "clip_ratio/region_mean": (low | high).float(),
         }
         sums = [masked_sum(column.detach(), mask) for column in columns.values()] + [mask.sum().float()]
-        *totals, tokens = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        totals = self.step_totals(torch.stack(sums))
+        if totals is None:
+            return
+        *totals, tokens = totals.tolist()
         for name, total in zip(columns, totals, strict=True):
             self.log_metric(name, total / max(tokens, 1.0))

@@ -21,6 +21,7 @@ from ..numerics import (
 )
 from ..rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIndex, RewardModel, check_pairs
 from ._trl import PairRewards, PreferenceTrainer
+from ._trl.resuming import load_device
 from .annotators import AnnotatorReliability
 from .members import add_adapters, widen_head
 from .preference_data import PAIR_COLUMNS, PairReader, annotators_in
@@ -258,7 +259,8 @@ class RewardTrainer(PreferenceTrainer):
             loss = loss + self.args.center_rewards_coefficient * torch.mean((rewards.chosen + rewards.rejected) ** 2)
         if self.mode == "eval" or self.args.num_members == 1 or self._training_member is not None:
             return loss
-        self.log_metric("disagreement", delta.detach().std(-1, correction=0).mean().item())
+        disagreement = delta.detach().std(-1, correction=0).mean()
+        self.log_metric("disagreement", self.accelerator.reduce(disagreement, reduction="mean").item())
         # adapters share no weights: each takes the steps that it would take alone
         return loss * (len(self._adapters) or 1)
 
@@ -375,7 +377,7 @@ class RewardTrainer(PreferenceTrainer):
             super()._load_best_model()
             for name in self._adapters[1:]:  # Trainer takes only the active adapter back
                 folder = Path(self.state.best_model_checkpoint) / name
-                adapter = load_peft_weights(str(folder), device=str(self.args.device))
+                adapter = load_peft_weights(str(folder), device=load_device(self.args.device))
                 set_peft_model_state_dict(self.model, adapter, adapter_name=name)
 
     def objective_state(self) -> dict[str, Any]:

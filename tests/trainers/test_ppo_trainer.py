@@ -285,3 +285,10 @@ def test_arguments_of_another_class_are_refused(toy, tmp_path):
         trainer(toy, config(tmp_path), train_dataset=prompts_of(toy).rename_column("prompt", "text"))
     with pytest.raises(ValueError, match="`eval_dataset` must hold at least one prompt"):
         trainer(toy, config(tmp_path), eval_dataset=prompts_of(toy).select([]))
+
+
+def test_a_critic_warms_up_under_deepspeed_without_weight_decay(toy, tmp_path):
+    args = config(tmp_path, critic_warmup_steps=2, weight_decay=0.1)
+    args.deepspeed_plugin = object()
+    with pytest.raises(ValueError, match=r"`weight_decay` must be 0 .* under DeepSpeed, got 0\.1"):
+        trainer(toy, args, "some/path/that/is/not/reached")

@@ -13,13 +13,14 @@ from trl import RLOOTrainer
 
 from ...lm import CRITIC, base_causal_lm, detached_critic, set_trainable, split_critic
 from ..interruption import finished_before_signals
+from .resuming import ResumingTrainer, load_device
 
 logger = logging.getLogger(__name__)
 
 _STATE = "rollout_state_{rank}.pt"
 
 
-class CheckpointTrainer(RLOOTrainer):
+class CheckpointTrainer(ResumingTrainer, RLOOTrainer):
     """RLOO with whole checkpoints. Not for direct use: see [`RolloutTrainer`]."""
 
     def rollout_state(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class CheckpointTrainer(RLOOTrainer):
         if critic is not None:
             critic.load(Path(checkpoint) / CRITIC)
             if critic.adapter is not None:  # Trainer takes only the active adapter back from the best checkpoint
-                weights = load_peft_weights(str(Path(checkpoint) / CRITIC), device=str(self.args.device))
+                weights = load_peft_weights(str(Path(checkpoint) / CRITIC), device=load_device(self.args.device))
                 set_peft_model_state_dict(self._plain_policy, weights, adapter_name=critic.adapter)
             # `load_adapter` freezes every adapter but the active one
             set_trainable(base_causal_lm(self._plain_policy), critic)
@@ -95,7 +96,8 @@ class CheckpointTrainer(RLOOTrainer):
         self._buffered_inputs = None
         paths = [checkpoint / _STATE.format(rank=rank) for rank in (self.accelerator.process_index, 0)]
         path = paths[0] if paths[0].is_file() else paths[1]  # a process that is new takes over what all share
-        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else None
+        place = load_device(self.args.device)
+        state = torch.load(path, map_location=place, weights_only=True) if path.is_file() else None
         if state is None:
             logger.warning(
                 f"`{path}` is missing: β and the rollout in flight start anew, so the run will differ from one "

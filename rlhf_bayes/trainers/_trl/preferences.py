@@ -19,6 +19,7 @@ from trl import RewardTrainer as TRLRewardTrainer
 
 from ..interruption import finished_before_signals
 from ..preference_data import PAIR_COLUMNS, PairCollator, fit_length
+from .resuming import ResumingTrainer
 
 PRIVATE_NAMES = {
     # overridden: called by TRL or transformers with these parameters
@@ -42,7 +43,7 @@ class PairRewards(NamedTuple):
     """(B, K)."""
 
 
-class PreferenceTrainer(TRLRewardTrainer):
+class PreferenceTrainer(ResumingTrainer, TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
     def __init__(self, model, args, **trl_arguments):

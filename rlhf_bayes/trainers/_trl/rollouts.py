@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class Rollout:
     token_entropy: Tensor
     """(B, T): entropy of π(· | prefix)."""
     token_kl: Tensor | None
-    """(B, T): exact KL(π(· | prefix) ‖ π0(· | prefix)); None where the weights are sharded."""
+    """(B, T): exact KL(π(· | prefix) ‖ π0(· | prefix)); None where FSDP shards the weights."""
     values: Tensor | None
     """(B, T): the critic's value of each prefix, where the policy has a critic."""
     log_proposal: Tensor
@@ -124,6 +124,7 @@ class RolloutTrainer(CheckpointTrainer):
         """What completions are drawn from in training: "policy", "prior", or the policy as it once was."""
         self._step_batches: list[dict[str, Tensor]] = []
         self._count_in_step = torch.tensor(1.0)
+        self._sums_in_step: Tensor | None = None
         self._scored: dict[str, Tensor] | None = None
         self._rewards_per_func: Tensor | None = None
         self._ended: Tensor | None = None
@@ -164,14 +165,28 @@ class RolloutTrainer(CheckpointTrainer):
         """ "train" or "eval": where metrics go."""
         return "train" if self.model.training else "eval"
 
-    @property
-    def micro_batch(self) -> int:
-        """Which micro-batch of its optimizer step is learnt from, counted from 0."""
-        return self._step % self.args.gradient_accumulation_steps
-
     def log_metric(self, name: str, value: float) -> None:
         """Add a value to a metric; its mean is logged at the next logging step."""
         self._metrics[self.mode][name].append(float(value))
+
+    def step_totals(self, sums: Tensor) -> Tensor | None:
+        """
+        Sums over an optimizer step: a ratio of two says the same however the step is cut into micro-batches.
+
+        Args:
+            sums (`Tensor` (N,)):
+                Over this micro-batch.
+
+        Returns:
+            `Tensor` (N,): over all micro-batches and processes, at the last of them; before, `None`.
+        """
+        sums = sums.detach()
+        if self.mode == "train":
+            self._sums_in_step = sums if self._sums_in_step is None else self._sums_in_step + sums
+            if not self.accelerator.sync_gradients:
+                return None
+            sums, self._sums_in_step = self._sums_in_step, None
+        return self.accelerator.reduce(sums, reduction="sum")
 
     def draw(self, rows: list[dict[str, Any]]) -> None:
         """A rollout of these rows of the data, one completion each, that nothing is learnt from and nothing logged."""
@@ -188,6 +203,10 @@ class RolloutTrainer(CheckpointTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
         for row, ids in enumerate(prompt_ids):
             check_prompt_fits(base_causal_lm(self._plain_policy), len(ids), self.max_completion_length, row)
+        if self.is_fsdp_enabled:
+            # by this, `generate` knows that all must go on until the last process has its completions: transformers
+            # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
+            base_causal_lm(self._plain_policy)._is_fsdp_managed_module = True
         with self._drawing() as module, raw_generation_config(self.accelerator.unwrap_model(module)):
             policy, self.model_wrapped = self.model_wrapped, module
             try:
@@ -271,9 +290,9 @@ class RolloutTrainer(CheckpointTrainer):
 
     @torch.no_grad()
     def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
-        # a head that is sharded, or that PEFT switches with the adapter, can be used inside its own forward only
+        # a head that FSDP shards, or that PEFT switches with the adapter, can be used inside its own forward only
         switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
-        separate = not self.sharded and not switched
+        separate = not self.is_fsdp_enabled and not switched
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
         with self.accelerator.autocast():
             policy = score_completions(self.model, *sequences, hidden_only=separate)
@@ -283,13 +302,12 @@ class RolloutTrainer(CheckpointTrainer):
                 token_log_probs, ref_token_log_probs = policy.log_probs, ref.log_probs
                 token_entropy, token_kl = policy.entropy, None
             else:
-                columns = token_log_probs_and_exact_kl(
-                    policy.hidden,
-                    LMHead.of(base_causal_lm(self._plain_policy), self.temperature),
-                    ref.hidden,
-                    LMHead.of(base_causal_lm(self.accelerator.unwrap_model(ref_model)), self.temperature),
-                    completion_ids[mask],
-                )
+                lms = [base_causal_lm(self._plain_policy), base_causal_lm(self.accelerator.unwrap_model(ref_model))]
+                with self._whole_heads(lms):
+                    head, ref_head = (LMHead.of(lm, self.temperature) for lm in lms)
+                    columns = token_log_probs_and_exact_kl(
+                        policy.hidden, head, ref.hidden, ref_head, completion_ids[mask]
+                    )
                 token_log_probs, ref_token_log_probs, token_entropy, token_kl = (scatter(c, mask) for c in columns)
             scored = {
                 "token_log_probs": token_log_probs,
@@ -300,6 +318,15 @@ class RolloutTrainer(CheckpointTrainer):
             }
             return scored | {"log_proposal": self._log_proposal(sequences, scored)}
 
+    def _whole_heads(self, lms: list[nn.Module]) -> AbstractContextManager:
+        """Within: the models' heads are whole, of which ZeRO-3 keeps a part in each process."""
+        if not self._zero3:
+            return nullcontext()
+        import deepspeed
+
+        heads = (parameter for lm in lms for parameter in lm.get_output_embeddings().parameters())
+        return deepspeed.zero.GatheredParameters(list(dict.fromkeys(heads)))
+
     # Loss
 
     def _prepare_inputs(self, generation_batch):
@@ -308,7 +335,7 @@ class RolloutTrainer(CheckpointTrainer):
         if self.mode == "eval":
             return inputs
         accumulation = self.args.gradient_accumulation_steps
-        if self.micro_batch == 0:
+        if self._step % accumulation == 0:
             first = self._step % self.args.steps_per_generation
             batches = self._buffered_inputs[first : first + accumulation]
             new_rollout = None if self._buffered_inputs is generated else self._buffered_inputs
@@ -316,7 +343,8 @@ class RolloutTrainer(CheckpointTrainer):
             # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
             count = torch.stack([self.loss_count(batch).float() for batch in self._step_batches]).sum()
             self._count_in_step = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
-        return self._step_batches[self.micro_batch]
+            self._sums_in_step = None
+        return self._step_batches[self._step % accumulation]
 
     def _compute_loss(self, model, inputs):
         if self.mode == "eval":

@@ -1,0 +1,68 @@
+"""
+All trainings, then the recipes, by as many processes as the launcher started. Not a test module.
+
+    accelerate launch --config_file recipes/accelerate/zero2.yaml tests/scale/launched.py MODELS FOLDER DEEPSPEED 2
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+import trainings
+from accelerate import Accelerator
+from transformers import Trainer
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--disable_tqdm", "true"]
+ROLLOUTS = [*SMALL, "--num_generations", "4", "--max_completion_length", "8"]
+RECIPES = {
+    "recipes/ppo_klrl.py": [*ROLLOUTS, "--report_prompts", "2", "--report_samples", "8"],
+    "reward_models/train.py": [*SMALL, "--num_members", "2"],
+}
+
+
+def without_compiling() -> None:
+    """DeepSpeed would compile a faster all-reduce between processes of a CPU, for more than a minute."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_launch(trainer: Trainer, distributed_type: str, zero_stage: int) -> None:
+    # several obvious ways to launch end with one process, or without what the configuration asks for, and no error
+    state = trainer.accelerator.state
+    assert (state.num_processes, state.distributed_type.name) == (2, distributed_type), state
+    assert zero_stage == (state.deepspeed_plugin.zero_stage if distributed_type == "DEEPSPEED" else 0), state
+    whole = [parameter.numel() > 0 for parameter in trainer.model.parameters()]
+    assert any(whole) != (zero_stage == 3), "ZeRO-3 parts all weights, and nothing else does"
+
+
+def run_recipes(folder: Path) -> None:
+    # each would take the group of processes down, and the next one needs it
+    Accelerator.end_training = lambda self, *args: None
+    for script, flags in RECIPES.items():
+        sys.argv = [script, *flags, "--output_dir", str(folder / Path(script).stem)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> None:
+    if zero_stage:
+        without_compiling()
+    for training in trainings.TRAININGS:
+        trainer = trainings.run(training, models, folder / training, num_processes=2)
+        check_launch(trainer, distributed_type, zero_stage)
+    run_recipes(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    torch.distributed.barrier()
+    # a process that leaves while its group is up may abort, and so may gloo's threads as the interpreter ends
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

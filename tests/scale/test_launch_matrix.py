@@ -1,0 +1,151 @@
+"""
+Every trainer, with all weights and with adapters, on every engine that a CPU can start: the result of one process.
+
+Each engine is launched once, by the configuration that is shipped, and goes through all trainings and recipes. FSDP2
+is not among them: accelerate runs DDP in its place on a CPU, and forced to it, gloo aborts now and then.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from peft import PeftModel
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .trainings import TRAININGS, resume, run, save_models, saved_weights
+
+CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
+SCRIPT = Path(__file__).with_name("launched.py")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
+ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}
+EACH_ENGINE = [pytest.param(name, marks=needs_deepspeed if ENGINES[name][1] else ()) for name in ENGINES]
+# clocks; operations, which are counted in whole weights; TRL's mean over batches, of which the last is small
+LOCAL = ("runtime", "_per_second", "step_time", "total_flos", "eval_loss")
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory) -> Path:
+    """One for all workers of pytest-xdist, with the models to start from."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "scale"
+    folder.mkdir(exist_ok=True)
+    once(folder / "models", save_models)
+    return folder
+
+
+def once(folder: Path, make) -> Path:
+    """What `make` puts into the folder, made by whoever comes first."""
+    with FileLock(f"{folder}.lock"):
+        if not Path(f"{folder}.made").exists():
+            make(folder)
+            Path(f"{folder}.made").touch()
+    return folder
+
+
+def by_one_process(workplace: Path, training: str) -> Path:
+    return once(workplace / f"one-{training}", lambda folder: run(training, workplace / "models", folder, 1))
+
+
+def launched(workplace: Path, engine: str) -> Path:
+    return once(workplace / engine, lambda folder: launch(workplace / "models", folder, engine))
+
+
+def launch(models: Path, folder: Path, engine: str) -> None:
+    if folder.exists():
+        pytest.fail(f"{engine} was launched before, and failed")
+    folder.mkdir()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command = [*launcher, "--config_file", str(CONFIGS / f"{engine}.yaml"), str(SCRIPT), str(models), str(folder)]
+    done = subprocess.run(
+        [*command, *map(str, ENGINES[engine])],
+        # the launcher prefers a visible GPU, where nothing here should run
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    said = [line for line in done.stderr.splitlines() if "it/s]" not in line]
+    assert done.returncode == 0, "\n".join(said[-80:])
+
+
+def assert_same_weights(folder: Path, expected: Path) -> None:
+    ours, theirs = saved_weights(folder), saved_weights(expected)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert_close(ours[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_takes_the_steps_of_one_process(workplace, engine, training):
+    one, two = by_one_process(workplace, training), launched(workplace, engine) / training
+    assert_same_weights(two / "final", one / "final")
+    logs = [json.loads((folder / "log.json").read_text()) for folder in (two, one)]
+    for ours, theirs in zip(*logs, strict=True):
+        if training == "reward-lora":
+            # one process takes its members one by one, DeepSpeed all at once: metrics of the members or of their mean
+            theirs = {name: x for name, x in theirs.items() if name.startswith("eval") or name in ("loss", "epoch")}
+        for name, value in theirs.items():
+            if not name.endswith(LOCAL):
+                assert ours[name] == pytest.approx(value, rel=2e-3, abs=1e-4, nan_ok=True), name
+    assert any(math.isfinite(entry["loss"]) and entry["loss"] for entry in logs[0] if "loss" in entry)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_resumes_where_it_was(workplace, engine, training):
+    folder = launched(workplace, engine) / training
+    assert_same_weights(folder / "resumed", folder / "final")
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_two_processes_go_on_as_one(workplace, training, tmp_path, caplog):
+    checkpoint = launched(workplace, "multi_cpu") / training / "checkpoint-2"
+    resume(training, workplace / "models", tmp_path, 1, checkpoint, tmp_path / "final")
+    assert "was written by 2 processes, this run has 1" in caplog.text
+    assert "optimizer" not in caplog.text
+    assert_same_weights(tmp_path / "final", by_one_process(workplace, training) / "final")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(("engine", "training"), [("zero2", "reward"), ("zero3", "ppo"), ("zero3", "gdc-lora")])
+def test_goes_on_without_deepspeed(workplace, engine, training, tmp_path, caplog):
+    checkpoint = launched(workplace, engine) / training / "checkpoint-2"
+    # steps of length 0: what was read is what is saved
+    resume(training, workplace / "models", tmp_path, 1, checkpoint, tmp_path / "final", learning_rate=0.0)
+    assert "the state of the optimizer starts anew" in caplog.text
+    assert_same_weights(tmp_path / "final", checkpoint)
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_what_is_saved_is_read_by_others(workplace, engine):
+    folder, prior = launched(workplace, engine), workplace / "models" / "prior"
+    ids = torch.arange(4)[None]  # (1, 4)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "ppo" / "final")
+    assert plain(ids).logits.isfinite().all()
+    base = AutoModelForCausalLM.from_pretrained(workplace / "models" / "policy")
+    before = base(ids).logits
+    for training in ("ppo-lora", "gdc-lora"):
+        adapted = PeftModel.from_pretrained(base, folder / training / "final")
+        assert (adapted(ids).logits - before).abs().max() > 1e-3
+        base = adapted.unload()
+    judge = AutoModelForSequenceClassification.from_pretrained(prior, num_labels=1)
+    assert PeftModel.from_pretrained(judge, folder / "reward-lora" / "final")(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_recipes_end_well(workplace, engine):
+    folder = launched(workplace, engine)
+    assert {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo_klrl"))
+    assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "train"))

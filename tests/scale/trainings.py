@@ -1,0 +1,198 @@
+"""
+Short trainings that say the same on any number of processes, whatever shards them. Not a test module.
+
+Nothing is drawn: completions are a function of the prompt, its sibling and the step, so that all rollouts are equal.
+Adam with a large ε is gradient descent with a memory: a gradient that is too long shows, and so does a lost state.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer
+
+from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_bayes.testing import EnumerableLM, toy_reward
+
+TOY = EnumerableLM(vocab_size=4, max_completion_length=3)
+TRAININGS = ("ppo", "ppo-lora", "gdc", "gdc-lora", "reward", "reward-lora")
+LAST_STEP = 4
+PROMPTS = ["a", "b a", "b a b a", "b", "a a", "b b a", "a b", "a a a a b", "b b", "a b a", "a a b", "b a a b"]
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "max_steps": LAST_STEP,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "gradient_accumulation_steps": 2,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "optim": "adamw_torch",
+    "adam_epsilon": 1.0,
+    "seed": 3,
+}
+ROLLOUTS: dict[str, Any] = {
+    "max_completion_length": 3,
+    # six completions to a micro-batch: siblings are parted by micro-batches and by processes
+    "num_generations": 4,
+    # a rollout lasts two steps, so that a run is resumed in the middle of one
+    "num_iterations": 2,
+    "learning_rate": 0.1,
+    "beta": 0.5,
+}
+
+
+def save_models(folder: Path) -> None:
+    """What the trainings start from: all processes read it, and none of them may write it."""
+    TOY.save(folder / "prior")
+    TOY.random_policy(noise=0.05).save_pretrained(folder / "policy")
+    TOY.tokenizer.save_pretrained(folder / "policy")
+
+
+def trainer_of(training: str, models: Path, folder: Path, num_processes: int, **changes: Any) -> Trainer:
+    """One of `TRAININGS`, with the same global batch on any number of processes; `changes` to its configuration."""
+    kind, lora = training.removesuffix("-lora"), training.endswith("-lora")
+    torch.manual_seed(5)  # of the adapters, which start before the trainer is seeded
+    make = {"ppo": _ppo, "gdc": _gdc, "reward": _reward}[kind]
+    return make(models, folder, num_processes, lora, changes)
+
+
+class Tabled:
+    """Draws nothing: the completion is a function of the prompt, of the sibling and of the step."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        completions, step, seen = TOY.completion_ids, self.state.global_step, Counter()
+        # siblings may lie in two processes: what all of them ask for, in order
+        asked = _everyones(self, [tuple(ids) for ids in prompt_ids])
+        drawn = []
+        for ids in asked:
+            draw = 7 * sum(ids) + 13 * len(ids) + 5 * step + 11 * seen[ids]
+            drawn.append(completions[draw % len(completions)])
+            seen[ids] += 1
+        first = self.accelerator.process_index * len(prompt_ids)
+        return drawn[first : first + len(prompt_ids)]
+
+
+def _everyones(trainer, prompt_ids: list) -> list:
+    if trainer.accelerator.num_processes == 1:
+        return prompt_ids
+    gathered: list[Any] = [None] * trainer.accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, prompt_ids)
+    return [ids for ranks in gathered for ids in ranks]
+
+
+class TabledPPO(Tabled, PPOTrainer):
+    pass
+
+
+class TabledGDC(Tabled, GDCTrainer):
+    pass
+
+
+def _judged(prompts, completions, completion_ids, **columns):
+    """The toy's reward, which does not apply to some prompts."""
+    rewards = toy_reward(prompts, completions, completion_ids)
+    return [None if len(prompt) == 3 else reward for prompt, reward in zip(prompts, rewards, strict=True)]
+
+
+def _ppo(models: Path, folder: Path, num_processes: int, lora: bool, changes: dict) -> Trainer:
+    args = PPOConfig(
+        str(folder), per_device_train_batch_size=6 // num_processes, per_device_eval_batch_size=12 // num_processes,
+        normalize_advantages=True, vf_coef=0.5, target_kl=0.02, kl_horizon=30,
+        critic="separate" if lora else "shared", **SETTINGS | ROLLOUTS | changes,
+    )  # fmt: skip
+    return TabledPPO(str(models / "policy"), _judged, sharded_to_the_last(args), **_rollout_arguments(models, lora))
+
+
+def _gdc(models: Path, folder: Path, num_processes: int, lora: bool, changes: dict) -> Trainer:
+    path = {"beta_init": 2.0, "beta_init_steps": 4, "ess_min": 2.0}
+    options = {"divergence": "log_variance"} if lora else {"divergence": "forward_kl", **path}
+    args = GDCConfig(
+        str(folder), per_device_train_batch_size=6 // num_processes, per_device_eval_batch_size=12 // num_processes,
+        **SETTINGS | ROLLOUTS | options | changes,
+    )  # fmt: skip
+    return TabledGDC(str(models / "policy"), _judged, sharded_to_the_last(args), **_rollout_arguments(models, lora))
+
+
+def _rollout_arguments(models: Path, lora: bool) -> dict[str, Any]:
+    # with an adapter, the prior is the policy without it
+    prior = {} if lora else {"ref_model": str(models / "prior")}
+    return {
+        "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "eval_dataset": Dataset.from_dict({"prompt": PROMPTS}),
+        "processing_class": TOY.tokenizer,
+        "peft_config": LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]) if lora else None,
+        **prior,
+    }
+
+
+def _reward(models: Path, folder: Path, num_processes: int, lora: bool, changes: dict) -> Trainer:
+    texts = [text for text in dict.fromkeys(TOY.completions) if text]
+    said = [["chosen", "tie", "chosen"], ["rejected", "chosen", "rejected"], ["chosen"] * 3]
+    pairs = Dataset.from_dict(
+        {
+            "chosen": [texts[(3 * i) % len(texts)] for i in range(32)],
+            "rejected": [texts[(3 * i + 1) % len(texts)] for i in range(32)],
+            "annotators": [["u", "v", "w"]] * 32,
+            "annotator_votes": (said * 11)[:32],
+        }
+    )
+    options = {"learning_rate": 0.5, "num_members": 3, "annotator_reliability": True}
+    args = RewardConfig(
+        str(folder), per_device_train_batch_size=4 // num_processes, per_device_eval_batch_size=6 // num_processes,
+        ensemble="lora" if lora else "heads", **SETTINGS | options | changes,
+    )  # fmt: skip
+    return RewardTrainer(
+        str(models / "prior"),
+        sharded_to_the_last(args),
+        train_dataset=pairs,
+        eval_dataset=pairs.select(range(11)),  # the last batch is not full
+        processing_class=TOY.tokenizer,
+        peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if lora else None,
+    )
+
+
+def sharded_to_the_last(args: Any) -> Any:
+    """ZeRO-3 leaves weights as small as the toy's whole, unless told otherwise."""
+    if args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return args
+
+
+def run(training: str, models: Path, folder: Path, num_processes: int) -> Trainer:
+    """Train without interruption; then let a second run go on from the first step of that one."""
+    trainer = trainer_of(training, models, folder, num_processes)
+    trainer.train()
+    evaluation = trainer.evaluate()
+    trainer.save_model(str(folder / "final"))
+    if trainer.accelerator.is_main_process:
+        (folder / "log.json").write_text(json.dumps([*trainer.state.log_history, evaluation]))
+    resume(training, models, folder, num_processes, folder / "checkpoint-1", folder / "resumed")
+    return trainer
+
+
+def resume(
+    training: str, models: Path, folder: Path, num_processes: int, checkpoint: Path, saved: Path, **changes: Any
+) -> None:
+    """A new run from a checkpoint to the last step; its models go to `saved`."""
+    trainer = trainer_of(training, models, folder / "again", num_processes, **changes)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer.save_model(str(saved))
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors that were saved: of the policy or its adapter, of the critic, of the members."""
+    return {
+        f"{path.relative_to(folder)}: {name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
