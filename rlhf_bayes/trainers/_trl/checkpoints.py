@@ -12,14 +12,14 @@ from torch import nn
 from trl import RLOOTrainer
 
 from ...lm import CRITIC, base_causal_lm, detached_critic, set_trainable, split_critic
-from ..interruption import finished_before_signals
+from .fault_tolerance import FaultTolerantTrainer
 
 logger = logging.getLogger(__name__)
 
 _STATE = "rollout_state_{rank}.pt"
 
 
-class CheckpointTrainer(RLOOTrainer):
+class CheckpointTrainer(FaultTolerantTrainer, RLOOTrainer):
     """RLOO with whole checkpoints. Not for direct use: see [`RolloutTrainer`]."""
 
     def rollout_state(self) -> dict[str, Any]:
@@ -33,10 +33,6 @@ class CheckpointTrainer(RLOOTrainer):
     @property
     def _plain_policy(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
-
-    def _save_checkpoint(self, model, trial):
-        with finished_before_signals():
-            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir

@@ -17,14 +17,13 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardTrainer as TRLRewardTrainer
 
-from ..interruption import finished_before_signals
 from ..preference_data import PAIR_COLUMNS, PairCollator, fit_length
+from .fault_tolerance import FaultTolerantTrainer
 
 PRIVATE_NAMES = {
     # overridden: called by TRL or transformers with these parameters
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
-    "_save_checkpoint": ("model", "trial"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
 }
@@ -42,7 +41,7 @@ class PairRewards(NamedTuple):
     """(B, K)."""
 
 
-class PreferenceTrainer(TRLRewardTrainer):
+class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
     def __init__(self, model, args, **trl_arguments):
@@ -171,10 +170,6 @@ class PreferenceTrainer(TRLRewardTrainer):
         return output
 
     # Checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        with finished_before_signals():
-            super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
