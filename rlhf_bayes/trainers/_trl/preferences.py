@@ -173,10 +173,18 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        if self.args.should_save and self.objective_state():
-            torch.save(self.objective_state(), Path(output_dir) / _STATE)
+        if self.args.should_save:
+            state = {
+                "objective": self.objective_state(),
+                "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+                "num_tokens": self._total_train_tokens,
+            }
+            torch.save(state, Path(output_dir) / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / _STATE).is_file():
-            self.load_objective_state(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.load_objective_state(state["objective"])
+            self._metrics["train"].update(state["metrics"])
+            self._total_train_tokens = state["num_tokens"]
