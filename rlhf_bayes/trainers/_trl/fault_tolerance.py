@@ -9,6 +9,7 @@ moves one.
 """
 
 import logging
+import shutil
 from pathlib import Path
 
 from accelerate.utils import DistributedType, gather_object
@@ -24,6 +25,7 @@ PRIVATE_NAMES = {
     # overridden: called by transformers with these parameters
     "train": ("resume_from_checkpoint",),
     "_save_checkpoint": ("model", "trial"),
+    "_run_epoch": ("model", "epoch"),
 }
 PRIVATE_ATTRIBUTES = ("_get_output_dir",)
 
@@ -115,6 +117,13 @@ class FaultTolerantTrainer(Trainer):
             f"{reason}. Use an earlier one; True finds it."
         )
 
+    def _run_epoch(self, *args, **kwargs):
+        # Trainer would take one more step, if the checkpoint of a finished run is in the middle of an epoch
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     # Checkpoints
 
     def _save_checkpoint(self, model, trial):
@@ -158,9 +167,12 @@ class FaultTolerantTrainer(Trainer):
 
     def _withdraw(self, folder: Path, error: Exception) -> None:
         # what was written is of no use, and may be what filled the disk
+        free = shutil.disk_usage(folder.parent).free / 1e6
         if self.args.should_save:
             remove(folder)
-        error.add_note(f"`{folder}` could not be written: is the disk full? What was written of it is removed.")
+        error.add_note(
+            f"`{folder}` could not be written, with {free:.1f} MB free on the disk. What was written of it is removed."
+        )
 
     def _where_to_go_on(self) -> str:
         try:
