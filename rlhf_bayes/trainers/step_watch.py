@@ -62,14 +62,13 @@ class StepWatch(TrainerCallback):
         self._sigterm = True
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.accelerator.scaler is not None:  # fp16: it skips steps by itself, as it looks for its scale
-            return
-        if self.trainer.is_deepspeed_enabled:
-            self._check_deepspeed()
+        if self._scales_the_loss:
             return
         parameters = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        skips = self._anywhere(not all_finite(gradients))
+        if self.trainer.is_deepspeed_enabled:
+            skips = self._deepspeed_skipped(state.global_step + 1)
+        else:
+            skips = self._anywhere(not all_finite([p.grad for p in parameters if p.grad is not None]))
         self.trainer.log_metric("nonfinite_steps", float(skips))
         if not skips:
             self.skipped_in_a_row = 0
@@ -88,14 +87,24 @@ class StepWatch(TrainerCallback):
             control.should_training_stop = True
             control.should_save |= self.terminated or args.save_strategy != SaveStrategy.NO
 
-    def _check_deepspeed(self) -> None:
-        # its engine has taken the step by now, and the weights are lost
-        norm = self.trainer.model_wrapped.get_global_grad_norm()
+    @property
+    def _scales_the_loss(self) -> bool:
+        # fp16: steps are skipped as a matter of course, while a scale is looked for
+        fp16 = self.trainer.is_deepspeed_enabled and self.trainer.accelerator.mixed_precision == "fp16"
+        return fp16 or self.trainer.accelerator.scaler is not None
+
+    def _deepspeed_skipped(self, step: int) -> bool:
+        # its engine has taken the step by now, or looked at the gradient itself
+        engine = self.trainer.model_wrapped
+        if not engine.was_step_applied():
+            return True
+        norm = engine.get_global_grad_norm()
         if norm is not None and not torch.as_tensor(norm).isfinite():
             raise FloatingPointError(
-                f"The gradient of optimizer step {self.trainer.state.global_step + 1} is not finite, and DeepSpeed "
-                "has taken the step: the weights cannot be used."
+                f"The gradient of optimizer step {step} is not finite, and DeepSpeed has taken the step: the weights "
+                "cannot be used."
             )
+        return False
 
     def _anywhere(self, flag: bool) -> bool:
         # all processes must do the same

@@ -91,7 +91,9 @@ class CheckpointTrainer(FaultTolerantTrainer, RLOOTrainer):
         self._buffered_inputs = None
         paths = [checkpoint / _STATE.format(rank=rank) for rank in (self.accelerator.process_index, 0)]
         path = paths[0] if paths[0].is_file() else paths[1]  # a process that is new takes over what all share
-        state = torch.load(path, map_location=self.args.device, weights_only=True) if path.is_file() else None
+        # among several processes the CPU is called cpu:0, which torch.load does not know
+        device = "cpu" if self.args.device.type == "cpu" else self.args.device
+        state = torch.load(path, map_location=device, weights_only=True) if path.is_file() else None
         if state is None:
             logger.warning(
                 f"`{path}` is missing: β and the rollout in flight start anew, so the run will differ from one "

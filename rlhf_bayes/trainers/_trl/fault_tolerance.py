@@ -145,6 +145,7 @@ class FaultTolerantTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             with finished_before_signals():
                 self._seal(folder)
+            self.accelerator.wait_for_everyone()  # all may now say what the last whole one is
 
     @property
     def _distributed(self) -> bool:
