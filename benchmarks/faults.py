@@ -72,14 +72,16 @@ def make_reward(toy: EnumerableLM, folder: Path) -> RewardTrainer:
             "annotator_votes": [["chosen", "tie", "chosen"], ["rejected", "chosen", "rejected"]] * 16,
         }
     )
-    args = RewardConfig(str(folder), num_members=3, annotator_reliability=True, per_device_train_batch_size=4, **COMMON)
+    args = RewardConfig(
+        str(folder), num_members=3, annotator_reliability=True, per_device_train_batch_size=4, **COMMON
+    )
     return RewardTrainer(toy.save(folder / "base"), args, train_dataset=pairs, processing_class=toy.tokenizer)
 
 
 def run(kind: str, folder: Path) -> None:
     """Train to the end, from wherever the folder's checkpoints are, and leave what came out in result.pt."""
     quiet()
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115: as long as the process
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     trainer = make(kind, folder)
     trainer.train(resume_from_checkpoint="auto")
     metrics = [

@@ -13,7 +13,7 @@ class RandomState:
 
     def __init__(self):
         self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002: what the Trainer saves
+        self._numpy = np.random.get_state()  # noqa: NPY002 (what the Trainer saves)
         self._torch = torch.get_rng_state()
         # only if it was used: asking would start CUDA
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

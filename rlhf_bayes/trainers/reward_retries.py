@@ -1,4 +1,4 @@
-"""Reward functions that may fail or hang: given a time, called again, and at last kept from taking the run with them."""
+"""Reward functions that may fail or hang: given a time, called again, at last kept from taking the run with them."""
 
 import asyncio
 import contextvars
@@ -24,8 +24,8 @@ def retried(func: Any, timeout: float | None, retries: int, failures: list[Excep
     """
     The same reward function, called again where it raises or takes too long.
 
-    When nothing helps, the error is left in `failures` and the rewards are zeros, which nobody may use: other processes
-    wait for this one at the next gather, and only there all of them can stop together.
+    When nothing helps, the error is left in `failures` and the rewards are zeros, which nobody may use: other
+    processes wait for this one at the next gather, and only there all of them can stop together.
 
     Args:
         func (`Callable` or `torch.nn.Module`):

@@ -1,9 +1,9 @@
 """
 Checkpoints that tell whether they were written to the end.
 
-A process may be killed, or a disk fill up, in the middle of a checkpoint, and a folder that is there says nothing about
-what is missing from it. The list of its files with their sizes is therefore written last: a folder without it, or with
-other files than it says, is not used.
+A process may be killed, or a disk fill up, in the middle of a checkpoint, and a folder that is there says nothing
+about what is missing from it. The list of its files with their sizes is therefore written last: a folder without it,
+or with other files than it says, is not used.
 """
 
 import json

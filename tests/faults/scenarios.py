@@ -3,7 +3,7 @@ Trainings in processes of their own, disturbed from outside. Not a test module.
 
     python scenarios.py FOLDER [launched]
 
-Forks every process from this one, which has imported all they need, and writes what became of them to FOLDER/found.json.
+Forks every process from this one, which has imported all they need, and writes what became of them to found.json.
 With `launched` it is itself one of several processes, that train until they are killed.
 """
 

@@ -1,12 +1,13 @@
 """A gradient that is not finite is skipped and counted; several in a row end the training with a checkpoint."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from rlhf_bayes import RewardConfig
-from rlhf_bayes.trainers.step_watch import all_finite
+from rlhf_bayes.trainers.step_watch import StepWatch, all_finite
 
 from ..trainers.training import weights
 from .test_resuming import assert_same_weights, make
@@ -15,21 +16,21 @@ KINDS = ("ppo", "gdc", "reward")
 
 
 def spoilt(run, *steps, value=math.nan):
-    """The trainer, with an entry of a gradient changed at these optimizer steps (from 0); and its weights after each."""
-    after = {}
+    """The trainer, with an entry of a gradient changed at these optimizer steps (from 0); its weights before each."""
+    before = {}
     plain = run.training_step
 
     def training_step(*arguments):
         loss = plain(*arguments)
         step = run.state.global_step
-        after[step] = weights(run.model)  # before this step
+        before[step] = weights(run.model)
         if step in steps and run.accelerator.sync_gradients:
             parameter = [p for p in run.model.parameters() if p.grad is not None][-1]
             parameter.grad.view(-1)[0] = value
         return loss
 
     run.training_step = training_step
-    return run, after
+    return run, before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,6 +78,24 @@ def test_a_scaler_looks_after_itself(toy, tmp_path):
     assert not any("nonfinite_steps" in entry for entry in run.state.log_history)
 
 
+class Engine:
+    """What is asked of DeepSpeed's after its step."""
+
+    def __init__(self, applied, norm):
+        self.was_step_applied = lambda: applied
+        self.get_global_grad_norm = lambda: norm
+
+
+def test_deepspeed_skips_steps_itself():
+    watch = StepWatch(SimpleNamespace(model_wrapped=Engine(True, 1.0)))
+    assert not watch._deepspeed_skipped(3)
+    watch.trainer.model_wrapped = Engine(False, math.inf)
+    assert watch._deepspeed_skipped(3)
+    watch.trainer.model_wrapped = Engine(True, torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError, match="optimizer step 3 is not finite, and DeepSpeed has taken the step"):
+        watch._deepspeed_skipped(3)
+
+
 def test_what_is_finite():
     assert all_finite([])
     assert all_finite([torch.zeros(0), torch.full((3,), 1e30), torch.ones(2, dtype=torch.bfloat16)])
@@ -86,5 +105,7 @@ def test_what_is_finite():
 
 @pytest.mark.parametrize("count", [0, 1.5, True])
 def test_the_number_of_steps_is_checked(count, tmp_path):
-    with pytest.raises(ValueError, match=rf"`max_nonfinite_steps` must be at least 1 \(optimizer steps\), got {count}"):
+    with pytest.raises(
+        ValueError, match=rf"`max_nonfinite_steps` must be at least 1 \(optimizer steps\), got {count}"
+    ):
         RewardConfig(str(tmp_path), use_cpu=True, bf16=False, max_nonfinite_steps=count)

@@ -108,7 +108,7 @@ def test_a_path_is_checked(toy, tmp_path):
     (broken / "critic" / "value_head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"written to the end, got .*checkpoint-4`, of which `critic/value_head.safe"):
         make("ppo", toy, tmp_path).train(resume_from_checkpoint=str(broken))
-    with pytest.raises(ValueError, match="a folder that exists, got '.*checkpoint-5'"):
+    with pytest.raises(ValueError, match=r"a folder that exists, got '.*checkpoint-5'"):
         make("ppo", toy, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
@@ -157,7 +157,9 @@ def test_a_disk_that_is_really_full(tmp_path):
     script.write_text(FILL)
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path / 'disk'} && {sys.executable} {script} {tmp_path / 'disk'}"
     (tmp_path / "disk").mkdir()
-    run = subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount], capture_output=True, text=True, timeout=300, check=False
+    )
     if "unshare failed" in run.stderr or "permission denied" in run.stderr:
         pytest.skip(f"users may not mount here: {run.stderr.strip()}")
     assert run.returncode == 1, run.stderr[-3000:]

@@ -5,7 +5,15 @@ import os
 
 import pytest
 
-from rlhf_bayes.trainers.whole_checkpoints import MANIFEST, checkpoints, defect, remove, rotate, seal, whole_checkpoints
+from rlhf_bayes.trainers.whole_checkpoints import (
+    MANIFEST,
+    checkpoints,
+    defect,
+    remove,
+    rotate,
+    seal,
+    whole_checkpoints,
+)
 
 FILES = ("model.safetensors", "critic/config.json", "rng_state_0.pth")
 

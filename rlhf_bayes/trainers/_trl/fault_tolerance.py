@@ -1,8 +1,9 @@
 """
 Contact with transformers' `Trainer`: runs that are disturbed, and lose nothing.
 
-`FaultTolerantTrainer` stands before TRL's trainers. A checkpoint is sealed when all of it is on the disk, and a run is
-resumed from the newest that is; gradients that are not finite are not learnt from; SIGTERM may end a run in good order.
+`FaultTolerantTrainer` stands before TRL's trainers. A checkpoint is sealed when all of it is on the disk, and a run
+is resumed from the newest that is; gradients that are not finite are not learnt from; SIGTERM may end a run in good
+order.
 
 `PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_fault_tolerance.py` fails by name when a release
 moves one.
@@ -97,7 +98,11 @@ class FaultTolerantTrainer(Trainer):
         raise ValueError(
             f"`resume_from_checkpoint` is True, but `output_dir` ({output_dir}) holds no checkpoint that is known to "
             f"be whole, got {found or 'none at all'}. "
-            + ("If another trainer wrote one, give its path." if found else "To start anew where there is none: 'auto'.")
+            + (
+                "If another trainer wrote one, give its path."
+                if found
+                else "To start anew where there is none: 'auto'."
+            )
         )
 
     def _check_checkpoint(self, folder: Path) -> None:
@@ -184,8 +189,8 @@ class FaultTolerantTrainer(Trainer):
             return f"Training stopped at step {self.state.global_step}; there is no checkpoint to resume from."
         folder = whole[max(whole)]
         return (
-            f"Training stopped at step {self.state.global_step}. The last whole checkpoint is `{folder}`: go on from it "
-            "with `resume_from_checkpoint=True`."
+            f"Training stopped at step {self.state.global_step}. The last whole checkpoint is `{folder}`: go on from "
+            "it with `resume_from_checkpoint=True`."
         )
 
     def log_metric(self, name: str, value: float) -> None:
