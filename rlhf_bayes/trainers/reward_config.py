@@ -33,8 +33,12 @@ class RewardConfig(FaultConfig, TRLRewardConfig):
         overlong (`str`, *optional*, defaults to `"drop"`):
             What becomes of a pair of which a text has more than `max_length` tokens: `"drop"`, as in TRL; `"truncate"`
             from the left, so that the end of the completion stays; or `"error"`. Counted and reported.
-        max_nonfinite_steps, save_on_sigterm:
-            See [`FaultConfig`].
+        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
+            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
+            checkpoint and stops.
+        save_on_sigterm (`bool`, *optional*, defaults to `False`):
+            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
+            saves a checkpoint, and ends the process with status 0.
     """
 
     num_members: int = field(default=1, metadata={"help": "Members of the ensemble."})
