@@ -44,6 +44,18 @@ class PPOConfig(RolloutConfig):
             Episodes over which β adapts.
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the reward of completions without EOS, in units of the reward. Part of the posterior.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call of a reward function may take. A function that is not async is then called in a
+            thread of its own. Default: as long as it takes.
+        reward_retries (`int`, *optional*, defaults to `0`):
+            How often a reward function that raises or takes too long is called again, after 1 s, 2 s, 4 s and so on.
+            When nothing helps, training saves a checkpoint and stops.
+        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
+            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
+            checkpoint and stops.
+        save_on_sigterm (`bool`, *optional*, defaults to `False`):
+            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
+            saves a checkpoint, and ends the process with status 0.
     """
 
     kl_estimator: str = field(

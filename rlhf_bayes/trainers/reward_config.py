@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from trl import RewardConfig as TRLRewardConfig
 
 from ..numerics import noise_from_agreement
+from .fault_config import FaultConfig
 
 
 @dataclass
-class RewardConfig(TRLRewardConfig):
+class RewardConfig(FaultConfig, TRLRewardConfig):
     r"""
     Configuration of [`RewardTrainer`]: that of [`~trl.RewardConfig`], and the parameters below.
 
@@ -32,6 +33,12 @@ class RewardConfig(TRLRewardConfig):
         overlong (`str`, *optional*, defaults to `"drop"`):
             What becomes of a pair of which a text has more than `max_length` tokens: `"drop"`, as in TRL; `"truncate"`
             from the left, so that the end of the completion stays; or `"error"`. Counted and reported.
+        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
+            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
+            checkpoint and stops.
+        save_on_sigterm (`bool`, *optional*, defaults to `False`):
+            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
+            saves a checkpoint, and ends the process with status 0.
     """
 
     num_members: int = field(default=1, metadata={"help": "Members of the ensemble."})
@@ -72,6 +79,7 @@ class RewardConfig(TRLRewardConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_faults()
         self._check_choice("ensemble", ("heads", "lora"))
         self._check_choice("bootstrap", ("pairs", "annotators", "none"))
         self._check_choice("overlong", ("drop", "truncate", "error"))

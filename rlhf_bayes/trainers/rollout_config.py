@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import RLOOConfig
 
+from .fault_config import FaultConfig
+
 # keys of `generation_kwargs` that do not change which completions come with which probability
 _HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "max_time", "cache_config", "prefill_chunk_size"}
 # name -> (value, whether it will do, the rule)
@@ -14,13 +16,21 @@ NumberRules = dict[str, tuple[Any, Callable[[Any], bool], str]]
 
 
 @dataclass
-class RolloutConfig(RLOOConfig):
+class RolloutConfig(FaultConfig, RLOOConfig):
     r"""
     [`~trl.RLOOConfig`] for trainers whose target is a posterior. Not for direct use.
 
     Parameters:
         missing_eos_penalty (`float`, *optional*):
             Subtracted from the reward of completions without EOS, in units of the reward. Part of the posterior.
+        reward_timeout (`float`, *optional*):
+            Seconds that one call of a reward function may take. A function that is not async is then called in a
+            thread of its own. Default: as long as it takes.
+        reward_retries (`int`, *optional*, defaults to `0`):
+            How often a reward function that raises or takes too long is called again, after 1 s, 2 s, 4 s and so on.
+            When nothing helps, training saves a checkpoint and stops.
+        max_nonfinite_steps, save_on_sigterm:
+            See [`FaultConfig`].
     """
 
     disable_dropout: bool = field(
@@ -30,6 +40,16 @@ class RolloutConfig(RLOOConfig):
     missing_eos_penalty: float | None = field(
         default=None,
         metadata={"help": "Subtracted from the reward of completions without EOS. Moves the posterior."},
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that one call of a reward function may take. Default: any number."}
+    )
+    reward_retries: int = field(
+        default=0,
+        metadata={
+            "help": "How often a reward function that fails is called again, after 1 s, 2 s, 4 s and so on, before "
+            "training saves a checkpoint and stops."
+        },
     )
 
     def __post_init__(self):
@@ -43,6 +63,7 @@ class RolloutConfig(RLOOConfig):
             # RLOO's last check: it needs siblings as a baseline, these objectives do not
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
+        self._check_faults()
         self._check_posterior()
         self._check_sampling()
         if self.steps_per_generation % self.gradient_accumulation_steps != 0:
@@ -62,6 +83,8 @@ class RolloutConfig(RLOOConfig):
             "reward_weights": (self.reward_weights, lambda x: all(map(math.isfinite, x)), "finite"),
             "reward_clip_range": (self.reward_clip_range, lambda x: x[0] < x[1], "(low, high) with low < high"),
             "temperature": (self.temperature, lambda x: 0 < x < math.inf, "positive and finite"),
+            "reward_timeout": (self.reward_timeout, lambda x: 0 < x < math.inf, "positive (seconds), or None"),
+            "reward_retries": (self.reward_retries, lambda x: x >= 0, "at least 0"),
         }
 
     def _check_posterior(self) -> None:

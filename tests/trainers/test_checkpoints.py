@@ -77,9 +77,11 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
 def test_without_its_file_the_rollout_is_drawn_anew_and_said_so(toy, tmp_path, caplog):
     make(toy, tmp_path).train()
     checkpoint = tmp_path / "checkpoint-5"
-    (checkpoint / "rollout_state_0.pt").unlink()
+    for name in ("rollout_state_0.pt", "complete.json"):  # as RLOOTrainer would have written it
+        (checkpoint / name).unlink()
     resumed = make(toy, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert "may have been cut short: `complete.json`" in caplog.text
     assert "rollout_state_0.pt` is missing" in caplog.text
     assert resumed.state.global_step == 9
 

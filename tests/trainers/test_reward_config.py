@@ -15,7 +15,7 @@ def test_every_field_has_help():
     own = {field.name for field in fields(RewardConfig)} - {field.name for field in fields(TRLRewardConfig)}
     assert own == {
         "num_members", "ensemble", "bootstrap", "label_smoothing", "annotator_agreement", "annotator_reliability",
-        "overlong",
+        "overlong", "max_nonfinite_steps", "save_on_sigterm",
     }  # fmt: skip
     for field in fields(RewardConfig):
         if field.name in own:

@@ -12,7 +12,7 @@ from torch import nn
 from trl import RLOOTrainer
 
 from ...lm import CRITIC, base_causal_lm, detached_critic, set_trainable, split_critic
-from ..interruption import finished_before_signals
+from .fault_tolerance import FaultTolerantTrainer
 from .resuming import ResumingTrainer, load_device
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _STATE = "rollout_state_{rank}.pt"
 
 
-class CheckpointTrainer(ResumingTrainer, RLOOTrainer):
+class CheckpointTrainer(FaultTolerantTrainer, ResumingTrainer, RLOOTrainer):
     """RLOO with whole checkpoints. Not for direct use: see [`RolloutTrainer`]."""
 
     def rollout_state(self) -> dict[str, Any]:
@@ -34,10 +34,6 @@ class CheckpointTrainer(ResumingTrainer, RLOOTrainer):
     @property
     def _plain_policy(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
-
-    def _save_checkpoint(self, model, trial):
-        with finished_before_signals():
-            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir

@@ -17,15 +17,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardTrainer as TRLRewardTrainer
 
-from ..interruption import finished_before_signals
 from ..preference_data import PAIR_COLUMNS, PairCollator, fit_length
+from .fault_tolerance import FaultTolerantTrainer
 from .resuming import ResumingTrainer
 
 PRIVATE_NAMES = {
     # overridden: called by TRL or transformers with these parameters
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
-    "_save_checkpoint": ("model", "trial"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
 }
@@ -43,7 +42,7 @@ class PairRewards(NamedTuple):
     """(B, K)."""
 
 
-class PreferenceTrainer(ResumingTrainer, TRLRewardTrainer):
+class PreferenceTrainer(FaultTolerantTrainer, ResumingTrainer, TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
     def __init__(self, model, args, **trl_arguments):
@@ -173,16 +172,20 @@ class PreferenceTrainer(ResumingTrainer, TRLRewardTrainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        with finished_before_signals():
-            super()._save_checkpoint(model, trial)
-
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
-        if self.args.should_save and self.objective_state():
-            torch.save(self.objective_state(), Path(output_dir) / _STATE)
+        if self.args.should_save:
+            state = {
+                "objective": self.objective_state(),
+                "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+                "num_tokens": self._total_train_tokens,
+            }
+            torch.save(state, Path(output_dir) / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (path := Path(checkpoint) / _STATE).is_file():
-            self.load_objective_state(torch.load(path, map_location="cpu", weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.load_objective_state(state["objective"])
+            self._metrics["train"].update(state["metrics"])
+            self._total_train_tokens = state["num_tokens"]

@@ -41,7 +41,7 @@ from ..checks import check_tokenizer
 from ..proposal import Snapshot
 from ..reference import Reference
 from ..sampler import SamplerByEpoch
-from .checkpoints import CheckpointTrainer
+from .reward_faults import RewardFaultTrainer
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -52,7 +52,6 @@ PRIVATE_NAMES = {
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": ("dataset",),
-    "_save_checkpoint": ("model", "trial"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
@@ -90,7 +89,7 @@ class Rollout:
     """Completions a prompt; rows of a prompt are neighbours in the batch of all processes."""
 
 
-class RolloutTrainer(CheckpointTrainer):
+class RolloutTrainer(RewardFaultTrainer):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, **trl_arguments):

@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers._trl import checkpoints, rollouts
+from rlhf_bayes.trainers._trl import checkpoints, fault_tolerance, reward_faults, rollouts
 
 from ..training import config, prompts_of, trainer
 from .names import lost, moved, names_used
@@ -26,6 +26,7 @@ TRAINER_NAMES = {
     "_load_best_model": (),
     "_save_rng_state": ("output_dir",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_maybe_log_save_evaluate": ("tr_loss",),
 }
 # set with vLLM only, or by the training loop
 NOT_ON_EVERY_INSTANCE = {"vllm_generation", "current_gradient_accumulation_steps"}
@@ -80,7 +81,8 @@ def test_attributes(rloo):
 
 
 def all_names_used() -> set[str]:
-    used = names_used(rollouts, "RolloutTrainer") - vars(checkpoints.CheckpointTrainer).keys()
+    used = names_used(rollouts, "RolloutTrainer") | names_used(reward_faults, "RewardFaultTrainer")
+    used = used - vars(checkpoints.CheckpointTrainer).keys() - vars(reward_faults.RewardFaultTrainer).keys()
     return used | names_used(checkpoints, "CheckpointTrainer")
 
 
@@ -93,6 +95,7 @@ def test_every_name_that_is_used(rloo):
 def test_the_list_is_complete(rloo):
     private = {name for name in all_names_used() if name.startswith("_")}
     missing = private - rollouts.PRIVATE_NAMES.keys() - set(rollouts.PRIVATE_ATTRIBUTES) - TRAINER_NAMES.keys()
+    missing -= fault_tolerance.PRIVATE_NAMES.keys() | set(fault_tolerance.PRIVATE_ATTRIBUTES)
     assert missing == set(), "name them in PRIVATE_NAMES or PRIVATE_ATTRIBUTES"
     overridden = {name for name in vars(rollouts.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")}
     assert overridden - {"__init__", "__doc__", "__module__"} <= rollouts.PRIVATE_NAMES.keys()
