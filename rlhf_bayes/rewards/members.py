@@ -134,7 +134,9 @@ class Adapters:
         rows = len(inputs["input_ids"])
         repeated = {name: column.repeat(len(adapters), 1) for name, column in inputs.items()}  # (K·b, T)
         names = [adapter for adapter in adapters for _ in range(rows)]
-        with _adapter_of_each_row(self._model, names):
+        # a module that has none of the adapters runs as in the base only while one of them is the active one
+        base = self._model.get_base_model()
+        with active_adapter(base, adapters[0]), _adapter_of_each_row(self._model, names):
             return self.classifier.forward(repeated)[:, 0].view(len(adapters), rows)
 
     def _in_turn(self, inputs: Any, adapters: list[str]) -> Tensor:
