@@ -122,13 +122,17 @@ class Adapters:
         _save(self.classifier, folder)
 
     def _scored(self, inputs: Any, adapters: list[str]) -> Tensor:
-        if self.in_one_pass and len(adapters) > 1:
+        if self.in_one_pass and len(adapters) > 1 and not self._is_partitioned():
             try:
                 return self._together(inputs, adapters)
             except (NotImplementedError, TypeError, ValueError) as error:  # not every adapter or head can mix
                 logger.info(f"The adapters of '{self.classifier.name}' are scored one after the other: {error}")
                 self.in_one_pass = False
         return self._in_turn(inputs, adapters)
+
+    def _is_partitioned(self) -> bool:
+        # ZeRO-3 gathers weights in the order of use, and PEFT goes through a set: an order for each process
+        return any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())
 
     def _together(self, inputs: Any, adapters: list[str]) -> Tensor:
         rows = len(inputs["input_ids"])
