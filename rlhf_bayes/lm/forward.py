@@ -36,7 +36,8 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 def enable_completion_scoring(model: nn.Module) -> None:
     """
     Teach a causal LM's forward to score completions: `model(..., completion_ids=, completion_mask=)` returns
-    [`CompletionScores`] instead of logits. Other calls, `generate` among them, are untouched.
+    [`CompletionScores`] instead of logits, and `model(..., trunk_only=True)` what the model under the head does. Other
+    calls, `generate` among them, are untouched.
 
     The forward is patched rather than wrapped so that DDP, DeepSpeed and FSDP see one module with one forward, and
     PEFT and `save_pretrained` an ordinary transformers model. Calling it twice is harmless.
@@ -60,8 +61,13 @@ def enable_completion_scoring(model: nn.Module) -> None:
         temperature=1.0,
         hidden_only=False,
         with_values=True,
+        trunk_only=False,
         **kwargs,
     ):
+        if trunk_only:
+            # in the precision of the weights, as a model of its own would run
+            with torch.autocast(self.device.type, enabled=False):
+                return self.base_model(*args, **kwargs)
         if completion_ids is None:
             return (
                 type(self).forward(self, *args, **kwargs) if earlier_patch is None else earlier_patch(*args, **kwargs)

@@ -16,6 +16,7 @@ from rlhf_bayes.rewards.members import Adapters, Heads, Members, Models
 from rlhf_bayes.rewards.model import RewardModel
 from rlhf_bayes.rewards.normalization import Normalization
 from rlhf_bayes.rewards.pooling import PooledReward, PromptCenters
+from rlhf_bayes.rewards.shared import SharedClassifier
 
 
 @final
@@ -63,7 +64,7 @@ class RewardEnsemble:
             classifier = TextClassifier(
                 members, tokenizer, batch_size=batch_size, append_eos=index is not None and index.append_eos
             )
-            adapters = list(members.peft_config) if isinstance(members, PeftModel) else []
+            adapters = list(members.peft_config) if isinstance(members, (PeftModel, SharedClassifier)) else []
             of_adapters = len(adapters) > 1 or (len(adapters) == 1 and classifier.num_labels == 1)
             self._members: Members = Adapters(classifier) if of_adapters else Heads(classifier)
             self.__name__ = classifier.name

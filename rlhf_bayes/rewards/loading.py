@@ -73,7 +73,29 @@ def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int |
     Raises:
         `ValueError`: an adapter is not there, has no head of its own or one of other labels, or names another base.
     """
-    folders = [Path(folder) if name == DEFAULT_ADAPTER else Path(folder) / name for name in adapters]
+    folders = adapter_folders(folder, adapters)
+    num_labels = check_adapters(folder, adapters, num_labels)
+    bases = [PeftConfig.from_pretrained(str(place)).base_model_name_or_path for place in folders]
+    base = _load_base(folder, bases, num_labels)
+    model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=adapters[0])
+    for adapter, place in zip(adapters[1:], folders[1:], strict=True):
+        model.load_adapter(str(place), adapter_name=adapter)
+    return model
+
+
+def adapter_folders(folder: str | Path, adapters: Sequence[str]) -> list[Path]:
+    """Where `PeftModel.save_pretrained` writes each adapter."""
+    return [Path(folder) if name == DEFAULT_ADAPTER else Path(folder) / name for name in adapters]
+
+
+def check_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int | None = 1) -> int:
+    """
+    The labels of each head, by default one; see [`load_adapters`].
+
+    Raises:
+        `ValueError`: an adapter is not there, or has no head of its own or one of other labels.
+    """
+    folders = adapter_folders(folder, adapters)
     for adapter, place in zip(adapters, folders, strict=True):
         if not is_adapter(place):
             raise ValueError(
@@ -94,12 +116,7 @@ def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int |
                 f"{'s' if num_labels != 1 else ''} here, but its head has {count}. Correct {INDEX_NAME} there, or "
                 "save the model again."
             )
-    bases = [PeftConfig.from_pretrained(str(place)).base_model_name_or_path for place in folders]
-    base = _load_base(folder, bases, num_labels)
-    model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=adapters[0])
-    for adapter, place in zip(adapters[1:], folders[1:], strict=True):
-        model.load_adapter(str(place), adapter_name=adapter)
-    return model
+    return num_labels
 
 
 def head_labels(folder: str | Path) -> int:
@@ -116,7 +133,7 @@ def head_labels(folder: str | Path) -> int:
 
 def _head_labels(folder: Path, adapter: str) -> int:
     weights = load_peft_weights(str(folder), device="cpu")
-    heads = [key for key in weights if _is_head(key)]
+    heads = [key for key in weights if is_head(key)]
     if not heads:
         raise ValueError(
             f"The adapter '{adapter}' in '{folder}' must bring its own classification head, and its weights have "
@@ -136,7 +153,7 @@ def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int)
         )
     with _no_load_report():  # of a head drawn at random, which each adapter replaces
         base, info = _load(paths[0], num_labels)
-    missing = [key for key in _names([*info["missing_keys"], *info["mismatched_keys"]]) if not _is_head(key)]
+    missing = [key for key in _names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
     if missing:
         raise ValueError(
             f"'{paths[0]}', the base of the adapters in '{folder}', must hold all weights but the classification "
@@ -244,7 +261,8 @@ def _no_load_report() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _is_head(key: str) -> bool:
+def is_head(key: str) -> bool:
+    """Whether a weight, or a module, is that of a classification head, by its name."""
     return any(part in SEQ_CLS_HEAD_NAMES for part in key.split("."))
 
 

@@ -122,7 +122,7 @@ class Adapters:
         _save(self.classifier, folder)
 
     def _scored(self, inputs: Any, adapters: list[str]) -> Tensor:
-        if self.in_one_pass and len(adapters) > 1:
+        if self.in_one_pass and len(adapters) > 1 and not self._is_partitioned():
             try:
                 return self._together(inputs, adapters)
             except (NotImplementedError, TypeError, ValueError) as error:  # not every adapter or head can mix
@@ -130,11 +130,17 @@ class Adapters:
                 self.in_one_pass = False
         return self._in_turn(inputs, adapters)
 
+    def _is_partitioned(self) -> bool:
+        # ZeRO-3 gathers weights in the order of use, and PEFT goes through a set: an order for each process
+        return any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())
+
     def _together(self, inputs: Any, adapters: list[str]) -> Tensor:
         rows = len(inputs["input_ids"])
         repeated = {name: column.repeat(len(adapters), 1) for name, column in inputs.items()}  # (K·b, T)
         names = [adapter for adapter in adapters for _ in range(rows)]
-        with _adapter_of_each_row(self._model, names):
+        # a module that has none of the adapters runs as in the base only while one of them is the active one
+        base = self._model.get_base_model()
+        with active_adapter(base, adapters[0]), _adapter_of_each_row(self._model, names):
             return self.classifier.forward(repeated)[:, 0].view(len(adapters), rows)
 
     def _in_turn(self, inputs: Any, adapters: list[str]) -> Tensor:

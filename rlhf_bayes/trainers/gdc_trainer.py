@@ -28,6 +28,7 @@ from .prior_samples import PriorSamples
 from .proposal import Comparison, Snapshot, check_proposal
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
+from .shared_rewards import PolicyBase, share_base
 from .withheld import withheld_steps
 
 logger = logging.getLogger(__name__)
@@ -119,7 +120,10 @@ class GDCTrainer(RolloutTrainer):
         check_evidence(args, reward_funcs, likelihood)
         self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
         if self.evidence is None:
-            funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device, allow_forbidden=True)
+            base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
+            funcs = checked_reward_funcs(
+                reward_funcs, reward_processing_classes, args.device, base, allow_forbidden=True
+            )
         else:
             funcs = [self.evidence]
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
@@ -137,6 +141,7 @@ class GDCTrainer(RolloutTrainer):
             peft_config=peft_config,
             **quantization,
         )
+        share_base(self.reward_funcs, lambda: self.model)
         self.beta = beta_of(args, likelihood)
         engine = "vLLM" if self.use_vllm else None
         if self.use_transformers_continuous_batching:

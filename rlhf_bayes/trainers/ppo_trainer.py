@@ -27,6 +27,7 @@ from .critic import attach_critic
 from .metrics import posterior_metrics
 from .ppo_config import PPOConfig
 from .reward_funcs import checked_reward_funcs
+from .shared_rewards import PolicyBase, share_base
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class PPOTrainer(RolloutTrainer):
         reward_funcs (`RewardFunc | list[RewardFunc]`):
             Reward functions, sync or async, sequence-classification models or paths to such, as in
             [`~trl.RLOOTrainer`]; a path may also hold an ensemble, and a normalization beside the weights is applied.
+            A folder with LoRA adapters on the base of a policy with LoRA is scored by that base: no other is loaded.
             None means "does not apply"; a completion to which none applies is left out of the loss.
         args ([`PPOConfig`], *optional*):
             Configuration.
@@ -127,7 +129,8 @@ class PPOTrainer(RolloutTrainer):
                 "optimizer would shrink the policy's weights while only the critic learns. Set `weight_decay=0.0`."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device)
+        base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
+        reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device, base)
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
@@ -148,6 +151,7 @@ class PPOTrainer(RolloutTrainer):
             peft_config=peft_config,
             **quantization,
         )
+        share_base(self.reward_funcs, lambda: self.model)
         self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, self._reward_models())
         if optimizers[0] is not None:
             # into a group that is there: a scheduler made before knows no other

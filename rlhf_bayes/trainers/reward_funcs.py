@@ -11,20 +11,27 @@ from ..likelihoods import Constraint, Likelihood, MomentLikelihood, ProductLikel
 from ..rewards import checked, load_reward
 from ..rewards.loading import whole_weights
 from ..rewards.scoring import PASSED_BY_TRL
+from .shared_rewards import PolicyBase, SharedReward
 
 
 def checked_reward_funcs(
-    reward_funcs: Any, tokenizers: Any, device: torch.device, allow_forbidden: bool = False
+    reward_funcs: Any,
+    tokenizers: Any,
+    device: torch.device,
+    base: PolicyBase | None = None,
+    allow_forbidden: bool = False,
 ) -> list:
     """
     Reward functions whose results are checked, and those given by a path loaded: TRL would read the weights, and not
-    the normalization beside them.
+    the normalization beside them. Adapters on the policy's base wait for it: see [`share_base`].
 
     Args:
         reward_funcs, tokenizers:
             `reward_funcs` and `reward_processing_classes` of the trainer.
         device (`torch.device`):
             Of the models that are loaded.
+        base ([`PolicyBase`], *optional*):
+            The base of a policy with LoRA.
         allow_forbidden (`bool`, *optional*, defaults to `False`):
             Whether a reward may be `-inf`.
 
@@ -32,7 +39,7 @@ def checked_reward_funcs(
         ValueError: if there is another number of tokenizers than of functions.
     """
     funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
-    paths = [index for index, func in enumerate(funcs) if isinstance(func, (str, Path))]
+    paths = [number for number, func in enumerate(funcs) if isinstance(func, (str, Path))]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
     if tokenizers == [None]:
         tokenizers = [None] * len(funcs)
@@ -42,8 +49,11 @@ def checked_reward_funcs(
             f"{len(tokenizers)}. Put None where the function needs none."
         )
     with whole_weights():
-        for index in paths:
-            funcs[index] = load_reward(funcs[index], tokenizers[index], device)
+        for number in paths:
+            if base is not None and base.carries(funcs[number]):
+                funcs[number] = SharedReward(funcs[number], tokenizers[number], device, number, base)
+            else:
+                funcs[number] = load_reward(funcs[number], tokenizers[number], device)
     return [checked(func, allow_forbidden) for func in funcs]
 
 

@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from rlhf_bayes.lm import Critic
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers import ppo_trainer
+from rlhf_bayes.trainers import reward_funcs
 
 from .test_critic import letter_tokenizer, reward_model, words
 from .training import Recorder, config, logged, prompts_of, trainer
@@ -268,7 +268,7 @@ def test_under_zero3_a_path_is_loaded_whole(toy, tmp_path, monkeypatch):
         seen.append((path, is_deepspeed_zero3_enabled(), device))
         raise OSError("no such path")
 
-    monkeypatch.setattr(ppo_trainer, "load_reward", load)
+    monkeypatch.setattr(reward_funcs, "load_reward", load)
     with pytest.raises(OSError, match="no such path"):
         trainer(toy, config(tmp_path), policy, "some/path")
     assert seen == [("some/path", False, torch.device("cpu"))]

@@ -12,6 +12,7 @@ from torch import nn
 from trl import RLOOTrainer
 
 from ...lm import CRITIC, base_causal_lm, detached_critic, set_trainable, split_critic
+from ...rewards.shared import detached_rewards
 from .fault_tolerance import FaultTolerantTrainer
 from .resuming import ResumingTrainer, load_device
 
@@ -40,7 +41,11 @@ class CheckpointTrainer(FaultTolerantTrainer, ResumingTrainer, RLOOTrainer):
         critic_state = None
         if state_dict is not None:
             state_dict, critic_state = split_critic(state_dict)
-        with detached_critic(base_causal_lm(self._plain_policy)) as critic:
+        policy = self._plain_policy
+        with detached_critic(base_causal_lm(policy)) as critic, detached_rewards(policy) as adapters:
+            if state_dict is not None:
+                parts = [f".{adapter}." for adapter in adapters]
+                state_dict = {key: w for key, w in state_dict.items() if not any(part in key for part in parts)}
             super()._save(output_dir, state_dict)
         if critic is not None and self.args.should_save:
             critic.save_pretrained(Path(output_dir) / CRITIC, critic_state)

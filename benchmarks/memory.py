@@ -1,0 +1,274 @@
+"""
+Peak memory of PPO by layout of its roles, beside LoRA supervised fine-tuning and beside what `rlhf-bayes memory` says.
+
+    python benchmarks/memory.py                 about 15 minutes: the layouts, then how memory grows
+    python benchmarks/memory.py --quick         the layouts on a small shape
+
+Every row runs in a process of its own with one thread. The model is a random Llama in fp32; all completions have the
+same length, and each batch is one micro-batch.
+
+- Memory: peak resident set less what was resident after the imports and a miniature run. malloc is told to give freed
+  blocks back, so that what is counted is in use. On a GPU: the peak that torch allocated.
+- Growth: what comes on top of the weights, of one axis at a time; a slope is that of the logarithms.
+"""
+
+import argparse
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from quiet import quiet
+from rich.console import Console
+from rich.table import Table
+from speed_worker import Shape, build_model, build_prompts, build_tokenizer, resident_mib
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from rlhf_bayes import PPOConfig, PPOTrainer
+from rlhf_bayes.commands.footprint import Footprint, Roles, Run, footprint
+from rlhf_bayes.rewards import RewardModel
+
+SFT, FULL, SEPARATE, SHARED, ADAPTER, FUNCTION = range(6)
+LAYOUTS = {
+    SFT: ("LoRA supervised fine-tuning", {"method": "sft"}),
+    FULL: ("four full models", {"lora": False, "critic": "separate", "reward": "model"}),
+    SEPARATE: ("LoRA, separate critic, a reward model", {"critic": "separate", "reward": "model"}),
+    SHARED: ("LoRA, shared critic, a reward model", {"reward": "model"}),
+    ADAPTER: ("LoRA, shared critic, reward as adapter", {"reward": "adapter"}),
+    FUNCTION: ("LoRA, shared critic, a reward function", {"reward": "function"}),
+}
+AIMS = (
+    ("reward as adapter / LoRA supervised fine-tuning", ADAPTER, SFT, 1.15),
+    ("reward function / LoRA supervised fine-tuning", FUNCTION, SFT, 1.15),
+    ("reward as adapter / four full models", ADAPTER, FULL, 0.4),
+)
+BASE = Shape(layers=8, hidden=512, vocabulary=8192, prompt=64, completion=64, batch=16)
+SMALL = Shape(layers=2, hidden=64, vocabulary=512, prompt=16, completion=16, batch=4)
+GROWTH = {
+    "batch": (8, 16, 32, 64),
+    "completion": (64, 128, 256, 512),
+    "vocabulary": (8192, 32768, 131072),
+}
+GROWING = replace(BASE, layers=4, hidden=128)
+LORA_RANK, STEPS = 16, 3
+QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_steps": STEPS}
+
+
+def lora_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
+    return LoraConfig(r=LORA_RANK, lora_alpha=32, task_type=task_type, target_modules="all-linear")
+
+
+class Weights(TrainerCallback):
+    """What is resident when training begins: the weights."""
+
+    mib = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        gc.collect()
+        self.mib = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mib()
+
+
+def reward_of(row: dict, base: str, folder: Path, shape: Shape):
+    """A reward function, or the folder of a reward model; its tokens lie in the vocabulary, padding included."""
+    if row["reward"] == "function":
+        return lambda completion_ids, **columns: [float(len(set(ids))) for ids in completion_ids]
+    if row["reward"] == "model":
+        model = build_model(shape, LlamaForSequenceClassification)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+        model = get_peft_model(model, lora_config("SEQ_CLS"))
+    tokenizer = build_tokenizer(shape)
+    tokenizer.pad_token = tokenizer.eos_token = "w0"
+    RewardModel(model, tokenizer).save_pretrained(folder / "reward")
+    return str(folder / "reward")
+
+
+def sft_trainer(row: dict, shape: Shape, folder: Path, base: str) -> SFTTrainer:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(shape.vocabulary, (64, shape.prompt + shape.completion), generator=generator)
+    args = SFTConfig(
+        str(folder / "out"), per_device_train_batch_size=shape.batch, gradient_checkpointing=row["checkpointing"],
+        max_length=None, model_init_kwargs={"dtype": "float32"}, use_cpu=not torch.cuda.is_available(), **QUIET,
+    )  # fmt: skip
+    dataset = Dataset.from_dict({"input_ids": ids.tolist()})
+    return SFTTrainer(
+        base, args, train_dataset=dataset, processing_class=build_tokenizer(shape), peft_config=lora_config()
+    )
+
+
+def ppo_trainer(row: dict, shape: Shape, folder: Path, base: str) -> PPOTrainer:
+    args = PPOConfig(
+        str(folder / "out"), per_device_train_batch_size=shape.batch, gradient_checkpointing=row["checkpointing"],
+        num_generations=4, max_completion_length=shape.completion, critic=row.get("critic", "shared"),
+        model_init_kwargs={"dtype": "float32"}, use_cpu=not torch.cuda.is_available(), **QUIET,
+    )  # fmt: skip
+    return PPOTrainer(
+        base,
+        reward_of(row, base, folder, shape),
+        args,
+        train_dataset=Dataset.from_dict({"prompt": build_prompts(shape)}),
+        processing_class=build_tokenizer(shape),
+        peft_config=lora_config() if row.get("lora", True) else None,
+    )
+
+
+def train(row: dict, shape: Shape, weights: Weights) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        base = f"{folder}/base"
+        build_model(shape).save_pretrained(base)
+        make = sft_trainer if row.get("method") == "sft" else ppo_trainer
+        trainer = make(row, shape, Path(folder), base)
+        trainer.add_callback(weights)
+        trainer.train()
+
+
+def work(row: dict, shape: Shape) -> dict[str, float]:
+    """MiB of a row in this process: the peak, and the weights alone."""
+    quiet()
+    weights = Weights()
+    # a miniature first, so that the pages of the libraries are resident before this run's memory is measured
+    train(row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), weights)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        train(row, shape, weights)
+        return {"peak": torch.cuda.max_memory_allocated() / 2**20, "weights": weights.mib}
+    before = resident_mib()
+    train(row, shape, weights)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak": peak - before, "weights": weights.mib - before}
+
+
+def measure(row: dict, shape: Shape) -> dict[str, float]:
+    """The same in a process of its own."""
+    # above a threshold malloc maps each block, and unmaps it when it is freed
+    own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--row", json.dumps(row), "--shape", json.dumps(asdict(shape))]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
+    if process.returncode != 0:
+        raise RuntimeError(f"{command} failed:\n{process.stderr[-4000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def predicted(row: dict, shape: Shape) -> Footprint | None:
+    """What `rlhf-bayes memory` says of a row; it has nothing to say of supervised fine-tuning."""
+    if row.get("method") == "sft":
+        return None
+    roles = Roles(
+        LORA_RANK if row.get("lora", True) else None, "all-linear", row.get("critic", "shared"), row["reward"]
+    )
+    lengths = (shape.batch, shape.prompt, shape.completion)
+    with torch.device("meta"):
+        config = build_model(shape).config
+    return footprint(config, roles, Run(*lengths, gradient_checkpointing=row["checkpointing"]))
+
+
+def layouts_table(results: dict[int, dict], expected: dict[int, Footprint | None], shape: Shape) -> Table:
+    shown = Table(title=f"Peak memory, MiB: {shape.layers} layers × {shape.hidden}, {shape.vocabulary} tokens, batch "
+                        f"{shape.batch} of {shape.prompt} + {shape.completion}")  # fmt: skip
+    for name in ("", "weights", "predicted", "peak", "predicted", "× fine-tuning", "× four models"):
+        shown.add_column(name, justify="right" if name else "left")
+    for layout, result in results.items():
+        found = expected[layout]
+        guesses = ["", ""] if found is None else [f"{x / 2**20:.0f}" for x in (found.weights, found.peak)]
+        ratios = [f"{result['peak'] / results[other]['peak']:.2f}" for other in (SFT, FULL)]
+        cells = (f"{result['weights']:.0f}", guesses[0], f"{result['peak']:.0f}", guesses[1], *ratios)
+        shown.add_row(LAYOUTS[layout][0], *cells)
+    return shown
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Of log y on log x, between the last two points: where what does not grow matters least."""
+    return float(np.diff(np.log(ys[-2:]))[0] / np.diff(np.log(xs[-2:]))[0])
+
+
+def growth(args: argparse.Namespace, console: Console) -> dict[str, dict[str, list[float]]]:
+    """MiB on top of the weights along each axis, of PPO and of fine-tuning, measured and predicted."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for axis, values in GROWTH.items():
+        for layout in (ADAPTER, SFT):
+            name, row = LAYOUTS[layout][0], LAYOUTS[layout][1] | {"checkpointing": args.gradient_checkpointing}
+            for value in values:
+                shape = replace(GROWING, **{axis: value})
+                result = measure(row, shape)
+                above = result["peak"] - result["weights"]
+                found.setdefault(axis, {}).setdefault(name, []).append(above)
+                console.print(f"{axis} {value}, {name}: {above:.0f} MiB above {result['weights']:.0f}")
+                said = predicted(row, shape)
+                if said is not None:
+                    found[axis].setdefault("predicted", []).append((said.peak - said.weights) / 2**20)
+    return found
+
+
+def growth_table(found: dict[str, dict[str, list[float]]]) -> Table:
+    shown = Table(title="MiB above the weights, and the slope of the logarithms between the last two")
+    for name in ("", "", "", "slope"):
+        shown.add_column(name, justify="right" if name else "left")
+    for axis, lines in found.items():
+        for name, mib in lines.items():
+            points = ", ".join(f"{value}: {y:.0f}" for value, y in zip(GROWTH[axis], mib, strict=True))
+            shown.add_row(axis, name, points, f"{slope(list(GROWTH[axis]), mib):.2f}")
+        shown.add_section()
+    return shown
+
+
+def plot(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.5), sharey=True, layout="constrained")
+    for panel, (axis, lines) in zip(np.atleast_1d(axes), found.items(), strict=True):
+        for name, mib in lines.items():
+            panel.loglog(GROWTH[axis], mib, "--" if name == "predicted" else "o-", label=name)
+        panel.set_xlabel(axis)
+    np.atleast_1d(axes)[0].set_ylabel("MiB above the weights")
+    np.atleast_1d(axes)[0].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small shape, and no growth")
+    parser.add_argument("--no-growth", action="store_true", help="the layouts only")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--plot", type=Path, default=Path("runs/memory.png"))
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--shape", type=json.loads, default={}, help='JSON, e.g. {"vocabulary": 32000, "batch": 32}')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.row is not None:
+        print(json.dumps(work(args.row, Shape(**args.shape))))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    shape = replace(SMALL if args.quick else BASE, **args.shape)
+    results, expected = {}, {}
+    for layout, (name, row) in LAYOUTS.items():
+        row = row | {"checkpointing": args.gradient_checkpointing}
+        results[layout], expected[layout] = measure(row, shape), predicted(row, shape)
+        console.print(f"{name}: {results[layout]['peak']:.0f} MiB")
+    console.print(layouts_table(results, expected, shape))
+    for text, ours, theirs, wanted in AIMS:
+        value = results[ours]["peak"] / results[theirs]["peak"]
+        console.print(f"{text}: [{'green' if value <= wanted else 'red'}]{value:.2f} ×[/], the aim at most {wanted}")
+    if not (args.quick or args.no_growth):
+        found = growth(args, console)
+        console.print(growth_table(found))
+        plot(found, args.plot)
+        console.print(f"Plot in {args.plot}.")
+
+
+if __name__ == "__main__":
+    main()

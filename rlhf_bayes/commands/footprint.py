@@ -1,0 +1,210 @@
+"""How much memory the roles of PPO take, counted on a model that has shapes and no weights."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from ..lm.head import MAX_CHUNK_ELEMENTS
+
+FLOAT = 4  # bytes
+# (rows, V) tensors in fp32 at once: logits, log-softmax and their gradients; two models' with entropy and KL
+_TRAINED_CHUNKS, _SCORED_CHUNKS = 4.0, 5.25
+
+
+@dataclass(frozen=True)
+class Roles:
+    """
+    Who holds weights of their own.
+
+    Args:
+        lora_r (`int`, *optional*): Rank of the policy's adapter; None trains all weights.
+        lora_target_modules (`str` or `list[str]`, *optional*): As in PEFT; its default for the family.
+        critic (`str`): `"shared"` or `"separate"`.
+        reward (`str`): `"function"`, `"adapter"` (on the policy's base) or `"model"`.
+        reward_members (`int`): Adapters, or models, of an ensemble.
+    """
+
+    lora_r: int | None = None
+    lora_target_modules: Any = None
+    critic: str = "shared"
+    reward: str = "model"
+    reward_members: int = 1
+
+    def __post_init__(self):
+        if self.lora_r is None and self.reward == "adapter":
+            raise ValueError(
+                "`reward` must be 'model' or 'function' without `lora_r`, got 'adapter': the policy moves its own "
+                "base. Set `lora_r`."
+            )
+
+
+FOUR_MODELS = Roles(critic="separate", reward="model")
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What is trained on, and how.
+
+    Args:
+        batch_size, prompt_length, completion_length (`int`): Of a micro-batch: sequences, tokens, tokens.
+        dtype (`torch.dtype`): Of the weights that are loaded. Adapters are fp32.
+        gradient_checkpointing (`bool`): Whether layers are run again in the backward pass.
+        zero_stage, num_processes (`int`): DeepSpeed's stage, 0 without it, and over how many processes.
+    """
+
+    batch_size: int = 8
+    prompt_length: int = 128
+    completion_length: int = 128
+    dtype: torch.dtype = torch.float32
+    gradient_checkpointing: bool = False
+    zero_stage: int = 0
+    num_processes: int = 1
+
+
+@dataclass
+class Part:
+    """Bytes of one role on one process."""
+
+    weights: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass
+class Footprint:
+    """Bytes on one process: `roles` by name, and what each phase needs on top of weights and optimizer."""
+
+    roles: dict[str, Part] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> float:
+        """Of all roles."""
+        return sum(part.weights for part in self.roles.values())
+
+    @property
+    def peak(self) -> float:
+        """In the phase that needs most. Gradients grow as activations go: the larger of the two counts."""
+        kept = sum(part.weights + part.optimizer for part in self.roles.values())
+        gradients = sum(part.gradients for part in self.roles.values())
+        return kept + max(gradients, *self.phases.values())
+
+
+def footprint(config: PreTrainedConfig, roles: Roles, run: Run) -> Footprint:
+    """
+    Memory of PPO, without the libraries, fragmentation and buffers of the network.
+
+    Args:
+        config (`PreTrainedConfig`): Of the causal LM.
+        roles ([`Roles`]): Who holds weights of their own.
+        run ([`Run`]): What is trained on, and how.
+    """
+    policy = _model(config, roles, run)
+    lm = policy.get_base_model() if roles.lora_r is not None else policy
+    trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in policy.parameters()) - trained
+    trunk = sum(p.numel() for name, p in lm.base_model.named_parameters() if "lora_" not in name)
+    hidden = config.get_text_config().hidden_size
+    size = run.dtype.itemsize
+    whole = trained + frozen if roles.lora_r is None else frozen
+
+    found = Footprint()
+    found.roles["policy"] = _part(frozen, trained, FLOAT if roles.lora_r is not None else size, run)
+    found.roles["reference"] = _part(0 if roles.lora_r is not None else whole, 0, size, run)
+    if roles.critic == "shared":
+        critic = _part(0, hidden + 1, FLOAT, run)
+    elif roles.lora_r is None:
+        critic = _part(0, trunk + hidden + 1, size, run)
+    else:
+        critic = _part(0, trained + hidden + 1, FLOAT, run)
+    found.roles["critic"] = critic
+    members = roles.reward_members
+    # by path a model is whole on each process, also under ZeRO-3
+    reward = {"function": 0, "adapter": (trained + hidden) * FLOAT, "model": (trunk + hidden) * size}[roles.reward]
+    found.roles["reward"] = Part(weights=float(members * reward))
+    found.phases = _phases(config, lm, roles, run)
+    return found
+
+
+def _model(config: PreTrainedConfig, roles: Roles, run: Run) -> Any:
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=run.dtype)
+        if roles.lora_r is not None:
+            lora = LoraConfig(r=roles.lora_r, target_modules=roles.lora_target_modules, task_type="CAUSAL_LM")
+            model = get_peft_model(model, lora)
+    return model
+
+
+def _part(frozen: int, trained: int, trained_size: int, run: Run) -> Part:
+    shards = [run.num_processes if run.zero_stage >= stage else 1 for stage in (3, 2, 1)]
+    # Adam's two moments; DeepSpeed keeps weights of less than fp32 a second time, and moments in fp32
+    master = run.zero_stage > 0 and trained_size < FLOAT
+    optimizer = 3 * FLOAT if master else 2 * trained_size
+    return Part(
+        (frozen * run.dtype.itemsize + trained * trained_size) / shards[0],
+        trained * trained_size / shards[1],
+        trained * optimizer / shards[2],
+    )
+
+
+def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[str, float]:
+    text = config.get_text_config()
+    length = run.prompt_length + run.completion_length
+    rows = run.batch_size * run.completion_length
+    chunk = min(rows, max(1, MAX_CHUNK_ELEMENTS // text.vocab_size)) * text.vocab_size * FLOAT
+    states = rows * text.hidden_size * FLOAT
+
+    kept = saved_for_backward(lm, run.batch_size, length, run.gradient_checkpointing)
+    layer = saved_for_backward(lm, run.batch_size, length, False) / text.num_hidden_layers
+    if run.gradient_checkpointing:  # the layer that is run again
+        kept += layer
+    if roles.critic == "separate":  # an adapter's pass is not checkpointed: it would be run again under the policy's
+        again = saved_for_backward(lm, run.batch_size, length, run.gradient_checkpointing and roles.lora_r is None)
+        kept += again
+
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cache = 2 * run.batch_size * length * heads * width * run.dtype.itemsize  # of a layer
+    return {
+        "generation": cache * (text.num_hidden_layers + 1.0),  # the layer that grows is copied
+        "scoring": layer + 2 * states + _SCORED_CHUNKS * chunk,
+        "training": kept + 2 * states + _TRAINED_CHUNKS * chunk,
+    }
+
+
+def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_checkpointing: bool) -> float:
+    """Bytes that a forward pass of the trunk of a causal LM on the meta device keeps for its backward pass."""
+    model: Any = lm
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Any] = {}  # the storages are held, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # without a device, attention keeps its (T, T) weights; the kernels of a device do not
+        if storage._cdata not in weights and tuple(tensor.shape[-2:]) != (length, length):
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(
+            inputs_embeds=torch.zeros(batch_size, length, _width(model), dtype=model.dtype).requires_grad_(),
+            # a mask that is whole, since one of padding would be looked into
+            attention_mask=torch.ones(batch_size, 1, length, length, dtype=torch.bool),
+            position_ids=torch.zeros(batch_size, length, dtype=torch.long),
+            use_cache=False,
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    return float(sum(storage.nbytes() for storage in kept.values()))
+
+
+def _width(model: Any) -> int:
+    return model.get_input_embeddings().embedding_dim
