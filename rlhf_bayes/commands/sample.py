@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported lazily
 
 from .. import cli, toy
 from ..diagnostics import evaluate
@@ -20,9 +20,18 @@ from ..posterior import Posterior
 from ..report import write_report, write_sampling
 from ..rewards.loading import whole_weights
 from ..toy.rewards import sentiment_reward
-from .sampling import SAMPLERS, Method, agreement_table, draw_by, draw_from_prior, what_if_of, what_if_table
+from .sampling import (
+    SAMPLERS,
+    Method,
+    agreement_table,
+    checks_table,
+    draw_by,
+    draw_from_prior,
+    what_if_of,
+    what_if_table,
+)
 
-DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings")
+DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
 _WHAT_IF_FACTORS = (8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
@@ -60,19 +69,20 @@ class Arguments:
     )
     beta: float = field(default=0.25, metadata={"help": "Units of reward per nat of evidence."})
     what_if_beta: list[float] | None = field(
-        default=None, metadata={"help": "Other β to look at. Default: from β/8 to 8·β."}
+        default=None, metadata={"action": "extend", "help": "Other β to look at. Default: from β/8 to 8·β."}
     )
     sampler: list[str] | None = field(
         default=None,
-        metadata={"choices": list(SAMPLERS), "help": "How to draw; several are compared. Default: importance, "
-                  "rejection and metropolis_hastings."},
+        metadata={"action": "extend", "choices": list(SAMPLERS), "help": "How to draw; several are compared. Default: "
+                  "all but best_of_n, which draws from another distribution."},
     )  # fmt: skip
     num_samples: int = field(default=128, metadata={"help": "Completions a prompt, of each sampler."})
     proposal: str | None = field(
         default=None, metadata={"help": "A trained policy to draw from, in place of the prior."}
     )
     policy: list[str] | None = field(
-        default=None, metadata={"help": "Trained policies, whose distance to the posterior is to be told."}
+        default=None,
+        metadata={"action": "extend", "help": "Trained policies, whose distance to the posterior is to be told."},
     )
     max_completion_length: int | None = field(
         default=None, metadata={"help": "Tokens. Default: 64; 32 with the bundled model."}
@@ -86,7 +96,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the arguments after `rlhf-bayes sample`, draws, prints tables and writes the report."""
-    (args,) = TrlParser(Arguments, prog="rlhf-bayes sample").parse_args_and_config(args=arguments)
+    (args,) = TrlParser(cast(Any, Arguments), prog="rlhf-bayes sample").parse_args_and_config(args=arguments)
     _check(args)
     prompts, columns = load_prompts(args)
     reward_funcs, predicate = load_evidence(args)
@@ -94,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     posterior, names = make_posterior(args, prior, reward_funcs, predicate)
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
-    samplers = {name: SAMPLERS[name](posterior, proposal) for name in args.sampler or DEFAULT_SAMPLERS}
+    samplers = {
+        name: SAMPLERS[name](posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
+    }
 
     console, generator = Console(), torch.Generator().manual_seed(args.seed)
     output_dir, doing = Path(args.output_dir), f"{args.num_samples} completions of each of {len(prompts)} prompts"
@@ -118,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         methods.append(method)
         settings = {**about["settings"], "sampler": name, "guarantee": method.draws.guarantee, "seconds": seconds}
         folders.append(_save(output_dir / name, method, {**about, "settings": settings, "info": method.draws.info}))
-    console.print(agreement_table(methods))
+    console.print(agreement_table(methods), checks_table(methods), sep="\n")
 
     # policies: how far they are from it
     for number, path in enumerate(args.policy or [], start=1):
@@ -153,7 +165,7 @@ def load_prompts(args: Arguments) -> tuple[list[Any], dict[str, list]]:
 
 def load_evidence(args: Arguments) -> tuple[list[Any], Any | None]:
     """Reward functions, and the predicate."""
-    reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []]
+    reward_funcs: list[Any] = [cli.load_reward_func(name) for name in args.reward_func or []]
     if args.reward_model_path is not None:
         reward_funcs.append(args.reward_model_path)
     predicate = None if args.condition is None else cli.load_reward_func(args.condition)
@@ -165,7 +177,7 @@ def load_evidence(args: Arguments) -> tuple[list[Any], Any | None]:
 def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -> LanguageModel:
     """A model or an adapter; a policy gets the tokenizer and the completions of its prior."""
     with whole_weights():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype)
     default = 32 if args.model_name_or_path is None else 64
     return LanguageModel(
         model.to(_device()),

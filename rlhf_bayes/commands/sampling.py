@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scipy.stats import chi2, norm
 from torch import Tensor
 
 from ..lm import Prompt
-from ..numerics import best_of_n_kl, expected_best_of_n, what_if
+from ..numerics import MIN_IMPORTANCE_ESS, best_of_n_kl, expected_best_of_n, what_if
 from ..posterior import Posterior
 from ..samplers import (
     SMC,
@@ -30,20 +31,35 @@ QUASI_TV = 0.05
 """Total variation distance that rejection may leave where no bound is known."""
 
 
-def _rejection(posterior: Posterior, proposal: Proposal | None) -> Sampler:
+_MAX_CHAINS, _MIN_STATES = 16, 4
+
+
+def _rejection(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
     if posterior.bound is not None and proposal is None:
         return RejectionSampler()
     return RejectionSampler(proposal, max_tv=QUASI_TV)
 
 
-SAMPLERS: dict[str, Callable[[Posterior, Any], Sampler]] = {
-    "importance": lambda posterior, proposal: ImportanceSampler(proposal),
+def _metropolis_hastings(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
+    # an error bar wants chains of one length, of some states; side by side, many cost little more than few
+    fitting = [chains for chains in range(1, _MAX_CHAINS + 1) if n % chains == 0 and n >= _MIN_STATES * chains]
+    if not fitting:
+        raise ValueError(f"`--num_samples` must be at least {_MIN_STATES} for metropolis_hastings, got {n}.")
+    return MetropolisHastings(proposal=proposal, num_chains=max(fitting), burn_in=32, thin=4)
+
+
+def _smc(posterior: Posterior, proposal: Any, n: int) -> Sampler:
+    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
+
+
+SAMPLERS: dict[str, Callable[[Posterior, Proposal | None, int], Sampler]] = {
+    "importance": lambda posterior, proposal, n: ImportanceSampler(proposal),
     "rejection": _rejection,
-    "metropolis_hastings": lambda posterior, proposal: MetropolisHastings(proposal=proposal),
-    "smc": lambda posterior, proposal: SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal),
-    "best_of_n": lambda posterior, proposal: BestOfN(proposal=proposal),
+    "metropolis_hastings": _metropolis_hastings,
+    "smc": _smc,
+    "best_of_n": lambda posterior, proposal, n: BestOfN(proposal=proposal),
 }
-"""Name -> from the posterior, and a proposal or None for the prior."""
+"""Name -> from the posterior, a proposal or None for the prior, and the number of completions a prompt."""
 
 
 @dataclass(frozen=True)
@@ -149,23 +165,36 @@ def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Tabl
 
 def agreement_table(methods: Sequence[Method]) -> Table:
     """A row for each sampler; below, whether those that target the posterior agree within their errors."""
-    table = Table(title="The posterior by each sampler", caption="± standard error of the draws, for these prompts")
-    table.add_column("")
-    table.add_column("guarantee")
+    caption = "± standard error of the draws, for these prompts; none: another distribution"
+    table = Table(
+        title="The posterior by each sampler", caption=caption, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     labels = {"reward": r"E\[r]", "length": r"E\[tokens]", "log_z": "log Z, nats"}
     shown = [name for name in labels if any(name in method.estimates for method in methods)]
-    for column in (*(labels[name] for name in shown), "rows", "distinct"):
+    table.add_column("", no_wrap=True)
+    table.add_column("guarantee", no_wrap=True)
+    for name in shown:
+        table.add_column(labels[name], justify="right", no_wrap=True)
+    for method in methods:
+        cells = [str(method.estimates.get(name, "–")) for name in shown]
+        table.add_row(method.name, method.draws.guarantee, *cells)
+    table.add_section()
+    table.add_row("do they agree?", "", *(agreement(methods, name) for name in shown))
+    return table
+
+
+def checks_table(methods: Sequence[Method]) -> Table:
+    """A row for each sampler: what its draws cost, and what it says of them."""
+    table = Table(title="How they were drawn", caption="Checks of the worst prompt", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("rows", "distinct", "tokens"):
         table.add_column(column, justify="right")
     table.add_column("checks")
     for method in methods:
-        index = method.draws.prompt_index.tolist()
-        distinct = len({(i, *ids) for i, ids in zip(index, method.draws.completion_ids, strict=True)})
-        guarantee = "another distribution" if method.draws.guarantee == "none" else method.draws.guarantee
-        cells = [str(method.estimates.get(name, "–")) for name in shown]
-        sizes = f"{len(method.draws):,}", f"{distinct:,}"
-        table.add_row(method.name, guarantee, *cells, *sizes, _checks(method.draws.info))
-    table.add_section()
-    table.add_row("do they agree?", "", *(agreement(methods, name) for name in shown))
+        draws = method.draws
+        distinct = len({(i, *ids) for i, ids in zip(draws.prompt_index.tolist(), draws.completion_ids, strict=True)})
+        tokens = draws.info.get("tokens", sum(map(len, draws.completion_ids)))
+        table.add_row(method.name, f"{len(draws):,}", f"{distinct:,}", f"{tokens:,}", _checks(draws.info))
     return table
 
 
@@ -196,6 +225,7 @@ def _checks(info: Mapping[str, Any]) -> str:
         "tv": ("TV ≤ {:.2f}", max),
         "rhat": ("R-hat ≤ {:.2f}", max),
         "effective_sample_size": ("ESS ≥ {:.0f}", min),
+        "ancestors": ("ancestors ≥ {:.0f}", min),
     }
     found = []
     for name, (text, worst) in shown.items():
@@ -246,4 +276,11 @@ def _over_prompts(means: Tensor, errors: Tensor, trustworthy: bool) -> Mean:  # 
 
 
 def _trustworthy(draws: Draws) -> bool:
-    return all(draws.info.get("trustworthy", [True]))
+    # a standard error is an estimate too: it wants some independent draws of each prompt
+    sizes = [
+        size
+        for name in ("effective_sample_size", "ancestors")
+        for size in draws.info.get(name, [])
+        if size is not None
+    ]
+    return all(draws.info.get("trustworthy", [True])) and min(sizes, default=math.inf) >= MIN_IMPORTANCE_ESS

@@ -3,12 +3,17 @@
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from trl import TrlParser
 
 from rlhf_bayes import commands
-from rlhf_bayes.commands.sampling import Mean, Method, agreement
+from rlhf_bayes.commands.sample import Arguments
+from rlhf_bayes.commands.sampling import SAMPLERS as SAMPLERS_BY_NAME
+from rlhf_bayes.commands.sampling import Mean, Method, _trustworthy, agreement
+from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.samplers import Draws
 
 SAMPLERS = ("importance", "rejection", "metropolis_hastings")
@@ -132,6 +137,7 @@ def test_a_condition_alone(toy, tmp_path, monkeypatch, capsys):
         (["--model_name_or_path", "some/model"], "`--dataset_name` or `--prompt` must be given"),
         (["--model_name_or_path", "some/model", "--prompt", "a"], "`--reward_func`, `--reward_model_path` or"),
         (["--num_samples", "1"], "`--num_samples` must be at least 2, got 1"),
+        (["--num_samples", "3"], "`--num_samples` must be at least 4 for metropolis_hastings, got 3"),
         (["--max_prompts", "0"], "`--max_prompts` must be at least 1, got 0"),
         (["--reward_clip_range", "1"], "must be two numbers"),
         (["--beta", "0"], "`beta` must be positive, got 0.0"),
@@ -150,6 +156,28 @@ def test_wrong_flags_end_with_a_line_before_anything_is_drawn(flags, message, mo
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("n", [5, 30, 48, 128])
+def test_any_number_of_samples_makes_chains_of_one_length(n):
+    sampler = SAMPLERS_BY_NAME["metropolis_hastings"](None, None, n)
+    assert n % sampler.num_chains == 0
+    assert n // sampler.num_chains >= 4
+
+
+def test_a_flag_given_twice_adds_up():
+    (args,) = TrlParser(Arguments).parse_args_and_config(
+        ["--sampler", "smc", "--sampler", "rejection", "--policy", "a", "--policy", "b", "--what_if_beta", "1", "2"]
+    )
+    assert (args.sampler, args.policy, args.what_if_beta) == (["smc", "rejection"], ["a", "b"], [1.0, 2.0])
+
+
+@pytest.mark.parametrize(("sizes", "trusted"), [([40.0, 12.0], True), ([40.0, 8.0], False), ([None], True)])
+def test_few_independent_draws_are_not_trusted(toy, sizes, trusted):
+    draws = Draws.of(LanguageModel(toy.model, toy.tokenizer, 3).sample(toy.prompts, 4), 3, guarantee="consistent")
+    for name in ("effective_sample_size", "ancestors"):
+        info = {name: sizes}
+        assert _trustworthy(replace(draws, info=info)) == trusted
 
 
 def method(value, error, guarantee="consistent", trustworthy=True):
