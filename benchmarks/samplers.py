@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")  # bars of samplers inside of our own
 
 import torch
 from quiet import quiet
