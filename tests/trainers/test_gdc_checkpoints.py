@@ -78,7 +78,8 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
 
 def test_without_its_file_z_is_estimated_anew_and_said_so(toy, tmp_path, caplog):
     make(toy, tmp_path).train()
-    (tmp_path / "checkpoint-5" / "rollout_state_0.pt").unlink()
+    for name in ("rollout_state_0.pt", "complete.json"):
+        (tmp_path / "checkpoint-5" / name).unlink()
     resumed = make(toy, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert "rollout_state_0.pt` is missing" in caplog.text
