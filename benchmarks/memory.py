@@ -56,12 +56,12 @@ AIMS = (
 BASE = Shape(layers=8, hidden=512, vocabulary=8192, prompt=64, completion=64, batch=16)
 SMALL = Shape(layers=2, hidden=64, vocabulary=512, prompt=16, completion=16, batch=4)
 GROWTH = {
-    "batch": (8, 16, 32, 64),
-    "completion": (64, 128, 256, 512),
+    "batch": (8, 16, 32),
+    "completion": (64, 128, 256),
     "vocabulary": (8192, 32768, 131072),
 }
-GROWING = replace(BASE, layers=4, hidden=128)
-LORA_RANK, STEPS = 16, 3
+GROWING = replace(BASE, layers=4, hidden=128, batch=8)
+LORA_RANK, STEPS = 16, 2  # the first makes the optimizer's state, the second has it all
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_steps": STEPS}
 
 

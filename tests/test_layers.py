@@ -23,6 +23,8 @@ LAYERS = {
     "": 3.5,  # rlhf_bayes/__init__.py names what users import from everywhere
     "toy": 4,
     "cli": 4,
+    "commands": 4,
+    "__main__": 4,
 }
 FIRST_LAYER_WITH_TRL = 3
 
