@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_bundled_model(wheel_names):
 
 def test_the_wheel_holds_nothing_else_but_metadata(wheel_names):
     others = {name for name in wheel_names if not name.startswith("rlhf_bayes/")}
-    assert {Path(name).name for name in others} == {"METADATA", "WHEEL", "RECORD", "LICENSE"}
+    assert {Path(name).name for name in others} == {"METADATA", "WHEEL", "RECORD", "LICENSE", "entry_points.txt"}
 
 
 def test_the_installed_trl_is_in_the_declared_range():
