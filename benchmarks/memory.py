@@ -9,7 +9,8 @@ same length, and each batch is one micro-batch.
 
 - Memory: peak resident set less what was resident after the imports and a miniature run. malloc is told to give freed
   blocks back, so that what is counted is in use. On a GPU: the peak that torch allocated.
-- Growth: what comes on top of the weights, of one axis at a time; a slope is that of the logarithms.
+- Weights are counted, not measured: those read from a file become resident when they are used.
+- Growth: what comes on top of the weights, along one axis at a time; a slope is that of the logarithms.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from speed_worker import Shape, build_model, build_prompts, build_tokenizer, resident_mib
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_bayes import PPOConfig, PPOTrainer
@@ -56,27 +57,17 @@ AIMS = (
 BASE = Shape(layers=8, hidden=512, vocabulary=8192, prompt=64, completion=64, batch=16)
 SMALL = Shape(layers=2, hidden=64, vocabulary=512, prompt=16, completion=16, batch=4)
 GROWTH = {
-    "batch": (8, 16, 32, 64),
-    "completion": (64, 128, 256, 512),
+    "batch": (8, 16, 32),
+    "completion": (64, 128, 256),
     "vocabulary": (8192, 32768, 131072),
 }
-GROWING = replace(BASE, layers=4, hidden=128)
-LORA_RANK, STEPS = 16, 3
+GROWING = replace(BASE, layers=4, hidden=128, batch=8)
+LORA_RANK, STEPS = 16, 2  # the first makes the optimizer's state, the second has it all
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_steps": STEPS}
 
 
 def lora_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
     return LoraConfig(r=LORA_RANK, lora_alpha=32, task_type=task_type, target_modules="all-linear")
-
-
-class Weights(TrainerCallback):
-    """What is resident when training begins: the weights."""
-
-    mib = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        gc.collect()
-        self.mib = torch.cuda.memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mib()
 
 
 def reward_of(row: dict, base: str, folder: Path, shape: Shape):
@@ -123,34 +114,30 @@ def ppo_trainer(row: dict, shape: Shape, folder: Path, base: str) -> PPOTrainer:
     )
 
 
-def train(row: dict, shape: Shape, weights: Weights) -> None:
+def train(row: dict, shape: Shape) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = f"{folder}/base"
         build_model(shape).save_pretrained(base)
         make = sft_trainer if row.get("method") == "sft" else ppo_trainer
-        trainer = make(row, shape, Path(folder), base)
-        trainer.add_callback(weights)
-        trainer.train()
+        make(row, shape, Path(folder), base).train()
 
 
-def work(row: dict, shape: Shape) -> dict[str, float]:
-    """MiB of a row in this process: the peak, and the weights alone."""
+def work(row: dict, shape: Shape) -> float:
+    """Peak MiB of a row in this process."""
     quiet()
-    weights = Weights()
     # a miniature first, so that the pages of the libraries are resident before this run's memory is measured
-    train(row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), weights)
+    train(row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4))
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        train(row, shape, weights)
-        return {"peak": torch.cuda.max_memory_allocated() / 2**20, "weights": weights.mib}
+        train(row, shape)
+        return torch.cuda.max_memory_allocated() / 2**20
     before = resident_mib()
-    train(row, shape, weights)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak": peak - before, "weights": weights.mib - before}
+    train(row, shape)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
 
 
-def measure(row: dict, shape: Shape) -> dict[str, float]:
+def measure(row: dict, shape: Shape) -> float:
     """The same in a process of its own."""
     # above a threshold malloc maps each block, and unmaps it when it is freed
     own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -161,30 +148,39 @@ def measure(row: dict, shape: Shape) -> dict[str, float]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def predicted(row: dict, shape: Shape) -> Footprint | None:
-    """What `rlhf-bayes memory` says of a row; it has nothing to say of supervised fine-tuning."""
-    if row.get("method") == "sft":
-        return None
-    roles = Roles(
-        LORA_RANK if row.get("lora", True) else None, "all-linear", row.get("critic", "shared"), row["reward"]
-    )
+def predicted(row: dict, shape: Shape) -> Footprint:
+    """What `rlhf-bayes memory` says of a row; of supervised fine-tuning, only the weights are meant."""
+    critic, reward = row.get("critic", "shared"), row.get("reward", "function")
+    roles = Roles(LORA_RANK if row.get("lora", True) else None, "all-linear", critic, reward)
     lengths = (shape.batch, shape.prompt, shape.completion)
     with torch.device("meta"):
         config = build_model(shape).config
     return footprint(config, roles, Run(*lengths, gradient_checkpointing=row["checkpointing"]))
 
 
-def layouts_table(results: dict[int, dict], expected: dict[int, Footprint | None], shape: Shape) -> Table:
-    shown = Table(title=f"Peak memory, MiB: {shape.layers} layers × {shape.hidden}, {shape.vocabulary} tokens, batch "
-                        f"{shape.batch} of {shape.prompt} + {shape.completion}")  # fmt: skip
-    for name in ("", "weights", "predicted", "peak", "predicted", "× fine-tuning", "× four models"):
+def layouts(args: argparse.Namespace, shape: Shape, console: Console) -> None:
+    """Measure each, and print the table and the aims."""
+    peaks, expected = {}, {}
+    for layout, (name, row) in LAYOUTS.items():
+        row = row | {"checkpointing": args.gradient_checkpointing}
+        peaks[layout], expected[layout] = measure(row, shape), predicted(row, shape)
+        console.print(f"{name}: {peaks[layout]:.0f} MiB")
+    console.print(layouts_table(peaks, expected, shape))
+    for text, ours, theirs, wanted in AIMS:
+        value = peaks[ours] / peaks[theirs]
+        console.print(f"{text}: [{'green' if value <= wanted else 'red'}]{value:.2f} ×[/], the aim at most {wanted}")
+
+
+def layouts_table(peaks: dict[int, float], expected: dict[int, Footprint], shape: Shape) -> Table:
+    title = f"{shape.layers} layers × {shape.hidden}, {shape.vocabulary} tokens, batch {shape.batch}"
+    shown = Table(title=f"Peak memory, MiB: {title} of {shape.prompt} + {shape.completion}")
+    for name in ("", "weights", "predicted", "measured", "× fine-tuning", "× four models"):
         shown.add_column(name, justify="right" if name else "left")
-    for layout, result in results.items():
+    for layout, peak in peaks.items():
         found = expected[layout]
-        guesses = ["", ""] if found is None else [f"{x / 2**20:.0f}" for x in (found.weights, found.peak)]
-        ratios = [f"{result['peak'] / results[other]['peak']:.2f}" for other in (SFT, FULL)]
-        cells = (f"{result['weights']:.0f}", guesses[0], f"{result['peak']:.0f}", guesses[1], *ratios)
-        shown.add_row(LAYOUTS[layout][0], *cells)
+        guess = "" if layout == SFT else f"{found.peak / 2**20:.0f}"
+        ratios = [f"{peak / peaks[other]:.2f}" for other in (SFT, FULL)]
+        shown.add_row(LAYOUTS[layout][0], f"{found.weights / 2**20:.0f}", guess, f"{peak:.0f}", *ratios)
     return shown
 
 
@@ -201,12 +197,11 @@ def growth(args: argparse.Namespace, console: Console) -> dict[str, dict[str, li
             name, row = LAYOUTS[layout][0], LAYOUTS[layout][1] | {"checkpointing": args.gradient_checkpointing}
             for value in values:
                 shape = replace(GROWING, **{axis: value})
-                result = measure(row, shape)
-                above = result["peak"] - result["weights"]
-                found.setdefault(axis, {}).setdefault(name, []).append(above)
-                console.print(f"{axis} {value}, {name}: {above:.0f} MiB above {result['weights']:.0f}")
                 said = predicted(row, shape)
-                if said is not None:
+                above = measure(row, shape) - said.weights / 2**20
+                found.setdefault(axis, {}).setdefault(name, []).append(above)
+                console.print(f"{axis} {value}, {name}: {above:.0f} MiB above the weights")
+                if layout != SFT:
                     found[axis].setdefault("predicted", []).append((said.peak - said.weights) / 2**20)
     return found
 
@@ -238,8 +233,8 @@ def plot(found: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small shape, and no growth")
-    parser.add_argument("--no-growth", action="store_true", help="the layouts only")
+    parser.add_argument("--quick", action="store_true", help="the layouts, on a small shape")
+    parser.add_argument("--only", choices=("layouts", "growth"), help="default: both")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--plot", type=Path, default=Path("runs/memory.png"))
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
@@ -254,16 +249,9 @@ def main() -> None:
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     shape = replace(SMALL if args.quick else BASE, **args.shape)
-    results, expected = {}, {}
-    for layout, (name, row) in LAYOUTS.items():
-        row = row | {"checkpointing": args.gradient_checkpointing}
-        results[layout], expected[layout] = measure(row, shape), predicted(row, shape)
-        console.print(f"{name}: {results[layout]['peak']:.0f} MiB")
-    console.print(layouts_table(results, expected, shape))
-    for text, ours, theirs, wanted in AIMS:
-        value = results[ours]["peak"] / results[theirs]["peak"]
-        console.print(f"{text}: [{'green' if value <= wanted else 'red'}]{value:.2f} ×[/], the aim at most {wanted}")
-    if not (args.quick or args.no_growth):
+    if args.only != "growth":
+        layouts(args, shape, console)
+    if not (args.quick or args.only == "layouts"):
         found = growth(args, console)
         console.print(growth_table(found))
         plot(found, args.plot)

@@ -25,6 +25,7 @@ LAYERS = {
     "toy": 4,
     "cli": 4,
     "commands": 4,
+    "__main__": 4,
 }
 FIRST_LAYER_WITH_TRL = 3
 

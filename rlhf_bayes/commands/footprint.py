@@ -124,9 +124,11 @@ def footprint(config: PreTrainedConfig, roles: Roles, run: Run) -> Footprint:
         critic = _part(0, trained + hidden + 1, FLOAT, run)
     found.roles["critic"] = critic
     members = roles.reward_members
-    # by path a model is whole on each process, also under ZeRO-3
-    reward = {"function": 0, "adapter": (trained + hidden) * FLOAT, "model": (trunk + hidden) * size}[roles.reward]
-    found.roles["reward"] = Part(weights=float(members * reward))
+    # an adapter is taken to be of the policy's rank; a model of its own is whole on each process, also under ZeRO-3
+    if roles.reward == "adapter":
+        found.roles["reward"] = Part(_part(0, members * (trained + hidden), FLOAT, run).weights)
+    else:
+        found.roles["reward"] = Part(float(members * (trunk + hidden) * size) if roles.reward == "model" else 0.0)
     found.phases = _phases(config, lm, roles, run)
     return found
 
