@@ -332,6 +332,7 @@ class GDCTrainer(RolloutTrainer):
     def _report_rollout(self, rollout: Rollout, columns: Tensor, keys: Tensor, targets: dict[str, Tensor]) -> None:
         log_policy, log_prior, log_proposal, log_likelihood, kls = columns.unbind(-1)
         log_zs = targets["pooled_log_z"]  # (B_global,)
+        self._forbidden_seen |= bool((log_likelihood == -torch.inf).any())
         metrics = {"gdc/beta": self.beta / self.normalizers.power}
         metrics["posterior/skipped_prompts"] = (log_zs == -torch.inf).double().mean().item()
         if log_zs.isfinite().any():
@@ -342,7 +343,6 @@ class GDCTrainer(RolloutTrainer):
             log_ratios = log_policy - log_prior
             metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs)
             metrics |= self._moments()
-            self._forbidden_seen |= bool((log_likelihood == -torch.inf).any())
             if self._forbidden_seen:
                 metrics["posterior/satisfaction"] = satisfaction(log_likelihood)
         for name, value in metrics.items():

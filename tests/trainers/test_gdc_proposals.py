@@ -179,3 +179,15 @@ def test_weights_outside_of_the_snapshot_are_those_of_now(toy, tmp_path):
             other = toy.log_probs(trained.model)
         assert_close(toy.log_probs(trained.model), before, rtol=0, atol=0)
     assert (other - before).abs().max() > 1e-3
+
+
+def test_completions_of_the_prior_may_be_forbidden_by_surprise(toy, tmp_path):
+    """By a reward that no one knew to forbid anything, and without the metrics of the policy's own completions."""
+
+    def reward(completion_ids, **kwargs):
+        return [-math.inf if ids[0] == 0 else 0.0 for ids in completion_ids]
+
+    changes = {"divergence": "log_variance", "proposal": "prior", "max_steps": 2}
+    trained = trainer(toy, gdc_config(tmp_path, **changes), reward_funcs=reward)
+    trained.train()
+    assert trained.state.global_step == 2
