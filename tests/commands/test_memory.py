@@ -110,5 +110,6 @@ def test_the_command_prints_roles_and_the_baseline(capsys):
     printed = capsys.readouterr().out
     for word in ("policy", "reference", "critic", "reward", "training", "peak", "four full models"):
         assert word in printed
-    with pytest.raises(ValueError, match="`--batch` must be at least 1, got 0"):
+    with pytest.raises(SystemExit):
         main(["memory", "--batch", "0"])
+    assert "`--batch` must be at least 1, got 0" in capsys.readouterr().err
