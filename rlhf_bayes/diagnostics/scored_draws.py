@@ -15,6 +15,7 @@ from ..lm import (
     LMHead,
     Prompt,
     base_causal_lm,
+    pad_ids,
     scatter,
     score_completions,
     token_log_probs_and_exact_kl,
@@ -168,8 +169,8 @@ def _score(source: Proposal, prior: LanguageModel, drawn: Completions) -> list[T
     parts = []
     for start in range(0, len(drawn), source.batch_size):
         rows = slice(start, start + source.batch_size)
-        prompts, prompt_mask = _padded(prompt_ids[rows], "left", source.device)  # (b, C)
-        completions, mask = _padded(drawn.completion_ids[rows], "right", source.device)  # (b, T)
+        prompts, prompt_mask = pad_ids(prompt_ids[rows], "left", source.device)  # (b, C)
+        completions, mask = pad_ids(drawn.completion_ids[rows], "right", source.device)  # (b, T)
         batch = (prompts, prompt_mask, completions, mask)
         hidden = _hidden(source, batch)
         prior_hidden = hidden if source is prior else _hidden(prior, batch)
@@ -183,13 +184,6 @@ def _score(source: Proposal, prior: LanguageModel, drawn: Completions) -> list[T
 def _hidden(lm: LanguageModel, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
     """Last hidden states before each of the N tokens: (N, H)."""
     return cast(Tensor, score_completions(lm.model, *batch, hidden_only=True, with_values=False).hidden)
-
-
-def _padded(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = [torch.tensor(ids) for ids in sequences]
-    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    padded, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side=side) for x in (rows, mask))
-    return padded.to(device), mask.to(device)
 
 
 def _grouped(rows: list, n: int) -> list[list]:

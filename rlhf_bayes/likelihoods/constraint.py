@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rlhf_bayes.likelihoods.protocol import Evidence
+from rlhf_bayes.likelihoods.protocol import Evidence, EvidenceLikelihood
 from rlhf_bayes.rewards import RewardScorer
 
 
 @final
-class Constraint:
+class Constraint(EvidenceLikelihood):
     r"""
     Evidence of a predicate that must hold:
 
@@ -46,16 +46,6 @@ class Constraint:
             )
         self._scorer = RewardScorer(predicate)
         self.name = self._scorer.names[0]
-
-    def log_likelihood(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence] | None = None,
-    ) -> Tensor:
-        """0 or `-inf` for each completion: (B,), fp32. Raises as `evidence` does."""
-        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
 
     def evidence(
         self,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.moment_summary import FeatureMoment, MomentSummary
-from rlhf_bayes.likelihoods.protocol import Evidence, Likelihood, checked_log_likelihood
+from rlhf_bayes.likelihoods.protocol import Evidence, EvidenceLikelihood, Likelihood, checked_log_likelihood
 from rlhf_bayes.numerics import MomentFit, fit_moments, log_z
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @final
-class MomentLikelihood:
+class MomentLikelihood(EvidenceLikelihood):
     r"""
     Evidence of an exponential family:
 
@@ -117,16 +117,6 @@ class MomentLikelihood:
                 f"prompt {prompts[row]!r}, completion {completions[row]!r}. Return 0 where it is absent."
             )
         return values
-
-    def log_likelihood(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence] | None = None,
-    ) -> Tensor:
-        """λ·φ of each completion, nats: (B,), fp32. Raises as `evidence` does."""
-        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
 
     def evidence(
         self,

@@ -8,11 +8,11 @@ from typing import Any, final
 
 from torch import Tensor
 
-from rlhf_bayes.likelihoods.protocol import Evidence, Likelihood, checked_evidence, known_bound
+from rlhf_bayes.likelihoods.protocol import Evidence, EvidenceLikelihood, Likelihood, checked_evidence, known_bound
 
 
 @final
-class ProductLikelihood:
+class ProductLikelihood(EvidenceLikelihood):
     r"""
     A product of experts, each to a power:
 
@@ -65,16 +65,6 @@ class ProductLikelihood:
                 return None
             total += power * bound
         return total
-
-    def log_likelihood(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence] | None = None,
-    ) -> Tensor:
-        """Σ_k a_k · log_likelihood_k of each completion, nats: (B,), fp32. Raises as `evidence` does."""
-        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
 
     def evidence(
         self,

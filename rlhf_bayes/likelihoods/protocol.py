@@ -40,6 +40,30 @@ class Likelihood(Protocol):
         ...
 
 
+class EvidenceLikelihood:
+    """A [`Likelihood`] of which all is said by `evidence`. For the likelihoods here, that tell their features."""
+
+    def evidence(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Evidence:
+        """log_likelihood of each completion, and the features behind it."""
+        raise NotImplementedError(f"{type(self).__name__} must define `evidence`.")
+
+    def log_likelihood(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """The first part of `evidence`, (B,), fp32, nats. Raises as it does."""
+        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
+
+
 def checked_log_likelihood(
     likelihood: Likelihood,
     prompts: Sequence[Any],

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.combine import combine_rewards
-from rlhf_bayes.likelihoods.protocol import Evidence
+from rlhf_bayes.likelihoods.protocol import Evidence, EvidenceLikelihood
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
 
 
 @final
-class RewardLikelihood:
+class RewardLikelihood(EvidenceLikelihood):
     r"""
     Evidence of a reward, as KL-regularised RL implies it:
 
@@ -110,16 +110,6 @@ class RewardLikelihood:
                 "where there is no evidence for or against."
             )
         return rewards
-
-    def log_likelihood(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        columns: Mapping[str, Sequence] | None = None,
-    ) -> Tensor:
-        """r(c, x) / beta of each completion, nats: (B,), fp32, `-inf` where forbidden. Raises as `rewards` does."""
-        return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
 
     def evidence(
         self,

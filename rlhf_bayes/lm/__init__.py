@@ -30,6 +30,7 @@ from .language_model import (
     as_completion,
     check_prompt_fits,
     eos_token_ids,
+    pad_ids,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "is_critic_folder",
     "joined",
     "kept_trainable",
+    "pad_ids",
     "raw_generation_config",
     "regrow",
     "sampling_config",

@@ -237,7 +237,7 @@ class LanguageModel:
         One pass of `generate`, for what holds [`raw_generation_config`] and the seed: token ids that follow B token
         sequences, up to and including the first EOS.
         """
-        padded, mask = self._pad(prompt_ids, left=True)
+        padded, mask = pad_ids(prompt_ids, "left", self.device)
         pad_token_id = self.tokenizer.pad_token_id
         config = sampling_config(
             max_new_tokens,
@@ -254,8 +254,8 @@ class LanguageModel:
         width = max(len(ids) for ids in completion_ids)
         parts, masks = [], []
         for start in range(0, len(prompt_ids), self.batch_size):
-            prompts, prompt_mask = self._pad(prompt_ids[start : start + self.batch_size], left=True)
-            completions, mask = self._pad(completion_ids[start : start + self.batch_size], left=False)
+            prompts, prompt_mask = pad_ids(prompt_ids[start : start + self.batch_size], "left", self.device)
+            completions, mask = pad_ids(completion_ids[start : start + self.batch_size], "right", self.device)
             scores = score_completions(
                 self.model, prompts, prompt_mask, completions, mask, self.temperature, with_values=False
             )
@@ -263,17 +263,6 @@ class LanguageModel:
             parts.append(torch.nn.functional.pad(scores.log_probs, missing))
             masks.append(torch.nn.functional.pad(mask, missing))
         return torch.cat(parts), torch.cat(masks)
-
-    def _pad(self, sequences: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
-        width = max(len(ids) for ids in sequences)
-        # what stands in the padding is masked: any id of the vocabulary will do
-        padded = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-        for row, ids in enumerate(sequences):
-            where = slice(width - len(ids), width) if left else slice(0, len(ids))
-            padded[row, where] = torch.tensor(ids)
-            mask[row, where] = True
-        return padded.to(self.device), mask.to(self.device)
 
     def _check_completion(self, row: int, ids: Sequence[int]) -> None:
         ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
@@ -291,6 +280,24 @@ class LanguageModel:
                 f"`completion_ids` must hold tokens up to and including the first EOS, or `max_completion_length` "
                 f"tokens; row {row} {problem}. Cut at the first EOS, or append {self.eos_token_ids[0]}."
             )
+
+
+def pad_ids(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """
+    Token ids in one tensor, and which of them are real: two of (B, T).
+
+    Args:
+        sequences (`Sequence[Sequence[int]]`):
+            B sequences.
+        side (`str`):
+            Where padding goes, `"left"` or `"right"`. What stands there is masked: any id of the vocabulary will do.
+        device (`torch.device`):
+            Of the result.
+    """
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    padded, mask = (torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side=side) for x in (rows, mask))
+    return padded.to(device), mask.to(device)
 
 
 def as_completion(prompt: Prompt, text: str) -> Completion:

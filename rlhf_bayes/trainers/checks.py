@@ -1,7 +1,37 @@
 """Bad input, refused before a model is loaded."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def config_of(args: Any, config_class: type[T], model: Any, name: str) -> T:
+    """
+    A trainer's configuration: as it was given, or with its defaults in a folder named after the model, as TRL has it.
+
+    Args:
+        args:
+            What the trainer was given as `args`.
+        config_class (`type`):
+            The trainer's own.
+        model (`str` or `PreTrainedModel`):
+            The policy.
+        name (`str`):
+            Of the objective, for the folder.
+
+    Raises:
+        TypeError: if `args` is of another class.
+    """
+    if args is None:
+        path = model if isinstance(model, str) else model.config._name_or_path
+        args = config_class(f"{path.split('/')[-1]}-{name}")
+    if not isinstance(args, config_class):
+        raise TypeError(
+            f"`args` must be a {config_class.__name__}, got {type(args).__name__}. Replace the class name; every "
+            f"field of RLOOConfig is one of {config_class.__name__}."
+        )
+    return args
 
 
 def check_datasets(**datasets: Any) -> None:

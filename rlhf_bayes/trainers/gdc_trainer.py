@@ -19,7 +19,7 @@ from ..numerics import (
     log_variance_loss,
 )
 from ._trl import Rollout, RolloutTrainer
-from .checks import check_datasets
+from .checks import check_datasets, config_of
 from .gdc_config import LOG_VARIANCE, GDCConfig
 from .gdc_evidence import beta_of, check_evidence, power_of_evidence
 from .metrics import posterior_metrics, satisfaction, target_metrics
@@ -28,7 +28,7 @@ from .prior_samples import PriorSamples
 from .proposal import Comparison, Snapshot, check_proposal
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
-from .shared_rewards import PolicyBase, share_base
+from .shared_rewards import PolicyBase
 from .withheld import withheld_steps
 
 logger = logging.getLogger(__name__)
@@ -108,28 +108,20 @@ class GDCTrainer(RolloutTrainer):
         ref_model=None,
         likelihood: Likelihood | None = None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = GDCConfig(f"{name.split('/')[-1]}-GDC")
-        if not isinstance(args, GDCConfig):
-            raise TypeError(
-                f"`args` must be a GDCConfig, got {type(args).__name__}. Replace the class name; every field of "
-                "RLOOConfig is one of GDCConfig."
-            )
+        args = config_of(args, GDCConfig, model, "GDC")
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_evidence(args, reward_funcs, likelihood)
         self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
-        if self.evidence is None:
+        if self.evidence is not None:
+            reward_funcs = [self.evidence]
+        else:
             base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
-            funcs = checked_reward_funcs(
+            reward_funcs = checked_reward_funcs(
                 reward_funcs, reward_processing_classes, args.device, base, allow_forbidden=True
             )
-        else:
-            funcs = [self.evidence]
-        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
             model,
-            funcs,
+            reward_funcs,
             args,
             ref_model=ref_model,
             train_dataset=train_dataset,
@@ -138,10 +130,9 @@ class GDCTrainer(RolloutTrainer):
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
-            **quantization,
         )
-        share_base(self.reward_funcs, lambda: self.model)
         self.beta = beta_of(args, likelihood)
         engine = "vLLM" if self.use_vllm else None
         if self.use_transformers_continuous_batching:
@@ -154,7 +145,7 @@ class GDCTrainer(RolloutTrainer):
             args.replay_batches, args.replay_sampling, args.seed + self.accelerator.process_index
         )
         self.comparison = Comparison()
-        self.proposal = Snapshot(self._unwrapped_policy()) if args.proposal == "adaptive" else args.proposal
+        self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
         if args.prior_samples:
             self.add_callback(PriorSamples(self))
         self._forbidden_seen = likelihood is not None and forbids(likelihood)
@@ -233,7 +224,7 @@ class GDCTrainer(RolloutTrainer):
         self.comparison.add(log_target, columns[:, 0], columns[:, 2])
         better = self.comparison.policy_is_better
         if better:
-            self.proposal, self.comparison = Snapshot(self._unwrapped_policy()), Comparison()
+            self.proposal, self.comparison = Snapshot(self._plain_policy), Comparison()
         self.log_metric("gdc/proposal_replaced", float(better))
 
     # From a batch to the loss
@@ -389,12 +380,7 @@ class GDCTrainer(RolloutTrainer):
         self.comparison.sums = state["comparison"].cpu()
         self.proposal = state["proposal"]
         if not isinstance(self.proposal, str):
-            snapshot = Snapshot(self._unwrapped_policy())
+            snapshot = Snapshot(self._plain_policy)
             snapshot.weights = state["proposal"]
             self.proposal = snapshot
         self._forbidden_seen = state["forbidden_seen"]
-
-    # Set-up
-
-    def _unwrapped_policy(self):
-        return self.accelerator.unwrap_model(self.model)

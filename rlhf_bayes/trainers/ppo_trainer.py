@@ -22,12 +22,12 @@ from ..numerics import (
 )
 from ..rewards import RewardModel
 from ._trl import Rollout, RolloutTrainer
-from .checks import check_datasets
+from .checks import check_datasets, config_of
 from .critic import attach_critic
 from .metrics import posterior_metrics
 from .ppo_config import PPOConfig
 from .reward_funcs import checked_reward_funcs
-from .shared_rewards import PolicyBase, share_base
+from .shared_rewards import PolicyBase
 
 logger = logging.getLogger(__name__)
 
@@ -115,14 +115,7 @@ class PPOTrainer(RolloutTrainer):
         ref_model=None,
         value_model=None,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else model.config._name_or_path
-            args = PPOConfig(f"{name.split('/')[-1]}-PPO")
-        if not isinstance(args, PPOConfig):
-            raise TypeError(
-                f"`args` must be a PPOConfig, got {type(args).__name__}. Replace the class name; every field of "
-                "RLOOConfig is one of PPOConfig."
-            )
+        args = config_of(args, PPOConfig, model, "PPO")
         if args.critic_warmup_steps and args.weight_decay and args.deepspeed_plugin is not None:
             raise ValueError(
                 f"`weight_decay` must be 0 with `critic_warmup_steps` under DeepSpeed, got {args.weight_decay}: its "
@@ -136,7 +129,6 @@ class PPOTrainer(RolloutTrainer):
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
                 "posterior. Expect the entropy to collapse; posterior/elbo, log_z and gap are undefined."
             )
-        quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
             model,
             reward_funcs,
@@ -148,10 +140,9 @@ class PPOTrainer(RolloutTrainer):
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
+            quantization_config=quantization_config,
             peft_config=peft_config,
-            **quantization,
         )
-        share_base(self.reward_funcs, lambda: self.model)
         self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, self._reward_models())
         if optimizers[0] is not None:
             # into a group that is there: a scheduler made before knows no other

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from rlhf_bayes.numerics import f_divergence
 
-from .training import Recorder, gdc_config, keep_log_z, table_reward, trainer
+from .training import Recorder, assert_mean_gradient, gdc_config, keep_log_z, table_reward, trainer
 
 DIVERGENCES = {
     "forward_kl": {},
@@ -56,27 +56,12 @@ def exact_divergence(toy, policy, prior, log_likelihood, divergence, alpha=None)
     return f_divergence(log_target, toy.log_probs(policy), name, alpha).mean()
 
 
-def assert_mean(samples, expected, limit=5.0):
-    directions = torch.randn(len(expected), 12, generator=torch.Generator().manual_seed(0)) / math.sqrt(len(expected))
-    directions[:, :2] = 0.0
-    largest = expected.abs().argsort(descending=True)
-    for column, rank in enumerate((0, 40)):
-        directions[largest[rank], column] = 1.0
-    directions[:, 2] = expected / expected.norm()
-    projected = samples @ directions  # (steps, 12)
-    se = projected.std(0) / math.sqrt(len(projected))
-    errors = (projected.mean(0) - expected @ directions) / se
-    assert errors.abs().max() < limit, f"off by {errors.tolist()} standard errors"
-    # and the test can tell: along the gradient itself it is many standard errors long
-    assert (expected @ directions / se)[2] > 8
-
-
 def check(toy, tmp_path, policy, log_likelihood, divergence, prior=None, **changes):
     prior = toy.random_policy(noise=0.0) if prior is None else prior
     options = DIVERGENCES[divergence]
     expected = exact_gradient(policy, exact_divergence(toy, policy, prior, log_likelihood, divergence, **options))
     options = options | {"divergence": divergence} | changes
-    assert_mean(gradient_samples(toy, tmp_path, policy, prior, log_likelihood, **options), expected)
+    assert_mean_gradient(gradient_samples(toy, tmp_path, policy, prior, log_likelihood, **options), expected)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -113,7 +98,7 @@ def test_of_the_second_iteration_over_a_rollout(toy, tmp_path, divergence):
     expected = exact_gradient(policy, exact_divergence(toy, policy, prior, toy.log_likelihood, divergence, **options))
     options = options | {"divergence": divergence, "num_iterations": 2}
     samples = gradient_samples(toy, tmp_path, drew, prior, toy.log_likelihood, 40, [Moves(drew, policy)], **options)
-    assert_mean(samples[1::2], expected)
+    assert_mean_gradient(samples[1::2], expected)
 
 
 @pytest.mark.parametrize("replay_batches", [1, 3])
@@ -127,4 +112,4 @@ def test_log_variance_of_draws_of_another_policy(toy, tmp_path, replay_batches):
     options = {"divergence": "log_variance", "num_iterations": 2, "replay_batches": replay_batches}
     samples = gradient_samples(toy, tmp_path, drew, prior, toy.log_likelihood, 40, [Moves(drew, policy)], **options)
     # steps that share completions say less than as many that do not
-    assert_mean(samples[1::2], expected, limit=5.0 * replay_batches**0.5)
+    assert_mean_gradient(samples[1::2], expected, limit=5.0 * replay_batches**0.5)

@@ -105,7 +105,7 @@ def test_the_adaptive_proposal_is_replaced_when_the_policy_is_better(toy, tmp_pa
     sizes = {"per_device_train_batch_size": 192, "num_generations": 64, "max_steps": 12}
     args = gdc_config(tmp_path, proposal="adaptive", **sizes, **ADAM | ({"learning_rate": 5e-2} if peft else {}))
     trained = trainer(toy, args, peft_config=LORA if peft else None)
-    start = Snapshot(trained._unwrapped_policy()).weights
+    start = Snapshot(trained._plain_policy).weights
     recorded = []
     compare = trained._compare
 

@@ -47,8 +47,9 @@ def test_at_the_posterior_nothing_moves(toy, tmp_path, divergence):
     trained = trainer(toy, args, policy, table_reward(toy, table), **arguments)
     before = weights(trained.model)
     trained.train()
-    assert max(gradient.abs().max() for step in recorder.gradients for gradient in step.values()) < 1e-4
-    assert largest_change(before, weights(trained.model)) < 1e-4
+    # rounding, which differs between processors; evidence that is off by 1 % gives 3e-3 (js) to 3e-2
+    assert max(gradient.abs().max() for step in recorder.gradients for gradient in step.values()) < 1e-3
+    assert largest_change(before, weights(trained.model)) < 1e-3
     values = {"elbo": 0.0, "log_z": 0.0, "gap": 0.0, "importance_ess": 8.0, "forward_kl": 0.0, "tv": 0.0}
     for name, value in (values | {"max_weight": 1 / 24, "skipped_prompts": 0.0}).items():
         assert logged(trained, f"posterior/{name}") == pytest.approx([value] * 2, abs=1e-4), name

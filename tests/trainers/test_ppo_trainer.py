@@ -11,7 +11,17 @@ from transformers import TrainerCallback
 from rlhf_bayes import PPOConfig, PPOTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
-from .training import Recorder, config, largest_change, logged, prompts_of, table_reward, trainer, weights
+from .training import (
+    Recorder,
+    assert_mean_gradient,
+    config,
+    largest_change,
+    logged,
+    prompts_of,
+    table_reward,
+    trainer,
+    weights,
+)
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -41,8 +51,9 @@ def test_at_the_posterior_nothing_moves(toy, tmp_path, critic, lam):
     )
     before = weights(trained.model)
     trained.train()
-    assert max(gradient.abs().max() for step in recorder.gradients for gradient in step.values()) < 1e-5
-    assert max(largest_change(before, weights(trained.model), critic=kind) for kind in (True, False)) < 2e-5
+    # rounding, which differs between processors; evidence that is off by 1 % gives 2e-3
+    assert max(gradient.abs().max() for step in recorder.gradients for gradient in step.values()) < 1e-4
+    assert max(largest_change(before, weights(trained.model), critic=kind) for kind in (True, False)) < 2e-4
     for name, value in (("elbo", 0.0), ("log_z", 0.0), ("gap", 0.0), ("importance_ess", 8.0)):
         assert logged(trained, f"posterior/{name}") == pytest.approx([value] * 2, abs=1e-4)
     assert min(logged(trained, "posterior/kl_to_prior")) > 0.01
@@ -78,18 +89,7 @@ def test_the_expected_gradient_is_that_of_the_objective(tmp_path, temperature):
     samples = gradient_samples(toy, tmp_path, policy, steps=60)
     flat = -torch.stack([torch.cat([step[name].flatten() for name in exact]) for step in samples])  # (steps, D)
     expected = torch.cat([gradient.flatten() for gradient in exact.values()])  # (D,)
-    directions = torch.randn(len(expected), 12, generator=torch.Generator().manual_seed(0)) / math.sqrt(len(expected))
-    directions[:, :2] = 0.0
-    largest = expected.abs().argsort(descending=True)
-    for column, rank in enumerate((0, 40)):
-        directions[largest[rank], column] = 1.0
-    directions[:, 2] = expected / expected.norm()
-    projected = flat @ directions  # (steps, 12)
-    se = projected.std(0) / math.sqrt(len(projected))
-    errors = (projected.mean(0) - expected @ directions) / se
-    assert errors.abs().max() < 4.5, f"off by {errors.tolist()} standard errors"
-    # and the test can tell: along the gradient itself it is many standard errors long
-    assert (expected @ directions / se)[2] > 8
+    assert_mean_gradient(flat, expected, limit=4.5)
 
 
 def test_the_first_advantages_are_the_returns(toy, tmp_path):

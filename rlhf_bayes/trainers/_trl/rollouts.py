@@ -41,6 +41,7 @@ from ..checks import check_tokenizer
 from ..proposal import Snapshot
 from ..reference import Reference
 from ..sampler import SamplerByEpoch
+from ..shared_rewards import share_base
 from .reward_faults import RewardFaultTrainer
 
 PRIVATE_NAMES = {
@@ -92,10 +93,12 @@ class Rollout:
 class RolloutTrainer(RewardFaultTrainer):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
-    def __init__(self, model, reward_funcs, args, *, ref_model=None, **trl_arguments):
+    def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
         # RLOO reloads the reference from the hub path, which forgets what was done to an instance: with β = 0 it loads
         # none, and we keep a copy of the weights as passed
         beta, args.beta = args.beta, 0.0
+        if quantization_config is not None:  # the oldest releases have no such argument
+            trl_arguments["quantization_config"] = quantization_config
         try:
             super().__init__(model, reward_funcs, args, **trl_arguments)
         finally:
@@ -127,6 +130,7 @@ class RolloutTrainer(RewardFaultTrainer):
         self._scored: dict[str, Tensor] | None = None
         self._rewards_per_func: Tensor | None = None
         self._ended: Tensor | None = None
+        share_base(self.reward_funcs, lambda: self.model)
 
     # Hooks
 
