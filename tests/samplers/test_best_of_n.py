@@ -36,7 +36,7 @@ def test_its_distribution_and_its_kl(toy, n):
         exact = float(numerics.forward_kl(log_prob[prompt], toy.log_prior[prompt].double()))
         assert float(best_of_n_kl(values, n, toy.log_prior[prompt])) == pytest.approx(exact, abs=1e-5)
         assert draws.info["kl_to_prior"][prompt] == pytest.approx(exact, abs=0.06)
-        assert exact <= draws.info["kl_bound"]
+        assert exact <= draws.info["kl_bound"] + 1e-12  # with n = 1 both are 0, up to rounding
     assert draws.info["kl_bound"] == math.log(n) - (n - 1) / n
     if n == 8:  # the bound is far off where rewards tie
         assert max(draws.info["kl_to_prior"]) < draws.info["kl_bound"] - 0.05

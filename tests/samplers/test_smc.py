@@ -207,7 +207,8 @@ def test_without_support(toy):
         SMC(Fixed(0.0)).sample(prior_of(toy).condition(never), toy.prompts, 8, seeded())
     with pytest.warns(UserWarning, match="for 1 of 3 prompts, the first 'a'") as caught:
         draws = SMC(Fixed(0.0)).sample(prior_of(toy).condition(not_after_a), toy.prompts, 8, seeded())
-    assert caught[0].filename == __file__
+    ours = [warning for warning in caught if "for 1 of 3 prompts" in str(warning.message)]  # torch may warn of its own
+    assert [warning.filename for warning in ours] == [__file__]
     assert draws.log_z.log_z.tolist() == [-math.inf, 0.0, 0.0]
     assert (draws.log_z.low[0], draws.log_z.high[0]) == (-math.inf, math.inf)
 
