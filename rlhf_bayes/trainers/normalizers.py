@@ -1,5 +1,6 @@
 """log Z of each prompt while training: pooled over all rollouts, and of another target where that is annealed."""
 
+import math
 from collections import deque
 from typing import Any, NamedTuple, final
 
@@ -15,7 +16,8 @@ class LogZs(NamedTuple):
     """log Z of the prompt of each completion: (B,), fp64, nats, `-inf` where every weight was 0."""
 
     others: Tensor
-    """From all completions but this one; from all, where the others have no weight: a first hit is learnt from."""
+    """From all completions but this one; from all, where this one has more weight than all the others. So p/q stays
+    within about the number of completions so far, and a first hit is learnt from."""
     pooled: Tensor
     """From all completions."""
 
@@ -72,7 +74,7 @@ class Normalizers:
         if keep and self.recent.maxlen:
             self.recent.append((keys, log_ratios, log_likelihood))
         pooled = pool.log_z(keys)[:, None].expand_as(others)
-        tables = (torch.where(others.isfinite(), others, pooled), pooled)
+        tables = (torch.where(others > pooled - math.log(2), others, pooled), pooled)
         return LogZs(*(layout.rows(table.to(prompt_keys.device)) for table in tables))
 
     def log_z(self, prompt_keys: Tensor) -> Tensor:

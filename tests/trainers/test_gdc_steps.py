@@ -200,3 +200,20 @@ def test_a_resumed_run_draws_no_more_from_the_prior(toy, tmp_path):
     resumed = trainer(toy, gdc_config(tmp_path, max_steps=3, **changes), None, reward)
     resumed.train(resume_from_checkpoint=True)
     assert len(calls) == 2 + 2 + 1
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha"])
+def test_evidence_of_hundreds_of_nats_leaves_gradients_finite(toy, tmp_path, divergence):
+    """A first hit among completions that are almost impossible: p/π would be e²⁰⁰ by the others alone."""
+
+    def nearly_never_a(completion_ids, **kwargs):
+        return [-200.0 * (0 in ids) for ids in completion_ids]
+
+    alpha = {"alpha": 0.5} if divergence == "alpha" else {}
+    args = gdc_config(tmp_path, beta=1.0, divergence=divergence, max_steps=6, learning_rate=0.0, **alpha)
+    trained = trainer(toy, args, None, nearly_never_a)
+    trained.train()
+    hits = [(batch["log_likelihood"].view(3, 8) == 0).sum(-1).min() for batch in trained.batches]
+    assert 1 in hits
+    assert logged(trained, "nonfinite_steps") == [0.0] * 6
+    assert max(logged(trained, "loss")) < 100
