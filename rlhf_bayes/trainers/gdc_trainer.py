@@ -19,7 +19,7 @@ from ..numerics import (
     log_variance_loss,
 )
 from ._trl import Rollout, RolloutTrainer
-from .checks import check_datasets, config_of
+from .checks import check_datasets, check_enough_prompts, config_of
 from .gdc_config import LOG_VARIANCE, GDCConfig
 from .gdc_evidence import beta_of, check_evidence, power_of_evidence
 from .metrics import posterior_metrics, satisfaction, target_metrics
@@ -110,6 +110,7 @@ class GDCTrainer(RolloutTrainer):
     ):
         args = config_of(args, GDCConfig, model, "GDC")
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_enough_prompts(args, train_dataset)
         check_evidence(args, reward_funcs, likelihood)
         self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
         if self.evidence is not None:
