@@ -24,7 +24,7 @@ from .gdc_config import LOG_VARIANCE, GDCConfig
 from .gdc_evidence import beta_of, check_evidence, power_of_evidence
 from .metrics import posterior_metrics, satisfaction, target_metrics
 from .normalizers import Normalizers
-from .prior_samples import PriorSamples
+from .prior_samples import PriorSamples, check_prior_samples
 from .proposal import Comparison, Snapshot, check_proposal
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
@@ -111,6 +111,7 @@ class GDCTrainer(RolloutTrainer):
         args = config_of(args, GDCConfig, model, "GDC")
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
+        check_prior_samples(args.prior_samples, train_dataset)
         check_evidence(args, reward_funcs, likelihood)
         self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
         if self.evidence is not None:
@@ -138,7 +139,8 @@ class GDCTrainer(RolloutTrainer):
         engine = "vLLM" if self.use_vllm else None
         if self.use_transformers_continuous_batching:
             engine = "continuous batching"
-        check_proposal(args.proposal, "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine)
+        engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine
+        check_proposal(args.proposal, args.prior_samples, engine)
         self.normalizers = Normalizers(
             None if likelihood is None else known_bound(likelihood), args.beta_init is not None
         )

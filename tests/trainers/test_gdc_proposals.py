@@ -166,6 +166,8 @@ def test_engines_that_draw_from_the_policy_only_are_refused(toy, tmp_path, propo
         monkeypatch.setattr(RolloutTrainer, "sharded", True)
     with pytest.raises(ValueError, match=f"`proposal` must be 'policy' with {name}, got '{proposal}'"):
         trainer(toy, gdc_config(tmp_path, proposal=proposal))
+    with pytest.raises(ValueError, match=f"`prior_samples` must be 0 with {name}, got 8"):
+        trainer(toy, gdc_config(tmp_path, prior_samples=8))
     trainer(toy, gdc_config(tmp_path, proposal="policy"))
 
 
