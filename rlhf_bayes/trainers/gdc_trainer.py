@@ -21,7 +21,7 @@ from ..numerics import (
 from ._trl import Rollout, RolloutTrainer
 from .checks import check_datasets, check_enough_prompts, config_of
 from .gdc_config import LOG_VARIANCE, GDCConfig
-from .gdc_evidence import beta_of, check_evidence, power_of_evidence
+from .gdc_evidence import beta_of, check_evidence, check_same_beta, power_of_evidence
 from .metrics import posterior_metrics, satisfaction, target_metrics
 from .normalizers import Normalizers
 from .prior_samples import PriorSamples, check_prior_samples
@@ -377,6 +377,7 @@ class GDCTrainer(RolloutTrainer):
         }
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
+        check_same_beta(self.beta, state["beta"])
         super().load_rollout_state(state)
         self.normalizers.load_state_dict(state["normalizers"])
         self.replay.load_state_dict(state["replay"])

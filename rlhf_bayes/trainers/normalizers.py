@@ -87,8 +87,21 @@ class Normalizers:
         return {"power": self.power, "pool": self.pool.state_dict(), "recent": [list(entry) for entry in self.recent]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """
+        Take back what `state_dict` returned.
+
+        Raises:
+            ValueError: if the evidence has another bound: these are the Z of another target.
+        """
+        saved = state["pool"]["log_z_bound"]
+        bound = None if self.bound is None else state["power"] * self.bound
+        if saved is not None and bound is not None and not math.isclose(saved, bound, rel_tol=1e-3, abs_tol=1e-3):
+            raise ValueError(
+                f"`likelihood` must be that of the checkpoint, whose evidence has the bound {saved:.6g} nats, got one "
+                f"with {bound:.6g}: Z and what was drawn belong to the target of before. Resume with it, or start "
+                "from the weights of the checkpoint: pass the folder as the model, and the prior as `ref_model`."
+            )
         self.power = state["power"]
-        self.pool = ZPool(state["pool"]["log_z_bound"])
+        self.pool = ZPool(saved)
         self.pool.load_state_dict(state["pool"])
         self.recent.extend((keys, log_ratios.cpu(), evidence.cpu()) for keys, log_ratios, evidence in state["recent"])
