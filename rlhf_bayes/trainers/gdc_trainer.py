@@ -19,12 +19,12 @@ from ..numerics import (
     log_variance_loss,
 )
 from ._trl import Rollout, RolloutTrainer
-from .checks import check_datasets, config_of
+from .checks import check_datasets, check_enough_prompts, config_of
 from .gdc_config import LOG_VARIANCE, GDCConfig
-from .gdc_evidence import beta_of, check_evidence, power_of_evidence
+from .gdc_evidence import beta_of, check_evidence, check_same_beta, power_of_evidence
 from .metrics import posterior_metrics, satisfaction, target_metrics
 from .normalizers import Normalizers
-from .prior_samples import PriorSamples
+from .prior_samples import PriorSamples, check_prior_samples
 from .proposal import Comparison, Snapshot, check_proposal
 from .replay import ReplayBuffer
 from .reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
@@ -110,6 +110,8 @@ class GDCTrainer(RolloutTrainer):
     ):
         args = config_of(args, GDCConfig, model, "GDC")
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_enough_prompts(args, train_dataset)
+        check_prior_samples(args.prior_samples, train_dataset)
         check_evidence(args, reward_funcs, likelihood)
         self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
         if self.evidence is not None:
@@ -137,7 +139,8 @@ class GDCTrainer(RolloutTrainer):
         engine = "vLLM" if self.use_vllm else None
         if self.use_transformers_continuous_batching:
             engine = "continuous batching"
-        check_proposal(args.proposal, "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine)
+        engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine
+        check_proposal(args.proposal, args.prior_samples, engine)
         self.normalizers = Normalizers(
             None if likelihood is None else known_bound(likelihood), args.beta_init is not None
         )
@@ -374,6 +377,7 @@ class GDCTrainer(RolloutTrainer):
         }
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
+        check_same_beta(self.beta, state["beta"])
         super().load_rollout_state(state)
         self.normalizers.load_state_dict(state["normalizers"])
         self.replay.load_state_dict(state["replay"])

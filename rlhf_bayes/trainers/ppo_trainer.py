@@ -22,7 +22,7 @@ from ..numerics import (
 )
 from ..rewards import RewardModel
 from ._trl import Rollout, RolloutTrainer
-from .checks import check_datasets, config_of
+from .checks import check_datasets, check_enough_prompts, config_of
 from .critic import attach_critic
 from .metrics import posterior_metrics
 from .ppo_config import PPOConfig
@@ -122,6 +122,7 @@ class PPOTrainer(RolloutTrainer):
                 "optimizer would shrink the policy's weights while only the critic learns. Set `weight_decay=0.0`."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_enough_prompts(args, train_dataset)
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device, base)
         if args.beta == 0:
