@@ -7,6 +7,7 @@ from importlib import import_module
 
 _COMMANDS = {
     "memory": "what a training needs of it, by role, before it is launched",
+    "merge": "adapters merged into their base: a model that needs no peft",
     "report": "one page of HTML, and PNGs, on one or several runs",
     "sample": "draw from a posterior without training, and see what other β would give",
 }

@@ -163,6 +163,8 @@ class MomentLikelihood(EvidenceLikelihood):
         """Take λ and summary from features (P, n, F) of draws with log-weights (P, n), fp64."""
         moments = torch.tensor(list(wanted.values()), dtype=torch.float64)  # (F,)
         binary = ((features == 0) | (features == 1)).flatten(0, 1).all(0)  # (F,)
+        # a count that was never above 1 on the draws is not binary, if its bounds are known to be wider
+        binary &= torch.tensor([self.feature_bounds.get(name, (0.0, 1.0)) == (0.0, 1.0) for name in self.names])
         forced = binary & ((moments == 0) | (moments == 1))
         met = log_weights.masked_fill((features != moments)[..., forced].any(-1), -torch.inf)  # (P, n)
         _check_met(met, features, moments, forced, self.names, prompts)
@@ -215,7 +217,8 @@ class MomentLikelihood(EvidenceLikelihood):
             columns (`Mapping[str, Sequence]`, *optional*):
                 Columns of the dataset that features ask for, P entries each.
             feature_bounds (`Mapping[str, tuple[float, float]]`, *optional*):
-                name -> (low, high). Default: (0, 1) for binary features, unknown for the others.
+                name -> (low, high). Default: (0, 1) for binary features, unknown for the others. Another range says
+                that a feature is not binary, whatever the draws.
             evidence (`Likelihood`, *optional*):
                 What is known already: the moments are those of π0·exp(evidence + λ·φ), the closest to the posterior of
                 that evidence, which then stands for the prior in the summary.
@@ -231,7 +234,7 @@ class MomentLikelihood(EvidenceLikelihood):
         functions = {name: constraint[0] for name, constraint in constraints.items()}
         likelihood = cls(functions, dict.fromkeys(functions, 0.0), feature_bounds, device=prior.device)
         drawn, log_weights = _draw(prior, proposal, prompts, num_samples, generator)
-        rows = {name: [x for x in values for _ in range(num_samples)] for name, values in (columns or {}).items()}
+        rows = _repeated(columns or {}, len(prompts), num_samples)
         drawn_rows = (drawn.prompts, drawn.completions, drawn.completion_ids, rows)
         features = likelihood.features(*drawn_rows)  # (P·n, F)
         if evidence is not None:
@@ -246,6 +249,17 @@ class MomentLikelihood(EvidenceLikelihood):
                 stacklevel=4,  # where `constrain` is called
             )
         return likelihood
+
+
+def _repeated(columns: Mapping[str, Sequence], num_prompts: int, num_samples: int) -> dict[str, list]:
+    """Entries of prompts as those of their completions, which are neighbours."""
+    for name, values in columns.items():
+        if isinstance(values, str) or len(values) != num_prompts:
+            raise ValueError(
+                f"`columns['{name}']` must have one entry for each of the {num_prompts} prompts, got "
+                f"{repr(values) if isinstance(values, str) else len(values)}."
+            )
+    return {name: [value for value in values for _ in range(num_samples)] for name, values in columns.items()}
 
 
 def _draw(

@@ -53,7 +53,7 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
     if divergence == "js":
         return 0.5 * (torch.nn.functional.softplus(s) - math.log(2))
     if divergence == "tv":
-        return 0.5 * s.sign()
+        return torch.where(s.isnan(), s, 0.5 * s.sign())  # the sign of nan is 0
     if divergence == "alpha" and alpha is not None and alpha < 1:
         # expm1: near α = 1 the exponential is nearly 1
         return torch.expm1((1 - alpha) * s) / (1 - alpha)
@@ -81,8 +81,8 @@ def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float 
         alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
 
     Returns:
-        `torch.Tensor`: shape kept, in nats (`"tv"`: a probability), at least 0; `+inf` for a forbidden completion
-            under the reverse KL, nan where nan came.
+        `torch.Tensor`: shape kept, in nats (`"tv"`: a probability), at least 0, fp64 where it came as fp64, else fp32;
+            `+inf` for a forbidden completion under the reverse KL, nan where nan came.
 
     Raises:
         ValueError: if the divergence is unknown, or `alpha` does not fit it.
@@ -92,7 +92,12 @@ def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float 
     check_divergence(divergence, alpha)
     if divergence == "alpha":
         divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(alpha or 0.0), divergence)
-    s = log_density_ratio if log_density_ratio.dtype == torch.float64 else log_density_ratio.float()
+    terms = _terms(log_density_ratio.double(), divergence, float(alpha or 0.0))
+    return terms if log_density_ratio.dtype == torch.float64 else terms.float()
+
+
+def _terms(s: Tensor, divergence: str, alpha: float) -> Tensor:
+    # fp64: near 0 a term is a small difference, and far from it p/π passes what fp32 holds
     forbidden = s == -torch.inf
     finite = torch.where(forbidden, 0.0, s)
     ratio = s.exp()  # p/π
@@ -106,8 +111,10 @@ def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float 
         return torch.where(forbidden, 0.5 * math.log(2), 0.5 * (ratio * finite - (1 + ratio) * softplus))
     if divergence == "tv":
         return 0.5 * (ratio - 1).abs()
-    power = 1 - float(alpha or 0.0)
-    return (torch.expm1(power * s) - power * (ratio - 1)) / (-power * (1 - power))
+    if alpha < 0.5:
+        # −(p/π)·(exp(−α·s) − 1)/α − (p/π − 1), over 1 − α: as α → 0 the forward KL, with all its digits
+        return (-ratio * torch.expm1(-alpha * finite) / alpha - torch.expm1(s)) / (1 - alpha)
+    return (torch.expm1(s) - torch.expm1((1 - alpha) * s) / (1 - alpha)) / alpha
 
 
 def f_divergence(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | None = None) -> Tensor:

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from datasets import Dataset, IterableDataset
+from trl import RLOOConfig
+
 T = TypeVar("T")
 
 
@@ -43,6 +46,7 @@ def check_datasets(**datasets: Any) -> None:
             By the name of the trainer's argument: a dataset, a mapping of them, or None.
 
     Raises:
+        TypeError: if one is not of the `datasets` library.
         ValueError: if one is empty, lacks the column `prompt`, or holds a prompt that is empty or neither text nor
         chat.
     """
@@ -51,6 +55,32 @@ def check_datasets(**datasets: Any) -> None:
         for key, part in named:
             if part is not None:
                 _check_dataset(name if key is None else f"{name}['{key}']", part)
+
+
+def check_enough_prompts(args: RLOOConfig, train_dataset: Any) -> None:
+    """
+    Refuse a dataset of which no rollout can be made: TRL leaves out what does not fill one, and would train 0 steps.
+
+    Args:
+        args ([`~trl.RLOOConfig`]):
+            Of the trainer.
+        train_dataset ([`~datasets.Dataset`]):
+            Anything else, a stream for instance, passes.
+
+    Raises:
+        ValueError: if it holds fewer rows than a rollout has prompts.
+    """
+    if not isinstance(train_dataset, Dataset):
+        return
+    rows, prompts = len(train_dataset), args.generation_batch_size // args.num_generations
+    if rows >= prompts:
+        return
+    raise ValueError(
+        f"`train_dataset` must hold at least {prompts} rows, got {rows}: a rollout is of {args.generation_batch_size} "
+        f"completions (`per_device_train_batch_size` × processes × `steps_per_generation`), `num_generations` = "
+        f"{args.num_generations} of a row. Draw more of each, take smaller batches, or repeat the rows: "
+        f"`concatenate_datasets([train_dataset] * {-(-prompts // rows)})`."
+    )
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -68,13 +98,18 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
-    columns = getattr(dataset, "column_names", None)
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        raise TypeError(
+            f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}. Convert a list of rows: "
+            "`datasets.Dataset.from_list(rows)`."
+        )
+    columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
         raise ValueError(
             f"`{name}` must have a column `prompt`, got {list(columns)}. Rename the column that holds prompts: "
             f"`dataset.rename_column({(columns or ['text'])[0]!r}, 'prompt')`."
         )
-    if not hasattr(dataset, "__len__"):  # a stream: its rows are checked as they come
+    if isinstance(dataset, IterableDataset):  # its rows are checked as they come
         return
     if len(dataset) == 0:
         raise ValueError(

@@ -23,7 +23,7 @@ class GDCConfig(RolloutConfig):
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             From the posterior p to the policy π: `"forward_kl"` KL(p‖π), `"reverse_kl"` KL(π‖p), `"js"`, `"tv"`,
             `"alpha"`; or `"log_variance"`, the variance of log π − log π0 − log_likelihood over a prompt's
-            completions, which needs neither Z nor importance weights.
+            completions, which needs no importance weights, nor Z unless completions are forbidden.
         alpha (`float`, *optional*):
             α of `"alpha"`, between 0, the forward KL, and 1, the reverse KL.
         baseline (`str`, *optional*):
@@ -194,12 +194,11 @@ class GDCConfig(RolloutConfig):
                 "variance. Draw more a prompt."
             )
         values = {"alpha": self.alpha, "baseline": self.baseline, "max_pseudo_reward": self.max_pseudo_reward}
-        values |= {"prior_samples": self.prior_samples or None}
         for name, value in values.items():
             if value is not None:
                 raise ValueError(
-                    f"`{name}` is of no use with `divergence`='log_variance', got {value}: the loss has neither "
-                    "importance weights nor Z. Leave it out."
+                    f"`{name}` is of no use with `divergence`='log_variance', got {value}: the loss has no "
+                    "pseudo-reward. Leave it out."
                 )
 
     def _refuse_for_others(self, *names: str) -> None:

@@ -26,6 +26,21 @@ def power_of_evidence(args: GDCConfig, beta: float, state: TrainerState) -> floa
     return (beta / args.beta_init) ** (1.0 - min(1.0, state.global_step / steps))
 
 
+def check_same_beta(beta: float, saved: float) -> None:
+    """
+    Refuse to go on from a checkpoint of another target.
+
+    Raises:
+        ValueError: if its β differs.
+    """
+    if beta != saved:
+        raise ValueError(
+            f"`beta` must be that of the checkpoint, {saved}, got {beta}: Z and what was drawn belong to the target "
+            "of before. Resume with it, or start from the weights of the checkpoint: pass the folder as the model, "
+            "and the prior as `ref_model`."
+        )
+
+
 def check_evidence(args: GDCConfig, reward_funcs: Any, likelihood: Any) -> None:
     """
     Refuse evidence that is missing, given twice, or that the divergence cannot take.

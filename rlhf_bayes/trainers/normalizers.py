@@ -1,5 +1,6 @@
 """log Z of each prompt while training: pooled over all rollouts, and of another target where that is annealed."""
 
+import math
 from collections import deque
 from typing import Any, NamedTuple, final
 
@@ -15,7 +16,8 @@ class LogZs(NamedTuple):
     """log Z of the prompt of each completion: (B,), fp64, nats, `-inf` where every weight was 0."""
 
     others: Tensor
-    """From all completions but this one; from all, where the others have no weight: a first hit is learnt from."""
+    """From all completions but this one; from all, where this one has more weight than all the others. So p/q stays
+    within about the number of completions so far, and a first hit is learnt from."""
     pooled: Tensor
     """From all completions."""
 
@@ -72,7 +74,7 @@ class Normalizers:
         if keep and self.recent.maxlen:
             self.recent.append((keys, log_ratios, log_likelihood))
         pooled = pool.log_z(keys)[:, None].expand_as(others)
-        tables = (torch.where(others.isfinite(), others, pooled), pooled)
+        tables = (torch.where(others > pooled - math.log(2), others, pooled), pooled)
         return LogZs(*(layout.rows(table.to(prompt_keys.device)) for table in tables))
 
     def log_z(self, prompt_keys: Tensor) -> Tensor:
@@ -85,8 +87,21 @@ class Normalizers:
         return {"power": self.power, "pool": self.pool.state_dict(), "recent": [list(entry) for entry in self.recent]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """
+        Take back what `state_dict` returned.
+
+        Raises:
+            ValueError: if the evidence has another bound: these are the Z of another target.
+        """
+        saved = state["pool"]["log_z_bound"]
+        bound = None if self.bound is None else state["power"] * self.bound
+        if saved is not None and bound is not None and not math.isclose(saved, bound, rel_tol=1e-3, abs_tol=1e-3):
+            raise ValueError(
+                f"`likelihood` must be that of the checkpoint, whose evidence has the bound {saved:.6g} nats, got one "
+                f"with {bound:.6g}: Z and what was drawn belong to the target of before. Resume with it, or start "
+                "from the weights of the checkpoint: pass the folder as the model, and the prior as `ref_model`."
+            )
         self.power = state["power"]
-        self.pool = ZPool(state["pool"]["log_z_bound"])
+        self.pool = ZPool(saved)
         self.pool.load_state_dict(state["pool"])
         self.recent.extend((keys, log_ratios.cpu(), evidence.cpu()) for keys, log_ratios, evidence in state["recent"])

@@ -22,7 +22,7 @@ from ..numerics import (
 )
 from ..rewards import RewardModel
 from ._trl import Rollout, RolloutTrainer
-from .checks import check_datasets, config_of
+from .checks import check_datasets, check_enough_prompts, config_of
 from .critic import attach_critic
 from .metrics import posterior_metrics
 from .ppo_config import PPOConfig
@@ -77,9 +77,9 @@ class PPOTrainer(RolloutTrainer):
             policy's.
 
     Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
-    sequence), `posterior/importance_ess` (see [`posterior_metrics`]); `ppo/policy_loss`, `ppo/value_loss` (units of
-    the reward, and squared), `ppo/approx_kl` (nats per token, of the update), `ppo/policy_clip_fraction`,
-    `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
+    sequence), `posterior/gap_standard_error`, `posterior/importance_ess` (see [`posterior_metrics`]);
+    `ppo/policy_loss`, `ppo/value_loss` (units of the reward, and squared), `ppo/approx_kl` (nats per token, of the
+    update), `ppo/policy_clip_fraction`, `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
 
     Raises:
         ValueError, TypeError: on input that cannot be trained on, before the model is loaded where that is possible.
@@ -122,6 +122,7 @@ class PPOTrainer(RolloutTrainer):
                 "optimizer would shrink the policy's weights while only the critic learns. Set `weight_decay=0.0`."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        check_enough_prompts(args, train_dataset)
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device, base)
         if args.beta == 0:

@@ -1,7 +1,8 @@
 """Completions of the prior before training, for a first estimate of Z."""
 
-from typing import final
+from typing import Any, final
 
+from datasets import IterableDataset
 from rich.progress import track
 from transformers import TrainerCallback
 
@@ -43,3 +44,23 @@ class PriorSamples(TrainerCallback):
                 trainer.draw(repeated[args.process_index * local : (args.process_index + 1) * local])
         finally:
             trainer.proposal = drawing
+
+
+def check_prior_samples(prior_samples: int, train_dataset: Any) -> None:
+    """
+    Refuse draws from the prior where no one knows for which prompts.
+
+    Args:
+        prior_samples (`int`):
+            That of the configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The prompts.
+
+    Raises:
+        ValueError: if they are a stream.
+    """
+    if prior_samples > 0 and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`prior_samples` must be 0 with a stream as `train_dataset`, got {prior_samples}: its prompts are not "
+            "known before training. Leave it out, or collect the rows: `Dataset.from_list(list(stream.take(1000)))`."
+        )

@@ -89,21 +89,22 @@ class Comparison:
         return mean + self.standard_errors * variance**0.5 < 0
 
 
-def check_proposal(proposal: str, engine: str | None) -> None:
+def check_proposal(proposal: str, prior_samples: int, engine: str | None) -> None:
     """
     Refuse what an engine cannot draw from.
 
     Args:
-        proposal (`str`):
-            That of the configuration.
+        proposal (`str`), prior_samples (`int`):
+            Those of the configuration.
         engine (`str`, *optional*):
             What draws from the policy only, by name.
 
     Raises:
-        ValueError: if there is one, and the proposal is not the policy.
+        ValueError: if there is one, and something is to be drawn that is not the policy's.
     """
-    if engine is not None and proposal != "policy":
-        raise ValueError(
-            f"`proposal` must be 'policy' with {engine}, got {proposal!r}: completions can be drawn from the policy "
-            "only. Leave it out."
-        )
+    for name, value, allowed in (("proposal", proposal, "policy"), ("prior_samples", prior_samples, 0)):
+        if engine is not None and value != allowed:
+            raise ValueError(
+                f"`{name}` must be {allowed!r} with {engine}, got {value!r}: completions can be drawn from the policy "
+                "only. Leave it out."
+            )

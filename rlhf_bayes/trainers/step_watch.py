@@ -41,6 +41,20 @@ class StepWatch(TrainerCallback):
         """Whether too many gradients in a row were not finite."""
         return self.skipped_in_a_row >= self.trainer.args.max_nonfinite_steps
 
+    def check_gradients(self) -> None:
+        """
+        To be called when the training is over.
+
+        Raises:
+            FloatingPointError: it was ended because too many gradients in a row were not finite.
+        """
+        if self.gave_up:
+            raise FloatingPointError(
+                f"The gradients of {self.skipped_in_a_row} optimizer steps in a row were not finite "
+                f"(`max_nonfinite_steps` = {self.trainer.args.max_nonfinite_steps}). Lower the learning rate, look "
+                "for rewards of an extreme size, or use a precision with a larger range."
+            )
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Within: SIGTERM ends the training after a step, if `save_on_sigterm` says so."""

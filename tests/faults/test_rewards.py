@@ -43,7 +43,7 @@ def waits(monkeypatch):
 
 def with_reward(kind, toy, folder, reward, **changes):
     run = make(kind, toy, folder, save_steps=5, **changes)
-    failures = run._failures
+    failures = run._failures.errors
     run.reward_funcs = [retried(reward, run.args.reward_timeout, run.args.reward_retries, failures)]
     return run
 

@@ -237,6 +237,22 @@ def test_columns_are_repeated_for_the_draws(toy):
     assert_within(feature.reached, feature.reached_standard_error, reached, "moment")
 
 
+@pytest.mark.parametrize("word", [["a"], "aba"])
+def test_columns_have_an_entry_for_each_prompt(toy, word):
+    with pytest.raises(ValueError, match=r"`columns\['word'\]` must have one entry for each of the 3 prompts, got"):
+        prior_of(toy).constrain({"b": (has_b, 0.6)}, toy.prompts, generator=seeded(), columns={"word": word})
+
+
+def test_a_count_that_was_one_at_most_is_no_condition(toy):
+    """Where its bounds say that it can be more: on these draws its mean cannot be 1."""
+    with pytest.raises(ValueError, match=r"'b' must be inside .* between 0 and 1 .*got 1, on the edge"):
+        prior_of(toy).constrain({"b": (has_b, 1)}, toy.prompts, generator=seeded(), feature_bounds={"b": (0, 3)})
+    posterior = prior_of(toy).constrain(
+        {"b": (has_b, 0.7)}, toy.prompts, generator=seeded(), feature_bounds={"b": (0, 3)}
+    )
+    assert posterior.bound == pytest.approx(3 * posterior.likelihood.lambdas["b"])
+
+
 def test_few_draws_are_told(toy):
     with pytest.warns(UserWarning, match=r"λ rests on few draws: 3 prompts, 12 draws each.*`proposal`") as caught:
         prior_of(toy).constrain({"a": (has_a, 0.6)}, toy.prompts, num_samples=12, generator=seeded())

@@ -140,9 +140,17 @@ def test_completions_left_out_have_no_part_in_the_baseline():
     rewards = torch.tensor([1.0, torch.nan, 3.0, torch.nan, 4.0])
     groups = torch.tensor([0, 0, 0, 1, 1])
     assert_close(leave_one_out_baseline(rewards, groups), torch.tensor([3.0, 2.0, 1.0, 4.0, 0.0]))
-    nan_target = torch.tensor([-1.0, torch.nan, -3.0, torch.nan, -2.0])
-    advantages = advantages_of(nan_target, torch.full((5,), -2.0), torch.full((5,), -2.0), groups, "reverse_kl")
-    assert_close(advantages, torch.tensor([2.0, 0.0, -2.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_completions_left_out_have_no_part_in_the_advantages(divergence, alpha):
+    log_target, others = torch.tensor([-1.0, torch.nan, -3.0, -2.5]), torch.full((4,), -2.0)
+    groups, kept = torch.zeros(4, dtype=torch.long), torch.tensor([0, 2, 3])
+    with_it = advantages_of(log_target, others, others, groups, divergence, alpha)
+    without = advantages_of(log_target[kept], others[kept], others[kept], groups[kept], divergence, alpha)
+    assert_close(with_it[kept], without)
+    assert with_it[1] == 0
+    assert without.abs().min() > 0
 
 
 def test_an_outlier_leaves_its_siblings_mean_exact():

@@ -1,4 +1,5 @@
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -113,10 +114,14 @@ def test_alpha_has_a_finite_gradient_where_either_is_zero(alpha):
     assert logits.grad.isfinite().all()
 
 
-def test_left_out_completions_stay_nan_and_halves_become_singles():
-    rewards = pseudo_rewards(torch.tensor([0.5, torch.nan], dtype=torch.bfloat16), "forward_kl")
-    assert rewards.dtype == torch.float32
-    assert rewards.isnan().tolist() == [False, True]
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_left_out_completions_stay_nan(divergence):
+    alpha = 0.5 if divergence == "alpha" else None
+    assert pseudo_rewards(torch.tensor([0.5, torch.nan]), divergence, alpha).isnan().tolist() == [False, True]
+
+
+def test_halves_become_singles():
+    assert pseudo_rewards(torch.tensor([0.5], dtype=torch.bfloat16), "forward_kl").dtype == torch.float32
 
 
 def test_refusals():
@@ -156,3 +161,32 @@ def test_a_term_left_out_stays_so():
         terms = f_divergence_terms(torch.tensor([torch.nan, 0.0]), divergence, alpha)
         assert terms[0].isnan()
         assert terms[1] == 0
+
+
+@pytest.mark.parametrize(("end", "name"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+@pytest.mark.parametrize("distance", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_terms_of_alpha_end_in_those_of_the_two_kls(end, name, distance):
+    """In single precision too, as evaluations have them."""
+    ratios = torch.tensor([-5.0, -0.3, 0.0, 0.2, 4.0])
+    terms = f_divergence_terms(ratios, "alpha", abs(end - distance))
+    assert_close(terms, f_divergence_terms(ratios, name), rtol=5 * distance + 1e-5, atol=1e-6)
+    assert f_divergence_terms(torch.tensor([-torch.inf]), "alpha", 0.3).item() == pytest.approx(1 / 0.7)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_terms_of_huge_ratios_are_the_generator(divergence, alpha):
+    """p/π = e^±200, by 60 decimal digits."""
+    generators = {
+        "forward_kl": lambda t: -t.ln() + t - 1,
+        "reverse_kl": lambda t: t * t.ln() - t + 1,
+        "js": lambda t: (t * t.ln() - (t + 1) * ((t + 1) / 2).ln()) / 2,
+        "tv": lambda t: abs(t - 1) / 2,
+        "alpha": lambda t: (t ** Decimal(alpha) - Decimal(alpha) * (t - 1) - 1) / Decimal(alpha * (alpha - 1)),
+    }
+    for s in (-200, 200):
+        with localcontext() as context:
+            context.prec = 60
+            ratio = Decimal(s).exp()
+            expected = float(ratio * generators[divergence](1 / ratio))
+        terms = f_divergence_terms(torch.tensor([float(s)], dtype=torch.float64), divergence, alpha)
+        assert terms.item() == pytest.approx(expected, rel=1e-9)

@@ -1,7 +1,10 @@
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from rlhf_bayes.trainers.checks import check_datasets
+from rlhf_bayes import GDCTrainer, PPOConfig, PPOTrainer
+from rlhf_bayes.trainers.checks import check_datasets, check_enough_prompts
+
+from .training import config, gdc_config
 
 CHAT = [{"role": "user", "content": "a"}]
 
@@ -54,3 +57,28 @@ def test_the_argument_is_named():
 )
 def test_what_is_accepted(dataset):
     check_datasets(train_dataset=dataset)
+
+
+def test_a_list_is_no_dataset():
+    with pytest.raises(TypeError, match=r"`train_dataset` must be a Dataset .*got list\..*Dataset\.from_list\(rows\)"):
+        check_datasets(train_dataset=[{"prompt": "a"}])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"steps_per_generation": 4, "num_generations": 16}, {"num_generations": 1}])
+def test_as_many_rows_as_a_rollout_has_prompts(tmp_path, sizes):
+    args = config(tmp_path, PPOConfig, **sizes)
+    prompts = 24 * sizes.get("steps_per_generation", 1) // args.num_generations
+    enough = Dataset.from_dict({"prompt": ["a"] * prompts})
+    check_enough_prompts(args, enough)
+    check_enough_prompts(args, enough.select([0]).to_iterable_dataset())
+    check_enough_prompts(args, None)
+    with pytest.raises(ValueError, match=rf"`train_dataset` must hold at least {prompts} rows, got {prompts - 1}: "):
+        check_enough_prompts(args, enough.select(range(prompts - 1)))
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gdc"])
+def test_too_few_rows_are_refused_before_the_model_is_loaded(tmp_path, kind):
+    two = Dataset.from_dict({"prompt": ["a", "b"]})
+    trainer_class, args = (PPOTrainer, config(tmp_path)) if kind == "ppo" else (GDCTrainer, gdc_config(tmp_path))
+    with pytest.raises(ValueError, match=r"at least 3 rows, got 2: .*concatenate_datasets\(\[train_dataset\] \* 2\)"):
+        trainer_class("no/such/model", lambda **kwargs: [], args, train_dataset=two)

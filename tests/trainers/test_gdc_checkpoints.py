@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from rlhf_bayes.likelihoods import Constraint
+from rlhf_bayes.likelihoods import Constraint, MomentLikelihood
 
 from .test_checkpoints import LORA, assert_same_run
 from .training import gdc_config, prompts_of, trainer
@@ -74,6 +74,20 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
         assert sum(entry.get("gdc/proposal_replaced", 0) for entry in whole.state.log_history) > 0
         for parameter, weight in whole.proposal.weights.items():
             assert torch.equal(resumed.proposal.weights[parameter], weight)
+
+
+def test_another_target_is_not_gone_on_with(toy, tmp_path):
+    make(toy, tmp_path / "reward", max_steps=5).train()
+    with pytest.raises(ValueError, match=r"`beta` must be that of the checkpoint, 0\.5, got 0\.4: .*`ref_model`"):
+        make(toy, tmp_path / "other", beta=0.4).train(str(tmp_path / "reward" / "checkpoint-5"))
+    kinds = [MomentLikelihood({"no_aa": no_aa}, {"no_aa": lam}, {"no_aa": (0, 1)}) for lam in (2.0, 2.0001, 3.0)]
+    make(toy, tmp_path / "moments", likelihood=kinds[0], max_steps=5, beta_init=2.0, beta_init_steps=20).train()
+    annealed = {"max_steps": 6, "beta_init": 2.0, "beta_init_steps": 20}
+    checkpoint = str(tmp_path / "moments" / "checkpoint-5")
+    # λ that was fitted anew may differ in its last digits
+    assert make(toy, tmp_path / "same", likelihood=kinds[1], **annealed).train(checkpoint).global_step == 6
+    with pytest.raises(ValueError, match="`likelihood` must be that of the checkpoint, whose evidence has the bound"):
+        make(toy, tmp_path / "other", likelihood=kinds[2], **annealed).train(checkpoint)
 
 
 def test_without_its_file_z_is_estimated_anew_and_said_so(toy, tmp_path, caplog):

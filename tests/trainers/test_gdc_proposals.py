@@ -134,14 +134,17 @@ def test_the_adaptive_proposal_is_replaced_when_the_policy_is_better(toy, tmp_pa
 
 def test_a_policy_that_gets_worse_never_draws(toy, tmp_path):
     """Ascent in place of descent: the proposal stays the first."""
-    args = gdc_config(tmp_path, proposal="adaptive", max_steps=8, learning_rate=0.1, per_device_train_batch_size=96)
+    sizes = {"per_device_train_batch_size": 96, "num_generations": 32}
+    args = gdc_config(tmp_path, proposal="adaptive", max_steps=8, learning_rate=3e-3, **sizes)
     trained = trainer(toy, args)
     loss = trained.rollout_loss
     trained.rollout_loss = lambda scores, batch: -loss(scores, batch)
     first = trained.proposal
     trained.train()
     assert trained.proposal is first
-    assert sum(logged(trained, "gdc/proposal_replaced")) == 0
+    assert logged(trained, "gdc/proposal_replaced") == [0.0] * 8
+    with torch.no_grad():
+        assert toy.forward_kl(trained.model).mean() > 2 * toy.forward_kl(toy.model).mean()
 
 
 @pytest.mark.parametrize("proposal", ["adaptive", "prior"])
@@ -166,6 +169,8 @@ def test_engines_that_draw_from_the_policy_only_are_refused(toy, tmp_path, propo
         monkeypatch.setattr(RolloutTrainer, "sharded", True)
     with pytest.raises(ValueError, match=f"`proposal` must be 'policy' with {name}, got '{proposal}'"):
         trainer(toy, gdc_config(tmp_path, proposal=proposal))
+    with pytest.raises(ValueError, match=f"`prior_samples` must be 0 with {name}, got 8"):
+        trainer(toy, gdc_config(tmp_path, prior_samples=8))
     trainer(toy, gdc_config(tmp_path, proposal="policy"))
 
 

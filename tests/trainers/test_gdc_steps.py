@@ -187,6 +187,26 @@ def test_draws_from_the_prior_come_before_the_first_step(toy, tmp_path, proposal
     assert largest_change(before, weights(trained.model)) > 0
 
 
+def test_draws_from_the_prior_tell_the_log_variance_loss_of_a_condition_z(toy, tmp_path):
+    def allowed(completion_ids, **kwargs):
+        return [0 not in ids for ids in completion_ids]
+
+    args = gdc_config(tmp_path, beta=None, divergence="log_variance", prior_samples=512, learning_rate=0.0)
+    trained = trainer(toy, args, likelihood=Constraint(allowed))
+    trained.train()
+    chosen = torch.tensor(allowed(toy.completion_ids))
+    share = (toy.log_prior.exp() * chosen).sum(-1).sort().values  # (P,)
+    found = trained.batches[-1]["log_z"].exp().view(3, 8)[:, 0].sort().values
+    se = (share * (1 - share) / 512).sqrt()
+    assert ((found - share) / se).abs().max() < 4.5
+
+
+def test_a_stream_has_no_prompts_to_draw_for_before_training(toy, tmp_path):
+    stream = prompts_of(toy).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`prior_samples` must be 0 with a stream as `train_dataset`, got 8"):
+        trainer(toy, gdc_config(tmp_path, prior_samples=8), train_dataset=stream)
+
+
 def test_a_resumed_run_draws_no_more_from_the_prior(toy, tmp_path):
     calls = []
 
@@ -200,3 +220,20 @@ def test_a_resumed_run_draws_no_more_from_the_prior(toy, tmp_path):
     resumed = trainer(toy, gdc_config(tmp_path, max_steps=3, **changes), None, reward)
     resumed.train(resume_from_checkpoint=True)
     assert len(calls) == 2 + 2 + 1
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha"])
+def test_evidence_of_hundreds_of_nats_leaves_gradients_finite(toy, tmp_path, divergence):
+    """A first hit among completions that are almost impossible: p/π would be e²⁰⁰ by the others alone."""
+
+    def nearly_never_a(completion_ids, **kwargs):
+        return [-200.0 * (0 in ids) for ids in completion_ids]
+
+    alpha = {"alpha": 0.5} if divergence == "alpha" else {}
+    args = gdc_config(tmp_path, beta=1.0, divergence=divergence, max_steps=6, learning_rate=0.0, **alpha)
+    trained = trainer(toy, args, None, nearly_never_a)
+    trained.train()
+    hits = [(batch["log_likelihood"].view(3, 8) == 0).sum(-1).min() for batch in trained.batches]
+    assert 1 in hits
+    assert logged(trained, "nonfinite_steps") == [0.0] * 6
+    assert max(logged(trained, "loss")) < 100

@@ -37,16 +37,22 @@ def test_estimates_pool_over_policies(toy):
 
 
 def test_without_the_own_draw(toy):
-    keys, log_ratios, evidence = draws(toy, toy.random_policy(0.02, seed=3), 5)
+    keys, log_ratios, evidence = draws(toy, toy.random_policy(0.02, seed=3), 12)
     evidence[2] = torch.nan
     normalizers = Normalizers(None, False)
     log_zs = normalizers.estimate(keys, log_ratios, evidence, keep=True)
     weights = (log_ratios + evidence).double().exp()
-    for row in range(15):
+    outweighing = 0
+    for row in range(36):
         own = (keys == keys[row]) & ~weights.isnan()
         assert log_zs.pooled[row] == pytest.approx(weights[own].mean().log().item(), abs=1e-6)
-        own[row] = False
-        assert log_zs.others[row] == pytest.approx(weights[own].mean().log().item(), abs=1e-6)
+        others = own.clone()
+        others[row] = False
+        if weights[row] > weights[others].sum():
+            outweighing += 1
+            others = own
+        assert log_zs.others[row] == pytest.approx(weights[others].mean().log().item(), abs=1e-6)
+    assert outweighing == 3  # one of each prompt
 
 
 def test_a_first_hit_is_learnt_from():
@@ -56,6 +62,23 @@ def test_a_first_hit_is_learnt_from():
     assert log_zs.others.tolist() == pytest.approx([-math.log(3), -math.log(4), -math.log(3), -math.log(3)])
     nothing = Normalizers(0.0, False).estimate(keys, zeros, torch.full((4,), -math.inf), keep=True)
     assert nothing.pooled.tolist() == [-math.inf] * 4
+
+
+@pytest.mark.parametrize("size", [1.0, 200.0, 600.0])
+def test_a_draw_that_outweighs_all_others_is_not_left_out(size):
+    """Else p/q of a first hit is e^size, whatever the number of draws."""
+    keys, zeros = torch.zeros(4, dtype=torch.long), torch.zeros(4)
+    evidence = torch.tensor([-size, 0.0, -size, -size])
+    normalizers = Normalizers(None, False)
+    others = normalizers.estimate(keys, zeros, evidence, keep=True).others
+    weights = evidence.double().exp()
+    # 1 of 1 + 3 e⁻¹ is less than half: then it is left out, as the others are
+    mine = weights.mean() if size > 2 else (weights.sum() - 1) / 3
+    assert others[1].item() == pytest.approx(mine.log().item())
+    assert others[0].item() == pytest.approx(((weights.sum() - weights[0]) / 3).log().item())
+    # far above all that has been seen: 12 draws now, of which the last 8 count a little less
+    late = normalizers.estimate(keys.repeat(2), zeros.repeat(2), torch.tensor([300.0] + [0.0] * 7), keep=False)
+    assert 300.0 - late.others[0].item() < math.log(24)
 
 
 def test_the_bound_holds():

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
-from rlhf_bayes.trainers._trl.rollouts import _prompt_key
+from rlhf_bayes.trainers._trl.rollout import prompt_key
 
 QUIET = {
     "use_cpu": True,
@@ -114,7 +114,7 @@ def table_reward(toy: EnumerableLM, table: Tensor):
 
 def keep_log_z(trained: GDCTrainer, log_zs: Tensor) -> None:
     """Give the trainer log Z of its prompts (P,), nats, beyond what any draw could change."""
-    keys = [str(_prompt_key({"prompt": prompt})) for prompt in trained.train_dataset.unique("prompt")]
+    keys = [str(prompt_key({"prompt": prompt})) for prompt in trained.train_dataset.unique("prompt")]
     entries = {key: [log_z + 60.0, 60.0, 1e20, 10**20, 1.0] for key, log_z in zip(keys, log_zs.tolist(), strict=True)}
     trained.normalizers.pool.load_state_dict({"log_z_bound": trained.normalizers.bound, "entries": entries})
 

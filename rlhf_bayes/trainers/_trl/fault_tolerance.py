@@ -1,9 +1,9 @@
 """
 Contact with transformers' `Trainer`: runs that are disturbed, and lose nothing.
 
-`FaultTolerantTrainer` stands before TRL's trainers. A checkpoint is sealed when all of it is on the disk, and a run
-is resumed from the newest that is; gradients that are not finite are not learnt from; SIGTERM may end a run in good
-order.
+`FaultTolerantTrainer` stands before both of TRL's trainers that are extended here, and is all that they share. A
+checkpoint is sealed when all of it is on the disk, and a run is resumed from the newest that is; gradients that are
+not finite are not learnt from; SIGTERM may end a run in good order.
 
 `PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_fault_tolerance.py` fails by name when a release
 moves one.
@@ -13,26 +13,39 @@ import logging
 import shutil
 from pathlib import Path
 
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer
+from transformers.trainer_utils import SaveStrategy
 
 from ..interruption import finished_before_signals
 from ..step_watch import StepWatch
-from ..whole_checkpoints import checkpoints, defect, is_sealed, remove, rotate, seal, whole_checkpoints
+from ..whole_checkpoints import defect, remove, rotate, seal
+from .resuming import check_resumable, checkpoint_to_resume, where_to_go_on
 
 logger = logging.getLogger(__name__)
 
 PRIVATE_NAMES = {
     # overridden: called by transformers with these parameters
     "train": ("resume_from_checkpoint",),
-    "_save_checkpoint": ("model", "trial"),
+    "_inner_training_loop": ("batch_size", "args", "resume_from_checkpoint"),
     "_run_epoch": ("model", "epoch"),
+    "_save_checkpoint": ("model", "trial"),
 }
 PRIVATE_ATTRIBUTES = ("_get_output_dir",)
+TRL_ATTRIBUTES = ("_metrics",)
 
 
 class FaultTolerantTrainer(Trainer):
     """What all trainers here do about faults. Not for direct use; `args` must be a [`FaultConfig`]."""
+
+    @property
+    def mode(self) -> str:
+        """ "train" or "eval": where metrics go."""
+        return "train" if self.model.training else "eval"
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Add a value to a metric; its mean is logged at the next logging step."""
+        self._metrics[self.mode][name].append(float(value))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """
@@ -50,26 +63,23 @@ class FaultTolerantTrainer(Trainer):
             FloatingPointError: after `max_nonfinite_steps` gradients that were not finite.
             SystemExit: with status 0, after SIGTERM, if `save_on_sigterm`.
         """
-        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        output_dir = self.args.output_dir
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir, self.accelerator.num_processes)
         watch = StepWatch(self)
         self.add_callback(watch)
         try:
             with watch.listening():
                 output = super().train(checkpoint, *args, **kwargs)
-            if watch.gave_up:
-                raise FloatingPointError(
-                    f"The gradients of {watch.skipped_in_a_row} optimizer steps in a row were not finite "
-                    f"(`max_nonfinite_steps` = {self.args.max_nonfinite_steps}). Lower the learning rate, look for "
-                    "rewards of an extreme size, or use a precision with a larger range."
-                )
+            watch.check_gradients()
         except Exception as error:
             self.on_failure(error)
-            error.add_note(self._where_to_go_on())
+            error.add_note(where_to_go_on(output_dir, self.state.global_step))
             raise
         finally:
             self.remove_callback(watch)
         if watch.terminated and self.state.global_step < self.state.max_steps:
-            logger.warning(f"SIGTERM: saved at step {self.state.global_step}. {self._where_to_go_on()}")
+            step = self.state.global_step
+            logger.warning(f"SIGTERM: saved at step {step}. {where_to_go_on(output_dir, step)}")
             self.accelerator.end_training()  # a process that leaves while its group is up may abort
             raise SystemExit(0)
         return output
@@ -77,50 +87,11 @@ class FaultTolerantTrainer(Trainer):
     def on_failure(self, error: Exception) -> None:
         """Called in all processes that an error ends, before it is raised."""
 
-    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
-        if asked is None or asked is False:
-            return None
-        output_dir = Path(self.args.output_dir)
-        word = str(asked).lower()
-        if word not in ("true", "auto"):
-            self._check_checkpoint(Path(asked))
-            return str(asked)
-        whole = whole_checkpoints(output_dir)
-        steps = set(whole)
-        if self.accelerator.num_processes > 1:
-            # each sees its own disk, perhaps, and all must start from the same step
-            steps = set.intersection(*gather_object([steps]))
-        if steps:
-            return str(whole[max(steps)])
-        if word == "auto":
-            return None
-        found = [str(folder) for folder in checkpoints(output_dir).values()]
-        raise ValueError(
-            f"`resume_from_checkpoint` is True, but `output_dir` ({output_dir}) holds no checkpoint that is known to "
-            f"be whole, got {found or 'none at all'}. "
-            + (
-                "If another trainer wrote one, give its path."
-                if found
-                else "To start anew where there is none: 'auto'."
-            )
-        )
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ValueError(
-                f"`resume_from_checkpoint` must be True, 'auto' or a folder that exists, got {str(folder)!r}. Correct "
-                "the path."
-            )
-        reason = defect(folder)
-        if reason is None:
-            return
-        if not is_sealed(folder):
-            logger.warning(f"`{folder}` may have been cut short: {reason}.")
-            return
-        raise ValueError(
-            f"`resume_from_checkpoint` must be a checkpoint that was written to the end, got `{folder}`, of which "
-            f"{reason}. Use an earlier one; True finds it."
-        )
+    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *others, **kwargs):
+        # here the path is known, and DeepSpeed has not read anything yet
+        if resume_from_checkpoint is not None:
+            check_resumable(resume_from_checkpoint, self.args)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *others, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
         # Trainer would take one more step, if the checkpoint of a finished run is in the middle of an epoch
@@ -131,8 +102,23 @@ class FaultTolerantTrainer(Trainer):
 
     # Checkpoints
 
+    def save_after(self, error: Exception) -> None:
+        """Save what the run is, in all processes, if it saves at all and has not; a failure to is noted in `error`."""
+        if self.args.save_strategy == SaveStrategy.NO:
+            return
+        (saved,) = broadcast_object_list([defect(self._checkpoint_folder(None)) is None])
+        if saved:
+            return
+        try:
+            self._save_checkpoint(self.model, trial=None)
+        except Exception as second:
+            error.add_note("\n".join(["And no checkpoint could be saved:", str(second), *second.__notes__]))
+
+    def _checkpoint_folder(self, trial) -> Path:
+        return Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+
     def _save_checkpoint(self, model, trial):
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder = self._checkpoint_folder(trial)
         with finished_before_signals():
             self._clear(folder)
             limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this is sealed
@@ -179,20 +165,3 @@ class FaultTolerantTrainer(Trainer):
         error.add_note(
             f"`{folder}` could not be written, with {free:.1f} MB free on the disk. What was written of it is removed."
         )
-
-    def _where_to_go_on(self) -> str:
-        try:
-            whole = whole_checkpoints(Path(self.args.output_dir))
-        except OSError:
-            whole = {}
-        if not whole:
-            return f"Training stopped at step {self.state.global_step}; there is no checkpoint to resume from."
-        folder = whole[max(whole)]
-        return (
-            f"Training stopped at step {self.state.global_step}. The last whole checkpoint is `{folder}`: go on from "
-            "it with `resume_from_checkpoint=True`."
-        )
-
-    def log_metric(self, name: str, value: float) -> None:
-        """Add a value to a metric. Defined by the trainers."""
-        raise NotImplementedError(f"{type(self).__name__} must define `log_metric`.")

@@ -19,7 +19,6 @@ from trl import RewardTrainer as TRLRewardTrainer
 
 from ..preference_data import PAIR_COLUMNS, PairCollator, fit_length
 from .fault_tolerance import FaultTolerantTrainer
-from .resuming import ResumingTrainer
 
 PRIVATE_NAMES = {
     # overridden: called by TRL or transformers with these parameters
@@ -42,7 +41,7 @@ class PairRewards(NamedTuple):
     """(B, K)."""
 
 
-class PreferenceTrainer(FaultTolerantTrainer, ResumingTrainer, TRLRewardTrainer):
+class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
     def __init__(self, model, args, **trl_arguments):
@@ -81,15 +80,6 @@ class PreferenceTrainer(FaultTolerantTrainer, ResumingTrainer, TRLRewardTrainer)
     def first_pass(self) -> bool:
         """Whether this is the first time that the micro-batch is scored."""
         return True
-
-    @property
-    def mode(self) -> str:
-        """ "train" or "eval": where metrics go."""
-        return "train" if self.model.training else "eval"
-
-    def log_metric(self, name: str, value: float) -> None:
-        """Add a value to a metric; its mean is logged at the next logging step."""
-        self._metrics[self.mode][name].append(float(value))
 
     # Data
 

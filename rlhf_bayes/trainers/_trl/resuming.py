@@ -1,28 +1,86 @@
-"""
-Contact with transformers' `Trainer`: a checkpoint that meets another number of processes, or another engine.
-
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_resuming.py` fails by name when a release moves one.
-"""
+"""Which checkpoint a run goes on from, and what is lost where it meets other processes or another engine."""
 
 import logging
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from accelerate.utils import gather_object
+from transformers import TrainingArguments
+
+from ..whole_checkpoints import checkpoints, defect, is_sealed, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 
-PRIVATE_NAMES = {"_inner_training_loop": ("batch_size", "args", "resume_from_checkpoint")}
+
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path, num_processes: int) -> str | None:
+    """
+    The folder that `resume_from_checkpoint` means.
+
+    Args:
+        asked (`bool` or `str`, *optional*):
+            True: the newest in `output_dir` that is whole in all processes. "auto": the same, or none. Otherwise a
+            path; as flags give them, these words may be spelt with capitals.
+        output_dir (`str` or `Path`):
+            Where checkpoints are looked for.
+        num_processes (`int`):
+            That ask, all at once.
+
+    Raises:
+        `ValueError`: there is none, or it was cut short.
+    """
+    if asked is None or asked is False:
+        return None
+    word = str(asked).lower()
+    if word not in ("true", "auto"):
+        _check_whole(Path(asked))
+        return str(asked)
+    whole = whole_checkpoints(Path(output_dir))
+    steps = set(whole)
+    if num_processes > 1:
+        # each sees its own disk, perhaps, and all must start from the same step
+        steps = set.intersection(*gather_object([steps]))
+    if steps:
+        return str(whole[max(steps)])
+    if word == "auto":
+        return None
+    found = [str(folder) for folder in checkpoints(Path(output_dir)).values()]
+    raise ValueError(
+        f"`resume_from_checkpoint` is True, but `output_dir` ({output_dir}) holds no checkpoint that is known to "
+        f"be whole, got {found or 'none at all'}. "
+        + ("If another trainer wrote one, give its path." if found else "To start anew where there is none: 'auto'.")
+    )
 
 
-class ResumingTrainer(Trainer):
-    """What all trainers here say about a checkpoint before they go on from it. Not for direct use."""
+def _check_whole(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"`resume_from_checkpoint` must be True, 'auto' or a folder that exists, got {str(folder)!r}. Correct "
+            "the path."
+        )
+    reason = defect(folder)
+    if reason is None:
+        return
+    if not is_sealed(folder):
+        logger.warning(f"`{folder}` may have been cut short: {reason}.")
+        return
+    raise ValueError(
+        f"`resume_from_checkpoint` must be a checkpoint that was written to the end, got `{folder}`, of which "
+        f"{reason}. Use an earlier one; True finds it."
+    )
 
-    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *others, **kwargs):
-        # here the path is known, and DeepSpeed has not read anything yet
-        if resume_from_checkpoint is not None:
-            check_resumable(resume_from_checkpoint, self.args)
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *others, **kwargs)
+
+def where_to_go_on(output_dir: str | Path, step: int) -> str:
+    """What to tell those whose run stopped at a step."""
+    try:
+        whole = whole_checkpoints(Path(output_dir))
+    except OSError:
+        whole = {}
+    if not whole:
+        return f"Training stopped at step {step}; there is no checkpoint to resume from."
+    return (
+        f"Training stopped at step {step}. The last whole checkpoint is `{whole[max(whole)]}`: go on from it with "
+        "`resume_from_checkpoint=True`."
+    )
 
 
 def load_device(device: torch.device) -> str:

@@ -1,82 +1,78 @@
 """
-Contact with `RLOOTrainer`: reward functions that fail, and a run that can go on from just before.
+Reward functions that fail, and a run that can go on from just before.
 
 A failed reward stops all processes at the same place, between two optimizer steps, and what the run was at the end of
 the last one is saved: the checkpoint is the one that would have been saved there.
 """
 
-from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-from accelerate.utils import broadcast_object_list, gather_object
-from transformers.trainer_utils import SaveStrategy
+from accelerate.utils import gather_object
+from transformers import TrainerState
 
 from ..random_state import RandomState
 from ..reward_retries import retried
-from ..whole_checkpoints import defect
-from .checkpoints import CheckpointTrainer
+from ..rollout_config import RolloutConfig
 
 
-class RewardFaultTrainer(CheckpointTrainer):
-    """RLOO that outlives its reward functions' failures. Not for direct use: see [`RolloutTrainer`]."""
+@final
+class RewardFailures:
+    """
+    Errors that reward functions ended with in this process, for all processes to stop at.
 
-    def __init__(self, model, reward_funcs, args, **trl_arguments):
-        self._failures: list[Exception] = []
-        self._reward_failure: Exception | None = None
-        self._step_end: dict[str, Any] = {}
+    Attributes:
+        errors (`list[Exception]`): of the current rollout.
+        raised (`Exception`, *optional*): the one that stopped this process.
+    """
+
+    def __init__(self):
+        self.errors: list[Exception] = []
+        self.raised: Exception | None = None
+
+    def kept_from(self, reward_funcs: Any, args: RolloutConfig) -> list:
+        """One reward function or several, called again where they fail, and at last failing into `errors`."""
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        funcs = [retried(func, args.reward_timeout, args.reward_retries, self._failures) for func in funcs]
-        super().__init__(model, funcs, args, **trl_arguments)
+        return [retried(func, args.reward_timeout, args.reward_retries, self.errors) for func in funcs]
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        self._failures.clear()
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._stop_if_failed()
-        return rewards
+    def stop_all(self, num_processes: int) -> None:
+        """
+        Raise an error in all processes if a reward function failed in one of them.
 
-    def _stop_if_failed(self) -> None:
-        messages = [f"{type(error).__name__}: {error}" for error in self._failures]
-        if self.accelerator.num_processes > 1:
+        Args:
+            num_processes (`int`):
+                That call this, all at once.
+        """
+        messages = [f"{type(error).__name__}: {error}" for error in self.errors]
+        if num_processes > 1:
             messages = gather_object(messages)
         if not messages:
             return
         # the processes where nothing failed stop too
-        error = self._failures[0] if self._failures else RuntimeError(f"In another process: {messages[0]}")
-        self._reward_failure = error
-        raise error
+        self.raised = self.errors[0] if self.errors else RuntimeError(f"In another process: {messages[0]}")
+        raise self.raised
 
-    # What a checkpoint between two steps holds
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        self._keep_step_end()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self._keep_step_end()  # logging empties metrics, and an evaluation draws at random
+@final
+class StepEnd:
+    """
+    What a checkpoint between two optimizer steps holds, and what the next rollout changes.
 
-    def _keep_step_end(self) -> None:
-        self._step_end = {
-            "step": self.state.global_step,
-            "random": RandomState(),
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "num_tokens": self.state.num_input_tokens_seen,
-        }
+    Args:
+        state ([`~transformers.TrainerState`]):
+            Of the run.
+        metrics (`dict[str, list[float]]`):
+            That are not logged yet.
+    """
 
-    def on_failure(self, error: Exception) -> None:
-        super().on_failure(error)
-        step = self.state.global_step
-        if error is not self._reward_failure or step != self._step_end.get("step"):
-            return
-        if self.args.save_strategy == SaveStrategy.NO:
-            return
-        folder = Path(self._get_output_dir(trial=None)) / f"checkpoint-{step}"
-        (saved,) = broadcast_object_list([defect(folder) is None])
-        if saved:
-            return
-        # the rollout that failed has drawn at random and counted its tokens
-        self._step_end["random"].restore()
-        self._metrics["train"].clear()
-        self._metrics["train"].update(self._step_end["metrics"])
-        self.state.num_input_tokens_seen = self._step_end["num_tokens"]
-        try:
-            self._save_checkpoint(self.model, trial=None)
-        except Exception as second:
-            error.add_note("\n".join(["And no checkpoint could be saved:", str(second), *second.__notes__]))
+    def __init__(self, state: TrainerState, metrics: dict[str, list[float]]):
+        self.step = state.global_step
+        self._random = RandomState()
+        self._metrics = {name: list(values) for name, values in metrics.items()}
+        self._num_tokens = state.num_input_tokens_seen
+
+    def restore(self, state: TrainerState, metrics: dict[str, list[float]]) -> None:
+        """Set these, and the random number generators, back to what they were."""
+        self._random.restore()
+        metrics.clear()
+        metrics.update(self._metrics)
+        state.num_input_tokens_seen = self._num_tokens

@@ -10,19 +10,15 @@ passed, exact KLs, means over the global token count, and a resume that continue
 one.
 """
 
-import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import ProcessorMixin
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl import RLOOTrainer
 
 from ...lm import (
     CompletionScores,
@@ -33,6 +29,7 @@ from ...lm import (
     enable_completion_scoring,
     kept_trainable,
     raw_generation_config,
+    remove_dropout,
     scatter,
     score_completions,
     token_log_probs_and_exact_kl,
@@ -42,7 +39,11 @@ from ..proposal import Snapshot
 from ..reference import Reference
 from ..sampler import SamplerByEpoch
 from ..shared_rewards import share_base
-from .reward_faults import RewardFaultTrainer
+from .checkpoints import read_apart, read_rollout_state, save_rollout_state, saved_apart
+from .engines import is_sharded, prepare_frozen, whole_heads
+from .fault_tolerance import FaultTolerantTrainer
+from .reward_faults import RewardFailures, StepEnd
+from .rollout import Rollout, prompt_key
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -58,39 +59,7 @@ PRIVATE_NAMES = {
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """
-    One process's completions as they were drawn and scored, before anything is learnt from them.
-
-    Log-probabilities are those of the policy and of the prior at the training temperature, in nats; padding is 0.
-    """
-
-    mask: Tensor
-    """(B, T) bool: completion tokens, the first EOS included."""
-    ended: Tensor
-    """(B,) bool: whether EOS was drawn."""
-    prompt_keys: Tensor
-    """(B,) int64: equal for rows of the data that are equal in every column, and the same in every process and run."""
-    token_log_probs: Tensor
-    """(B, T): log π(x_t | prefix) under the policy as it is."""
-    ref_token_log_probs: Tensor
-    """(B, T): log π0(x_t | prefix)."""
-    token_entropy: Tensor
-    """(B, T): entropy of π(· | prefix)."""
-    token_kl: Tensor | None
-    """(B, T): exact KL(π(· | prefix) ‖ π0(· | prefix)); None where FSDP shards the weights."""
-    values: Tensor | None
-    """(B, T): the critic's value of each prefix, where the policy has a critic."""
-    log_proposal: Tensor
-    """(B,): log q(x | prompt) under what drew it; that of the policy, if it did."""
-    rewards_per_func: Tensor
-    """(B, F): what each reward function returned; nan for None, -inf where a completion is forbidden."""
-    num_generations: int
-    """Completions a prompt; rows of a prompt are neighbours in the batch of all processes."""
-
-
-class RolloutTrainer(RewardFaultTrainer):
+class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
@@ -99,8 +68,9 @@ class RolloutTrainer(RewardFaultTrainer):
         beta, args.beta = args.beta, 0.0
         if quantization_config is not None:  # the oldest releases have no such argument
             trl_arguments["quantization_config"] = quantization_config
+        self._failures, self._step_end = RewardFailures(), None
         try:
-            super().__init__(model, reward_funcs, args, **trl_arguments)
+            super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
         finally:
             args.beta = beta
         self.beta = beta
@@ -117,8 +87,9 @@ class RolloutTrainer(RewardFaultTrainer):
             )
         self.reference = Reference.of(self.model, ref_model, loaded_from=model if isinstance(model, str) else None)
         enable_completion_scoring(self.model)
+        remove_dropout(self.model)
         if self.reference.module is not None:
-            self.reference.module = self._prepare_frozen(self.reference.module)
+            self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
         self.ref_model = self.reference.module
         if self.use_vllm:
             self._send_policy_without_critic()
@@ -163,14 +134,13 @@ class RolloutTrainer(RewardFaultTrainer):
         """
         return batches
 
-    @property
-    def mode(self) -> str:
-        """ "train" or "eval": where metrics go."""
-        return "train" if self.model.training else "eval"
+    def rollout_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the objective to continue where it was."""
+        return {"beta": self.beta}
 
-    def log_metric(self, name: str, value: float) -> None:
-        """Add a value to a metric; its mean is logged at the next logging step."""
-        self._metrics[self.mode][name].append(float(value))
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        """Take back what `rollout_state` returned."""
+        self.beta = state["beta"]
 
     def step_totals(self, sums: Tensor) -> Tensor | None:
         """
@@ -240,7 +210,9 @@ class RolloutTrainer(RewardFaultTrainer):
         return self._scored["ref_token_log_probs"], None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._failures.errors.clear()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_global, F)
+        self._failures.stop_all(self.accelerator.num_processes)
         for column, (func, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
             if isinstance(func, nn.Module) and not rewards[:, column].isfinite().all():
                 raise ValueError(
@@ -263,7 +235,7 @@ class RolloutTrainer(RewardFaultTrainer):
         rollout = Rollout(
             mask=output["completion_mask"].bool(),
             ended=self._ended,
-            prompt_keys=torch.tensor([_prompt_key(row) for row in inputs], device=self._ended.device),
+            prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=self._ended.device),
             rewards_per_func=self._rewards_per_func,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
             **self._scored,
@@ -306,7 +278,7 @@ class RolloutTrainer(RewardFaultTrainer):
                 token_entropy, token_kl = policy.entropy, None
             else:
                 lms = [base_causal_lm(self._plain_policy), base_causal_lm(self.accelerator.unwrap_model(ref_model))]
-                with self._whole_heads(lms):
+                with whole_heads(lms, self.accelerator):
                     head, ref_head = (LMHead.of(lm, self.temperature) for lm in lms)
                     columns = token_log_probs_and_exact_kl(
                         policy.hidden, head, ref.hidden, ref_head, completion_ids[mask]
@@ -320,15 +292,6 @@ class RolloutTrainer(RewardFaultTrainer):
                 "values": policy.values,
             }
             return scored | {"log_proposal": self._log_proposal(sequences, scored)}
-
-    def _whole_heads(self, lms: list[nn.Module]) -> AbstractContextManager:
-        """Within: the models' heads are whole, of which ZeRO-3 keeps a part in each process."""
-        if not self._zero3:
-            return nullcontext()
-        import deepspeed
-
-        heads = (parameter for lm in lms for parameter in lm.get_output_embeddings().parameters())
-        return deepspeed.zero.GatheredParameters(list(dict.fromkeys(heads)))
 
     # Loss
 
@@ -363,24 +326,69 @@ class RolloutTrainer(RewardFaultTrainer):
         sequences = (batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
         return score_completions(model, *sequences, self.temperature)
 
+    # Checkpoints
+
+    @property
+    def _plain_policy(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        with saved_apart(self._plain_policy, output_dir, state_dict, self.args.should_save) as policy_state:
+            super()._save(output_dir, policy_state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        whole = self.is_fsdp_enabled  # one state dict, critic included
+        with nullcontext() if whole else read_apart(self._plain_policy, resume_from_checkpoint, self.args.device):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        whole, best = self.is_fsdp_enabled or self.is_deepspeed_enabled, self.state.best_model_checkpoint
+        with nullcontext() if whole else read_apart(self._plain_policy, best, self.args.device):
+            super()._load_best_model()
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        state = {
+            "step": self._step,
+            "buffered_inputs": self._buffered_inputs,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "objective": self.rollout_state(),
+        }
+        save_rollout_state(output_dir, self.accelerator, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._buffered_inputs = None  # unless it is read, the rollout in flight is lost and drawn anew
+        state, in_flight = read_rollout_state(checkpoint, self.accelerator)
+        if state is not None:
+            self.load_rollout_state(state["objective"])
+        if in_flight:
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+            self._metrics["train"].update(state["metrics"])
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._step_end = StepEnd(self.state, self._metrics["train"])
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        # logging empties metrics, and an evaluation draws at random
+        self._step_end = StepEnd(self.state, self._metrics["train"])
+
+    def on_failure(self, error: Exception) -> None:
+        between_steps = self._step_end is not None and self._step_end.step == self.state.global_step
+        if error is self._failures.raised and between_steps:
+            # the rollout that failed has drawn at random and counted its tokens
+            self._step_end.restore(self.state, self._metrics["train"])
+            self.save_after(error)
+
     # Engines
 
     @property
     def sharded(self) -> bool:
         """Whether no process holds all the weights."""
-        return self.accelerator.distributed_type == DistributedType.FSDP or self._zero3
-
-    @property
-    def _zero3(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return plugin is not None and plugin.zero_stage == 3
-
-    def _prepare_frozen(self, module: nn.Module) -> nn.Module:
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(module, self.accelerator)
-        if self.is_fsdp_enabled:
-            return prepare_fsdp(module, self.accelerator)
-        return self.accelerator.prepare_model(module, evaluation_mode=True)
+        return is_sharded(self.accelerator)
 
     def _send_policy_without_critic(self) -> None:
         # TRL sends every named parameter, and vLLM has no place for a value head
@@ -391,9 +399,3 @@ class RolloutTrainer(RewardFaultTrainer):
                 sync_weights()
 
         self.vllm_generation.sync_weights = sync_policy
-
-
-def _prompt_key(row: dict[str, Any]) -> int:
-    # the evidence, and with it Z, may depend on every column
-    text = json.dumps(row, sort_keys=True, default=repr)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

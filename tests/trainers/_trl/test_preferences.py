@@ -4,7 +4,7 @@ import pytest
 from transformers import Trainer
 from trl import RewardTrainer as TRLRewardTrainer
 
-from rlhf_bayes.trainers._trl import preferences
+from rlhf_bayes.trainers._trl import fault_tolerance, preferences
 
 from ..preferring import hard_pairs, quiet, trained
 from .names import lost, moved, names_used
@@ -29,10 +29,11 @@ def test_methods_that_are_overridden():
 
 def test_attributes(theirs):
     assert lost(theirs, preferences.PRIVATE_ATTRIBUTES) == []
+    assert lost(theirs, fault_tolerance.TRL_ATTRIBUTES) == []
 
 
 def test_every_name_that_is_used(theirs):
-    used = names_used(preferences, "PreferenceTrainer")
+    used = names_used(preferences, "PreferenceTrainer") - vars(fault_tolerance.FaultTolerantTrainer).keys()
     assert {"_metrics", "_signature_columns", "_prepare_dataset", "is_deepspeed_enabled"} & used  # it sees them
     assert lost(theirs, used) == []
 

@@ -5,11 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer
 
-from rlhf_bayes.trainers._trl.resuming import PRIVATE_NAMES, check_resumable, load_device
-
-from .names import moved
+from rlhf_bayes.trainers._trl.resuming import check_resumable, load_device
 
 
 def run(num_processes: int, deepspeed: bool = False, process_index: int = 0) -> SimpleNamespace:
@@ -32,10 +29,6 @@ def checkpoint(tmp_path):
         return folder
 
     return write
-
-
-def test_methods_that_are_overridden():
-    assert moved(Trainer, PRIVATE_NAMES) == []
 
 
 @pytest.mark.parametrize(("num_processes", "deepspeed"), [(1, False), (2, False), (1, True), (2, True)])

@@ -10,7 +10,7 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers._trl import checkpoints, fault_tolerance, reward_faults, rollouts
+from rlhf_bayes.trainers._trl import fault_tolerance, rollouts
 
 from ..training import config, prompts_of, trainer
 from .names import lost, moved, names_used
@@ -78,12 +78,11 @@ def test_functions_that_are_imported():
 
 def test_attributes(rloo):
     assert lost(rloo, rollouts.PRIVATE_ATTRIBUTES) == []
+    assert lost(rloo, fault_tolerance.TRL_ATTRIBUTES) == []
 
 
 def all_names_used() -> set[str]:
-    used = names_used(rollouts, "RolloutTrainer") | names_used(reward_faults, "RewardFaultTrainer")
-    used = used - vars(checkpoints.CheckpointTrainer).keys() - vars(reward_faults.RewardFaultTrainer).keys()
-    return used | names_used(checkpoints, "CheckpointTrainer")
+    return names_used(rollouts, "RolloutTrainer") - vars(fault_tolerance.FaultTolerantTrainer).keys()
 
 
 def test_every_name_that_is_used(rloo):
@@ -95,7 +94,7 @@ def test_every_name_that_is_used(rloo):
 def test_the_list_is_complete(rloo):
     private = {name for name in all_names_used() if name.startswith("_")}
     missing = private - rollouts.PRIVATE_NAMES.keys() - set(rollouts.PRIVATE_ATTRIBUTES) - TRAINER_NAMES.keys()
-    missing -= fault_tolerance.PRIVATE_NAMES.keys() | set(fault_tolerance.PRIVATE_ATTRIBUTES)
+    missing -= fault_tolerance.PRIVATE_NAMES.keys()
     assert missing == set(), "name them in PRIVATE_NAMES or PRIVATE_ATTRIBUTES"
     overridden = {name for name in vars(rollouts.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")}
     assert overridden - {"__init__", "__doc__", "__module__"} <= rollouts.PRIVATE_NAMES.keys()

@@ -1,0 +1,103 @@
+"""`rlhf-bayes merge`: adapters merged into their base, for what does not read adapters."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from rich.console import Console
+
+from ..lm import CRITIC, critic_config, is_critic_folder
+from ..rewards.index import RewardIndex
+from ..rewards.loading import (
+    DEFAULT_ADAPTER,
+    adapter_folders,
+    found_index,
+    is_adapter,
+    load_adapters,
+    load_tokenizer,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the arguments after `rlhf-bayes merge`, and writes the merged model."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-bayes merge",
+        description="Merges a policy's adapter, or those of a reward model, into the base that they name, and writes "
+        "whole models that plain transformers loads.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of a training with LoRA")
+    parser.add_argument("--output_dir", help="where to write; must be new or empty. Default: DIR-merged")
+    args = parser.parse_args(arguments)
+    folder = Path(args.folder)
+    output_dir = Path(args.output_dir or f"{folder}-merged")
+    notes = merge(folder, output_dir)
+    console = Console()
+    for note in [*notes, f"Merged into {output_dir}."]:
+        console.print(note, highlight=False, markup=False)
+
+
+def merge(folder: Path, output_dir: Path) -> list[str]:
+    """
+    Merge the adapters in a folder into their base: W + B·A·α/r for LoRA, in the precision of the base on disk.
+
+    A reward ensemble of K adapters becomes K models in `member_0`, …; its `reward_model.json` goes along, and so does
+    a critic that reads the policy's own hidden states, or has a trunk of its own.
+
+    Args:
+        folder (`Path`):
+            Where a trainer saved its model.
+        output_dir (`Path`):
+            New or empty.
+
+    Returns:
+        `list[str]`: what was left behind, for the user to know.
+
+    Raises:
+        ValueError: if the folder holds no adapter, or `output_dir` something else.
+    """
+    if not is_adapter(folder):
+        raise ValueError(
+            f"`folder` must hold an adapter (adapter_config.json), got '{folder}'. Pass the output folder of a "
+            "training with `use_peft` or `peft_config`; a model without adapters is whole already."
+        )
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"`output_dir` must be new or empty, got '{output_dir}'. Name another, or remove it.")
+    if PeftConfig.from_pretrained(str(folder)).task_type == "SEQ_CLS":
+        _merge_reward(folder, output_dir)
+        return []
+    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+    model.merge_and_unload().save_pretrained(output_dir)
+    load_tokenizer(folder, folder.name).save_pretrained(output_dir)
+    return _copy_critic(folder / CRITIC, output_dir / CRITIC)
+
+
+def _merge_reward(folder: Path, output_dir: Path) -> None:
+    index = found_index(folder)
+    tokenizer = load_tokenizer(folder, folder.name)
+    if index.kind != "lora":
+        _save_merged(load_adapters(folder, [DEFAULT_ADAPTER], num_labels=None), tokenizer, output_dir)
+        index.save(output_dir)
+        return
+    names = [f"member_{member}" for member in range(index.num_members)]
+    for name, place in zip(names, adapter_folders(folder, index.members), strict=True):
+        _save_merged(load_adapters(place, [DEFAULT_ADAPTER]), tokenizer, output_dir / name)
+        RewardIndex(append_eos=index.append_eos).save(output_dir / name)
+    replace(index, kind="models", members=names).save(output_dir)
+
+
+def _save_merged(model, tokenizer, folder: Path) -> None:
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _copy_critic(folder: Path, output_dir: Path) -> list[str]:
+    if not is_critic_folder(folder):
+        return []
+    if critic_config(folder)["trunk"] == "adapter":
+        return [f"The critic in {folder} is left there: its adapter belongs on the base, without the policy's."]
+    shutil.copytree(folder, output_dir)
+    return []

@@ -1,0 +1,38 @@
+"""Contact with TRL's `models.utils`: what DeepSpeed and FSDP ask of the modules of a rollout trainer."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed parts the weights too."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process holds all the weights."""
+    return accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)
+
+
+def prepare_frozen(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A module that is not trained, spread as the engine spreads the others."""
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(module, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(module, accelerator)
+    return accelerator.prepare_model(module, evaluation_mode=True)
+
+
+def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractContextManager:
+    """Within: the models' heads are whole, of which ZeRO-3 keeps a part in each process."""
+    if not is_zero3(accelerator):
+        return nullcontext()
+    import deepspeed
+
+    heads = (parameter for lm in lms for parameter in lm.get_output_embeddings().parameters())
+    return deepspeed.zero.GatheredParameters(list(dict.fromkeys(heads)))
