@@ -11,9 +11,8 @@ layers × 128 with 512 tokens; 32 + 32 tokens, batch 32, no early ends, and a re
 rows do equal work.
 
 - Phases. Generation: everything in `_generate`, tokenising and decoding included. Scoring: log-probs under policy and
-  prior, values, rewards, advantages; its forward of the policy is that of the first step too. Training: loss, backward,
-  optimizer, and the forwards of later steps. Rest: the trainer's loop, clipping of
-  gradients, `gc`.
+  prior, values, rewards, advantages; our forward of the policy is that of the first step too. Training: loss,
+  backward, optimizer, and the other forwards. Rest: the trainer's loop, clipping of gradients, `gc`.
 - Floor: bare `generate`, one forward of the prior, and one training forward and backward per epoch of the same model.
 - Memory: peak resident set (`ru_maxrss`) less what was resident after the imports and a miniature run: models,
   optimizer states and activations.

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import RLOOTrainer
 
 from ...lm import (
@@ -170,18 +172,19 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         return SamplerByEpoch(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        policy = base_causal_lm(self._plain_policy)
         for row, ids in enumerate(prompt_ids):
-            check_prompt_fits(base_causal_lm(self._plain_policy), len(ids), self.max_completion_length, row)
+            check_prompt_fits(policy, len(ids), self.max_completion_length, row)
         if self.is_fsdp_enabled:
             # by this, `generate` knows that all must go on until the last process has its completions: transformers
             # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
-            base_causal_lm(self._plain_policy)._is_fsdp_managed_module = True
+            policy._is_fsdp_managed_module = True
         with self._drawing() as module, raw_generation_config(self.accelerator.unwrap_model(module)):
-            policy, self.model_wrapped = self.model_wrapped, module
+            wrapped, self.model_wrapped = self.model_wrapped, module
             try:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
             finally:
-                self.model_wrapped = policy
+                self.model_wrapped = wrapped
 
     @contextmanager
     def _drawing(self) -> Iterator[nn.Module]:
@@ -349,7 +352,9 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
 
     @property
     def _plain_policy(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+        # accelerate reads the metadata of packages each time that it unwraps, for milliseconds
+        plain = isinstance(self.model, PreTrainedModel | PeftModel)
+        return self.model if plain else self.accelerator.unwrap_model(self.model)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
