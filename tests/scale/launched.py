@@ -4,6 +4,7 @@ All trainings, then the recipes, by as many processes as the launcher started. N
     accelerate launch --config_file recipes/accelerate/zero2.yaml tests/scale/launched.py MODELS FOLDER DEEPSPEED 2
 """
 
+import json
 import os
 import runpy
 import sys
@@ -20,9 +21,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--disable_tqdm", "true"]
 ROLLOUTS = [*SMALL, "--num_generations", "4", "--max_completion_length", "8"]
+REPORT = ["--report_prompts", "2", "--report_samples", "8"]
 RECIPES = {
-    "recipes/ppo_klrl.py": [*ROLLOUTS, "--report_prompts", "2", "--report_samples", "8"],
-    "reward_models/train.py": [*SMALL, "--num_members", "2"],
+    "ppo": ("recipes/ppo_klrl.py", *ROLLOUTS, *REPORT),
+    "ppo-lora": ("recipes/ppo_klrl.py", *ROLLOUTS, "--report_prompts", "0", "--use_peft"),
+    "gdc": ("recipes/gdc_dpg.py", *ROLLOUTS, *REPORT, "--words", "a,the=0.5", "--fit_samples", "16"),
+    "reward": ("reward_models/train.py", *SMALL, "--num_members", "2"),
 }
 
 
@@ -45,8 +49,8 @@ def check_launch(trainer: Trainer, distributed_type: str, zero_stage: int) -> No
 def run_recipes(folder: Path) -> None:
     # each would take the group of processes down, and the next one needs it
     Accelerator.end_training = lambda self, *args: None
-    for script, flags in RECIPES.items():
-        sys.argv = [script, *flags, "--output_dir", str(folder / Path(script).stem)]
+    for name, (script, *flags) in RECIPES.items():
+        sys.argv = [script, *flags, "--output_dir", str(folder / name)]
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -56,7 +60,10 @@ def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> 
     for training in trainings.TRAININGS:
         trainer = trainings.run(training, models, folder / training, num_processes=2)
         check_launch(trainer, distributed_type, zero_stage)
-    run_recipes(folder)
+    found = trainings.run_ragged(models, folder / "ragged", num_processes=2)
+    if trainer.accelerator.is_main_process:
+        (folder / "ragged.json").write_text(json.dumps(found))
+    run_recipes(folder / "recipes")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,15 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .trainings import TRAININGS, resume, run, save_models, saved_weights
+from .trainings import TRAININGS, resume, run, save_models, saved_weights, trainer_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SCRIPT = Path(__file__).with_name("launched.py")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
 ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}
 EACH_ENGINE = [pytest.param(name, marks=needs_deepspeed if ENGINES[name][1] else ()) for name in ENGINES]
-# clocks; operations, which are counted in whole weights; TRL's mean over batches, of which the last is small
-LOCAL = ("runtime", "_per_second", "step_time", "total_flos", "eval_loss")
+# clocks; operations, which are counted in whole weights
+LOCAL = ("runtime", "_per_second", "step_time", "total_flos")
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +97,28 @@ def test_takes_the_steps_of_one_process(workplace, engine, training):
             # one process takes its members one by one, DeepSpeed all at once: metrics of the members or of their mean
             theirs = {name: x for name, x in theirs.items() if name.startswith("eval") or name in ("loss", "epoch")}
         for name, value in theirs.items():
-            if not name.endswith(LOCAL):
+            # of rewards, TRL's mean over batches, of which the last is small
+            if not name.endswith(LOCAL if "reward" not in training else (*LOCAL, "eval_loss")):
                 assert ours[name] == pytest.approx(value, rel=2e-3, abs=1e-4, nan_ok=True), name
     assert any(math.isfinite(entry["loss"]) and entry["loss"] for entry in logs[0] if "loss" in entry)
+    if training == "ppo":  # the controller has moved it, by the KL of all processes
+        assert {entry["ppo/beta"] for entry in logs[0] if "ppo/beta" in entry} > {0.5}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_accumulated_gradients_take_the_steps_of_one_batch(workplace, training, tmp_path):
+    sizes = {"per_device_train_batch_size": 8 if "reward" in training else 12, "gradient_accumulation_steps": 1}
+    trainer = trainer_of(training, workplace / "models", tmp_path, 1, **sizes)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert_same_weights(tmp_path / "final", by_one_process(workplace, training) / "final")
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_no_process_waits_for_one_that_has_less_to_do(workplace, engine):
+    lengths, evaluations = json.loads((launched(workplace, engine) / "ragged.json").read_text())
+    assert any(first != second for first, second in lengths), "completions were to end at different lengths"
+    assert all(math.isfinite(metrics["eval_loss"]) for metrics in evaluations)
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -146,6 +165,8 @@ def test_what_is_saved_is_read_by_others(workplace, engine):
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)
 def test_recipes_end_well(workplace, engine):
-    folder = launched(workplace, engine)
-    assert {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo_klrl"))
-    assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "train"))
+    folder = launched(workplace, engine) / "recipes"
+    assert {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo"))
+    assert {"adapter_model.safetensors", "critic"} <= set(os.listdir(folder / "ppo-lora"))
+    assert {"model.safetensors", "curves.png"} <= set(os.listdir(folder / "gdc"))
+    assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "reward"))
