@@ -61,7 +61,8 @@ class GDCTrainer(RolloutTrainer):
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
             Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`.
 
-    Metrics, besides TRL's: those of [`PPOTrainer`] under `posterior/`, log Z being the pooled one; and
+    Metrics, besides TRL's: those of [`PPOTrainer`] under `posterior/`, log Z being the pooled one, all of the policy,
+    by the weights π/q where something else draws (there without `posterior/importance_ess`); and
     `posterior/forward_kl`, `posterior/tv`, each with its standard error, `posterior/khat`, `posterior/max_weight` (see
     [`target_metrics`]), `posterior/satisfaction` (share of completions that are not forbidden),
     `posterior/moments/<feature>`, `posterior/skipped_prompts` (share of prompts of which every weight was 0);
@@ -332,22 +333,26 @@ class GDCTrainer(RolloutTrainer):
         if log_zs.isfinite().any():
             metrics["posterior/log_z"] = log_zs[log_zs.isfinite()].mean().item()
         metrics |= target_metrics(targets["log_target"], log_policy, log_proposal, keys)
-        if self.mode == "eval" or self.proposal == "policy":
-            evidence = self.normalizers.power * log_likelihood
-            log_ratios = log_policy - log_prior
-            metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs)
-            metrics |= self._moments()
-            if self._forbidden_seen:
-                metrics["posterior/satisfaction"] = satisfaction(log_likelihood)
+        evidence, log_ratios = self.normalizers.power * log_likelihood, log_policy - log_prior
+        weights = None
+        if self.mode == "train" and self.proposal != "policy":
+            weights = (log_policy - log_proposal).exp()
+            kls = log_ratios  # the exact KL of each token is that of the policy's own prefixes
+        options = (1.0, rollout.num_generations, log_zs, weights)
+        metrics |= posterior_metrics(evidence, log_ratios, kls, *options) | self._moments(weights)
+        if self._forbidden_seen:
+            metrics["posterior/satisfaction"] = satisfaction(log_likelihood, weights)
         for name, value in metrics.items():
             self.log_metric(name, value)
 
-    def _moments(self) -> dict[str, float]:
+    def _moments(self, weights: Tensor | None) -> dict[str, float]:
         if self.evidence is None or not self.evidence.features:
             return {}
         features = self.evidence.features
         local = torch.stack([values.to(self.accelerator.device) for values in features.values()], dim=-1)  # (B, F)
-        means = self.accelerator.gather(local).double().mean(0).tolist()  # (F,)
+        everyones = self.accelerator.gather(local).double()  # (B_global, F)
+        weights = torch.ones_like(everyones[:, 0]) if weights is None else weights
+        means = (weights @ everyones / weights.sum().clamp(min=1e-30)).tolist()  # (F,)
         return {f"posterior/moments/{name}": mean for name, mean in zip(features, means, strict=True)}
 
     def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], *pseudo_rewards: Tensor) -> None:

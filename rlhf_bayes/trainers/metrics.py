@@ -1,4 +1,4 @@
-"""What a batch of on-policy completions says of the distance to the posterior."""
+"""What a batch of completions says of the policy's distance to the posterior."""
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ def posterior_metrics(
     beta: float,
     num_generations: int,
     log_zs: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> dict[str, float]:
     r"""
-    ELBO, log Z and their gap from completions drawn from the policy, in nats per sequence, averaged over prompts.
+    ELBO, log Z and their gap from completions of the policy, in nats per sequence, averaged over prompts.
 
         log w = r/β − log(π/π0),   ELBO = E[log w],   log Ẑ = log mean_G w,   gap = log Ẑ − ELBO → KL(π‖π*)
 
@@ -37,23 +38,28 @@ def posterior_metrics(
         num_generations (`int`):
             G, which divides B.
         log_zs (`Tensor` (B,), *optional*):
-            log Z of each completion's prompt, nats; nan or `-inf` where it is not known.
+            log Z of each completion's prompt, nats; nan or `-inf` where it is not known. Needed with `weights`.
+        weights (`Tensor` (B,), *optional*):
+            π/q, where the completions were drawn from q.
 
     Returns:
-        `dict[str, float]`: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats) and
-        `posterior/importance_ess` (completions out of G), as far as they are defined.
+        `dict[str, float]`: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` and
+        `posterior/gap_standard_error` (nats; over prompts if there are several) and `posterior/importance_ess`
+        (completions out of G; not with `weights`), as far as they are defined.
     """
-    metrics = {"posterior/kl_to_prior": kls.mean().item()}
+    own = weights is None
+    weights = torch.ones_like(rewards) if weights is None else weights
+    metrics = {"posterior/kl_to_prior": _mean(kls, weights)}
     log_weights = rewards / beta - log_ratios if beta > 0 else torch.full_like(rewards, torch.nan)  # (B,)
     scored = ~log_weights.isnan()
     if not scored.any():
         return metrics
     allowed = bool(log_weights[scored].isfinite().all())
     if allowed:
-        metrics["posterior/elbo"] = log_weights[scored].mean().item()
+        metrics["posterior/elbo"] = _mean(log_weights[scored], weights[scored])
     groups = log_weights.view(-1, num_generations)  # (B / G, G)
     whole = ~groups.isnan().any(-1)
-    if num_generations > 1 and whole.any():
+    if own and num_generations > 1 and whole.any():
         metrics["posterior/importance_ess"] = importance_ess(groups[whole], dim=-1).mean().item()
     if log_zs is None and num_generations > 1:
         log_zs = log_z(groups, dim=-1)[:, None].expand_as(groups).flatten()  # (B,)
@@ -61,7 +67,10 @@ def posterior_metrics(
     if log_zs is not None and known.any():
         metrics["posterior/log_z"] = log_zs[known].mean().item()
         if allowed:
-            metrics["posterior/gap"] = (log_zs - log_weights)[known].mean().item()
+            gaps = (log_zs - log_weights)[known]
+            metrics["posterior/gap"] = _mean(gaps, weights[known])
+            prompts = torch.arange(len(groups), device=groups.device).repeat_interleave(num_generations)
+            metrics["posterior/gap_standard_error"] = _standard_error(gaps * weights[known], prompts[known])
     return metrics
 
 
@@ -95,12 +104,8 @@ def target_metrics(
     metrics = {}
     for name in ("forward_kl", "tv"):
         terms = ratio * f_divergence_terms(log_target - log_policy, name)  # (n,)
-        means = layout.table(terms, torch.nan).nanmean(-1)  # (P,)
-        spread = means if len(means) > 1 else terms
-        metrics[f"posterior/{name}"] = means.mean().item()
-        metrics[f"posterior/{name}_standard_error"] = (
-            spread.std(unbiased=len(spread) > 1) / len(spread) ** 0.5
-        ).item()
+        metrics[f"posterior/{name}"] = layout.table(terms, torch.nan).nanmean(-1).mean().item()
+        metrics[f"posterior/{name}_standard_error"] = _standard_error(terms, prompt_keys[kept])
     log_weights = log_target - log_proposal
     if (log_weights > -torch.inf).any():
         metrics["posterior/max_weight"] = log_weights.softmax(0).max().item()
@@ -108,7 +113,29 @@ def target_metrics(
     return {name: value for name, value in metrics.items() if value < torch.inf}
 
 
-def satisfaction(log_likelihood: Tensor) -> float:
-    """Share of completions that are not forbidden, of those with evidence (B,), nats, nan where there is none."""
-    scored = (~log_likelihood.isnan()).sum().clamp(min=1)
-    return 1.0 - ((log_likelihood == -torch.inf).sum() / scored).item()
+def satisfaction(log_likelihood: Tensor, weights: Tensor | None = None) -> float:
+    """
+    Share of completions that are not forbidden, of those with evidence.
+
+    Args:
+        log_likelihood (`Tensor` (B,)):
+            Nats; nan where there is none.
+        weights (`Tensor` (B,), *optional*):
+            π/q, where the completions were drawn from q.
+    """
+    scored = ~log_likelihood.isnan()
+    if not scored.any():
+        return 1.0
+    weights = torch.ones_like(log_likelihood) if weights is None else weights
+    return _mean((log_likelihood[scored] > -torch.inf).to(weights), weights[scored])
+
+
+def _mean(values: Tensor, weights: Tensor) -> float:
+    return ((weights * values).sum() / weights.sum().clamp(min=1e-30)).item()
+
+
+def _standard_error(terms: Tensor, prompt_keys: Tensor) -> float:
+    """Of the mean over prompts of the means of terms (n,); over terms, if there is one prompt."""
+    means = grouped(prompt_keys).table(terms, torch.nan).nanmean(-1)  # (P,)
+    spread = means if len(means) > 1 else terms
+    return (spread.std(unbiased=len(spread) > 1) / len(spread) ** 0.5).item()

@@ -77,9 +77,9 @@ class PPOTrainer(RolloutTrainer):
             policy's.
 
     Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
-    sequence), `posterior/importance_ess` (see [`posterior_metrics`]); `ppo/policy_loss`, `ppo/value_loss` (units of
-    the reward, and squared), `ppo/approx_kl` (nats per token, of the update), `ppo/policy_clip_fraction`,
-    `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
+    sequence), `posterior/gap_standard_error`, `posterior/importance_ess` (see [`posterior_metrics`]);
+    `ppo/policy_loss`, `ppo/value_loss` (units of the reward, and squared), `ppo/approx_kl` (nats per token, of the
+    update), `ppo/policy_clip_fraction`, `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
 
     Raises:
         ValueError, TypeError: on input that cannot be trained on, before the model is loaded where that is possible.

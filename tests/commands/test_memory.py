@@ -62,7 +62,7 @@ def test_weights_are_those_of_a_trainer(tmp_path, critic, lora):
         model,
         lambda completions, **columns: [0.0] * len(completions),
         PPOConfig(str(tmp_path), critic=critic, max_completion_length=3, **QUIET),
-        train_dataset=prompts_of(enumerable),
+        train_dataset=prompts_of(enumerable, 2),
         processing_class=enumerable.tokenizer,
         peft_config=peft_config,
     )

@@ -50,9 +50,22 @@ def test_divergences_lie_within_their_standard_errors(toy, tmp_path, proposal):
         for value, error in zip(values, errors, strict=True):
             assert abs(value - truth[name]) < 3 * error, (name, value, truth[name], error)
     assert logged(trained, "posterior/log_z") == pytest.approx([truth["log_z"]] * 2, abs=1e-5)
-    own = {"elbo", "gap", "kl_to_prior", "importance_ess"}
-    named = {name.removeprefix("posterior/") for name in trained.state.log_history[0] if name.startswith("posterior/")}
-    assert (own & named) == (own if proposal == "policy" else set())
+    # E_π by completions of q, weighed by π/q: the terms' spread by enumeration
+    with torch.no_grad():
+        log_policy, log_prior = toy.log_probs(policy), toy.log_prior
+    log_proposal = log_policy if proposal == "policy" else log_prior
+    terms = {"elbo": toy.log_likelihood - (log_policy - log_prior), "kl_to_prior": log_policy - log_prior}
+    terms["gap"] = toy.log_z()[:, None] - terms["elbo"]
+    truth["kl_to_prior"] = (log_policy.exp() * terms["kl_to_prior"]).sum(-1).mean().item()
+    for name, term in terms.items():
+        centred = (log_policy - log_proposal).exp() * (term - truth[name])
+        se = (log_proposal.exp() * centred**2).sum(-1).mean().sqrt().item() / 1536**0.5
+        assert logged(trained, f"posterior/{name}") == pytest.approx([truth[name]] * 2, abs=5 * se), name
+        if proposal == "prior" and name != "kl_to_prior":  # and the means of what was drawn are others
+            assert abs((log_prior.exp() * term).sum(-1).mean().item() - truth[name]) > 5 * se
+    gap, error = (logged(trained, f"posterior/gap{end}")[0] for end in ("", "_standard_error"))
+    assert abs(gap - truth["gap"]) < 3 * error
+    assert ("posterior/importance_ess" in trained.state.log_history[0]) == (proposal == "policy")
 
 
 def test_target_metrics_by_enumeration(toy):
@@ -87,7 +100,9 @@ def test_target_metrics_by_hand():
 
 
 def test_satisfaction_by_hand():
-    assert satisfaction(torch.tensor([0.0, -math.inf, torch.nan, 2.0])) == pytest.approx(2 / 3)
+    evidence = torch.tensor([0.0, -math.inf, torch.nan, 2.0])
+    assert satisfaction(evidence) == pytest.approx(2 / 3)
+    assert satisfaction(evidence, torch.tensor([0.5, 2.0, 9.0, 1.0])) == pytest.approx(1.5 / 3.5)
     assert satisfaction(torch.tensor([torch.nan])) == 1.0
 
 
@@ -100,21 +115,28 @@ def test_names_are_those_of_ppo(toy, tmp_path):
         assert name in gdc or name.startswith(("ppo/", "clip_ratio/")), name
     new = {"forward_kl", "forward_kl_standard_error", "tv", "tv_standard_error", "max_weight", "skipped_prompts"}
     steps = {"gdc/step_ess", "gdc/skipped_steps", "gdc/ratio_ess", "gdc/beta"}
+    assert {"posterior/gap", "posterior/gap_standard_error"} <= ppo
     assert gdc - ppo <= {f"posterior/{name}" for name in (*new, "khat")} | steps
     assert {f"posterior/{name}" for name in new} | steps <= gdc
     assert runs[1].state.log_history[0]["gdc/beta"] == 0.5
 
 
-def test_satisfaction_and_moments(toy, tmp_path):
+@pytest.mark.parametrize("proposal", ["policy", "prior"])
+def test_satisfaction_and_moments(toy, tmp_path, proposal):
+    """Those of the policy, whatever draws."""
+    policy = toy.random_policy(noise=0.02, seed=3)
     likelihood = ProductLikelihood([Constraint(no_a), MomentLikelihood({"ends": ends}, {"ends": -1.0})])
-    trained = trainer(toy, gdc_config(tmp_path, beta=None, **BIG), likelihood=likelihood)
+    args = gdc_config(tmp_path, beta=None, proposal=proposal, **BIG)
+    trained = trainer(toy, args, policy, likelihood=likelihood, ref_model=toy.random_policy(0.0))
     trained.train()
-    p = toy.log_prior.exp()
+    p = toy.log_probs(policy).exp().detach()
+    ratio = torch.ones_like(p) if proposal == "policy" else p / toy.log_prior.exp()
     for name, feature in (("satisfaction", no_a), ("moments/no_a", no_a), ("moments/ends", ends)):
         values = torch.tensor(feature(toy.completion_ids)).float()
-        mean = (p * values).sum(-1)
-        se = (mean * (1 - mean) / 512).sum().sqrt() / 3
-        assert logged(trained, f"posterior/{name}") == pytest.approx([mean.mean().item()] * 2, abs=5 * se.item())
+        mean = (p * values).sum(-1).mean().item()
+        assert abs(mean - (toy.log_prior.exp() * values).sum(-1).mean()) > 0.02
+        se = (p / ratio * (ratio * (values - mean)) ** 2).sum(-1).mean().sqrt().item() / 1536**0.5
+        assert logged(trained, f"posterior/{name}") == pytest.approx([mean] * 2, abs=5 * se)
     assert "posterior/elbo" not in trained.state.log_history[0]  # it is −∞
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from rlhf_bayes.trainers import posterior_metrics
 
-NAMES = {"kl_to_prior", "elbo", "log_z", "gap", "importance_ess"}
+NAMES = {"kl_to_prior", "elbo", "log_z", "gap", "gap_standard_error", "importance_ess"}
 
 
 def draw(toy, policy, n):
@@ -62,8 +62,23 @@ def test_by_hand_prompts_are_averaged_after_the_logarithm():
     assert metrics["posterior/log_z"] == pytest.approx((math.log(2.0) + 5.0) / 2)
     assert metrics["posterior/elbo"] == pytest.approx((math.log(3.0) + 10.0) / 4)
     assert metrics["posterior/gap"] == pytest.approx((math.log(2.0) - math.log(3.0) / 2) / 2)
+    # of the mean of two gaps, the other 0
+    assert metrics["posterior/gap_standard_error"] == pytest.approx((math.log(2.0) - math.log(3.0) / 2) / 2)
     assert metrics["posterior/importance_ess"] == pytest.approx((16 / 10 + 2) / 2)
     assert metrics["posterior/kl_to_prior"] == 3.0
+
+
+def test_by_hand_completions_of_a_proposal():
+    log_weights, weights = torch.tensor([1.0, 3.0, 2.0, 4.0]), torch.tensor([0.5, 1.5, 2.0, 1.0])
+    kls, log_zs = torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.full((4,), 5.0)
+    metrics = posterior_metrics(log_weights, torch.zeros(4), kls, 1.0, 2, log_zs, weights)
+    elbo = (0.5 * 1 + 1.5 * 3 + 2 * 2 + 1 * 4) / 5
+    assert metrics["posterior/elbo"] == pytest.approx(elbo)
+    assert metrics["posterior/gap"] == pytest.approx(5 - elbo)
+    assert metrics["posterior/kl_to_prior"] == pytest.approx((0.5 * 1 + 1.5 * 2 + 2 * 3 + 1 * 6) / 5)
+    # of the prompts' means (0.5·4 + 1.5·2)/2 and (2·3 + 1·1)/2
+    assert metrics["posterior/gap_standard_error"] == pytest.approx(abs(2.5 - 3.5) / 2)
+    assert "posterior/importance_ess" not in metrics
 
 
 def test_rows_without_reward_are_left_out():
