@@ -25,7 +25,7 @@ SCRIPT = str(Path(__file__).with_name("launched.py"))
 def test_the_last_checkpoint_is_usable(toy, tmp_path, name):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen([sys.executable, SCRIPT, str(tmp_path / "run")], env=environment,
+        process = subprocess.Popen([sys.executable, SCRIPT, str(tmp_path / "run"), "slow"], env=environment,
                                    stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
         try:
             deadline = time.monotonic() + 180
