@@ -16,6 +16,8 @@ import trainings
 from accelerate import Accelerator
 from transformers import Trainer
 
+from rlhf_bayes.lm import head
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--disable_tqdm", "true"]
@@ -53,9 +55,12 @@ def run_recipes(folder: Path) -> None:
 def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> None:
     if zero_stage:
         without_compiling()
+    # two tokens at a time: one process has more chunks of the vocabulary than the other
+    usual, head.MAX_CHUNK_ELEMENTS = head.MAX_CHUNK_ELEMENTS, 2 * trainings.TOY.vocab_size
     for training in trainings.TRAININGS:
         trainer = trainings.run(training, models, folder / training, num_processes=2)
         check_launch(trainer, distributed_type, zero_stage)
+    head.MAX_CHUNK_ELEMENTS = usual
     run_recipes(folder)
 
 
