@@ -13,6 +13,7 @@ from .settings import read_settings
 EVALUATION_FILE = "evaluation.json"
 SAMPLING_FILE = "sampling.json"
 DRAWS_FILE = "draws.jsonl"
+PRIOR_FILE = "prior.jsonl"
 _MAX_COMPLETION_FILES = 40
 
 
@@ -26,7 +27,7 @@ class Sample:
     scores: dict[str, float] = field(default_factory=dict)
     """Rewards by name, in their own units."""
     step: int | None = None
-    """Optimizer step at which it was drawn."""
+    """Optimizer step at which it was drawn; None of what was drawn after training."""
     weight: float = 1.0
     """Share among the completions of its prompt, where they do not count alike."""
 
@@ -64,22 +65,22 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     """`log_history` of the trainer."""
     samples: list[Sample] = field(default_factory=list)
+    before: list[Sample] = field(default_factory=list)
+    """Of the prior, from `prior.jsonl`."""
     settings: dict[str, Any] = field(default_factory=dict)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     """Of `evaluation.json`; the name of a nested entry is its path, joined by `/`."""
     verdict: str = ""
     """Of `evaluation.json`, in words."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """`sampling.json`, which `rlhf-bayes sample` writes."""
+    """`sampling.json`, which the recipes and `rlhf-bayes sample` write."""
 
     @property
     def beta(self) -> float | None:
         """β of the posterior, where it is known and positive."""
-        for source in (self.sampling, self.settings):
-            value = source.get("beta")
-            if isinstance(value, int | float) and value > 0:
-                return float(value)
-        return None
+        # evidence of features has none, whatever the trainer's arguments say
+        value = (self.sampling if "beta" in self.sampling else self.settings).get("beta")
+        return float(value) if isinstance(value, int | float) and value > 0 else None
 
     @property
     def reward_names(self) -> list[str]:
@@ -117,7 +118,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         folders (`Sequence` of `str` or `Path`):
             Output folders of trainers, or of `rlhf-bayes sample`. Read are `trainer_state.json` (there, or in the last
             `checkpoint-*`), `training_args.bin`, `completions/*.parquet` of TRL's `log_completions`,
-            `evaluation.json`, `sampling.json` and `draws.jsonl`, those that exist.
+            `evaluation.json`, `sampling.json`, `draws.jsonl` and `prior.jsonl`, those that exist.
 
     Raises:
         FileNotFoundError: if a folder does not exist.
@@ -149,6 +150,7 @@ def _read_run(folder: Path, name: str) -> Run:
         folder=folder,
         history=[] if state is None else list(_read_json(state).get("log_history", [])),
         samples=_logged_samples(folder / "completions") + _draws(folder / DRAWS_FILE),
+        before=_draws(folder / PRIOR_FILE),
         settings={**(read_settings(args) if args else {}), **sampling.get("settings", {})},
         estimates=estimates_of(evaluation),
         verdict=str(evaluation.get("verdict") or ""),
@@ -234,11 +236,12 @@ def _draws(path: Path) -> list[Sample]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
+            scores = {"reward": row.get("reward"), **row.get("features", {})}
             samples.append(
                 Sample(
                     text_of(row["prompt"]),
                     text_of(row["completion"]),
-                    {"reward": float(row["reward"])} if _is_number(row.get("reward")) else {},
+                    {name: float(score) for name, score in scores.items() if _is_number(score)},
                     weight=float(row.get("weight", 1.0)),
                 )
             )
