@@ -78,7 +78,8 @@ def training_figure(runs: Sequence[Run]) -> Any | None:
 
 def moments_figure(runs: Sequence[Run]) -> Any | None:
     """Each reward or feature over training: its mean, and dashed the one that it is to have. None without data."""
-    names = sorted({key for run in runs for entry in run.history for key in entry if _is_moment(key)})
+    logged = {key for run in runs for entry in run.history for key in entry if _is_moment(key)}
+    names = sorted(key for key in logged if any(run.curve(key)[0] for run in runs))
     shown = {key: (key.removeprefix("rewards/").removesuffix("/mean").removeprefix(_MOMENT), "mean") for key in names}
     # with a single reward, that is the panel `reward` of the learning curves
     if len(shown) == 1 and not names[0].startswith(_MOMENT):

@@ -15,6 +15,8 @@ SAMPLING_FILE = "sampling.json"
 DRAWS_FILE = "draws.jsonl"
 PRIOR_FILE = "prior.jsonl"
 _MAX_COMPLETION_FILES = 40
+_NOT_FINITE = "not finite"
+_WHY_NOT_FINITE = "a completion that the posterior forbids has a log density of −∞"
 
 
 @final
@@ -47,7 +49,7 @@ class Estimate:
 
     def __str__(self) -> str:
         if not self.trustworthy:
-            return "not trustworthy"
+            return _NOT_FINITE if self.reason == _WHY_NOT_FINITE else "not trustworthy"
         shown = f"{self.value:.2g}" if abs(self.value) < 0.1 else f"{self.value:.2f}"
         if self.low is not None and self.high is not None:
             low, high = (round(end, 2) + 0.0 for end in (self.low, self.high))  # no −0.00
@@ -94,8 +96,10 @@ class Run:
         """
         Steps at which all keys were logged with finite values, and the values of each key. What was logged in
         evaluation only is found too: `eval_…`, or `eval_posterior_fit/…` of
-        [`~rlhf_bayes.diagnostics.PosteriorCallback`].
+        [`~rlhf_bayes.diagnostics.PosteriorCallback`]. Evidence of features, which trainers log as a reward, is none.
         """
+        if self.sampling.get("reward_names") == [] and any(key.startswith("reward") for key in keys):
+            return [], [[] for _ in keys]
         in_evaluation = [f"eval_{key}" for key in keys]
         by_callback = [f"eval_posterior_fit/{key.rpartition('/')[2]}" for key in keys]
         for names in (keys, in_evaluation, by_callback):
@@ -181,6 +185,7 @@ def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimat
                 continue
             value, error = _finite(entry.get("mean", entry.get("value"))), _finite(entry.get("standard_error"))
             low, high = _finite(entry.get("low")), _finite(entry.get("high"))
+            trusted = bool(entry.get("trustworthy", True))
             if low is None and value is not None and error is not None:
                 low, high = value - 1.96 * error, value + 1.96 * error
             found[name] = Estimate(
@@ -188,8 +193,8 @@ def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimat
                 low=low,
                 high=high,
                 unit=str(entry.get("unit", "")),
-                trustworthy=bool(entry.get("trustworthy", True)) and value is not None,
-                reason=str(entry.get("reason") or ""),
+                trustworthy=trusted and value is not None,
+                reason=str(entry.get("reason") or (_WHY_NOT_FINITE if trusted and value is None else "")),
             )
     return found
 
