@@ -168,8 +168,8 @@ def test_reward_functions_get_the_columns_of_their_prompt(toy):
     [
         ({"n": 1}, "`n` must be an integer of at least 2"),
         ({"n": 0}, "`n` must be an integer of at least 2"),
-        ({"prompts": []}, r"`prompts` must be a list of at least one prompt, got \[\]"),
-        ({"prompts": "a b"}, "`prompts` must be a list"),
+        ({"prompts": []}, r"`prompts` must be a non-empty list of texts or of chats, got \[\]"),
+        ({"prompts": "a b"}, "`prompts` must be a non-empty list of texts or of chats, got 'a b'"),
         ({"columns": {"x": [1]}}, r"`columns\['x'\]` must have one entry a prompt, 3, got 1"),
     ],
 )
