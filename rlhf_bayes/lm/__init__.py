@@ -20,7 +20,7 @@ from .forward import (
     scatter,
     score_completions,
 )
-from .generation import first_eos_mask, raw_generation_config, sampling_config
+from .generation import first_eos_mask, raw_generation_config, remove_dropout, sampling_config
 from .head import LMHead, token_log_probs_and_entropy, token_log_probs_and_exact_kl
 from .language_model import (
     Completion,
@@ -65,6 +65,7 @@ __all__ = [
     "pad_ids",
     "raw_generation_config",
     "regrow",
+    "remove_dropout",
     "sampling_config",
     "scatter",
     "score_completions",

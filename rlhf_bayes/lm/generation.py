@@ -32,6 +32,17 @@ def raw_generation_config(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def remove_dropout(model: nn.Module) -> None:
+    """
+    Set the dropout rates that modules hold as numbers to 0, for good: `attention_dropout` for instance, which is no
+    `nn.Dropout`, so that TRL's `disable_dropout` leaves it on.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 def sampling_config(
     max_new_tokens: int, eos_token_ids: list[int], pad_token_id: int, temperature: float
 ) -> GenerationConfig:

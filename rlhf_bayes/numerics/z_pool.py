@@ -115,9 +115,7 @@ class ZPool:
         log_weights = self._checked(keys, log_weights)  # (P, n)
         draws, ess, _ = _summaries(log_weights)
         log_a = self._log_batch_weights(keys, draws, ess)[:, None]  # (P, 1)
-        n = log_weights.size(1)
-        others = _without_nan(log_weights)[:, None, :].expand(-1, n, -1)  # (P, n, n)
-        others = others.masked_fill(torch.eye(n, dtype=torch.bool), -torch.inf).logsumexp(-1)  # (P, n)
+        others = _log_sum_of_others(_without_nan(log_weights))  # (P, n)
         counts = draws[:, None] - (~log_weights.isnan()).double()  # (P, n): of the others
         past = torch.tensor([self._entries.get(key, _EMPTY)[:2] for key in keys], dtype=torch.float64)  # (P, 2)
         share = log_a - draws[:, None].log()  # of one draw
@@ -189,6 +187,14 @@ def _summaries(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _without_nan(log_weights: Tensor) -> Tensor:
     # nan_to_num would make -inf finite
     return torch.where(log_weights.isnan(), -torch.inf, log_weights)
+
+
+def _log_sum_of_others(table: Tensor) -> Tensor:
+    """Log-sum-exp of a row's other entries: (P, n) -> (P, n). Not total less own: that would take all digits."""
+    nothing = torch.full_like(table[:, :1], -torch.inf)
+    before = torch.cat([nothing, table.logcumsumexp(-1)[:, :-1]], -1)
+    after = torch.cat([table.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:], nothing], -1)
+    return torch.logaddexp(before, after)
 
 
 def _log_add(a: float, b: float) -> float:

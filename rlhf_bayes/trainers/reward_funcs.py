@@ -36,9 +36,11 @@ def checked_reward_funcs(
             Whether a reward may be `-inf`.
 
     Raises:
-        ValueError: if there is another number of tokenizers than of functions.
+        ValueError: if there is no function, or another number of tokenizers than of functions.
     """
     funcs = list(reward_funcs) if isinstance(reward_funcs, list) else [reward_funcs]
+    if not funcs:
+        raise ValueError("`reward_funcs` must hold at least one reward function, got an empty list. Pass one.")
     paths = [number for number, func in enumerate(funcs) if isinstance(func, (str, Path))]
     tokenizers = tokenizers if isinstance(tokenizers, list) else [tokenizers]
     if tokenizers == [None]:

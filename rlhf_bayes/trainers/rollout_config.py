@@ -10,7 +10,7 @@ from trl import RLOOConfig
 from .fault_config import FaultConfig
 
 # keys of `generation_kwargs` that do not change which completions come with which probability
-_HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "max_time", "cache_config", "prefill_chunk_size"}
+_HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "cache_config", "prefill_chunk_size"}
 # name -> (value, whether it will do, the rule)
 NumberRules = dict[str, tuple[Any, Callable[[Any], bool], str]]
 
@@ -115,6 +115,11 @@ class RolloutConfig(FaultConfig, RLOOConfig):
                     f"`generation_kwargs` may hold {sorted(_HARMLESS_GENERATION_KWARGS)}, got {name!r}: it may change "
                     "the distribution that rollouts come from. Remove it."
                 )
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"`neftune_noise_alpha` must be None, got {self.neftune_noise_alpha}: with noise in its embeddings "
+                "the policy that is scored is another one at each pass, and importance ratios are noise. Remove it."
+            )
         if not self.disable_dropout:
             raise ValueError(
                 "`disable_dropout` must be True: under dropout the policy that draws, the policy that is scored and "

@@ -109,6 +109,14 @@ def test_leave_one_out_is_the_pool_without_the_draw(past):
             assert_close(left_out[prompt, i], expected.log())
 
 
+def test_leave_one_out_of_many_draws_keeps_the_digits_of_the_small():
+    log_weights = torch.zeros(1, 20_000)
+    log_weights[0, 7], log_weights[0, 9] = 600.0, -math.inf
+    others = ZPool().leave_one_out(["a"], log_weights)[0]
+    assert others[7].item() == pytest.approx(math.log(19_998 / 19_999), abs=1e-9)
+    assert others[9].item() == others[11].item() == pytest.approx(600 - math.log(19_999))
+
+
 def test_leave_one_out_of_a_single_draw_is_the_pool():
     pool = ZPool()
     assert pool.leave_one_out(["a"], torch.tensor([[0.7]])).isnan().all()

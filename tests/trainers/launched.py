@@ -23,6 +23,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_bayes.likelihoods import MomentLikelihood
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 torch.set_num_threads(1)
@@ -95,9 +96,13 @@ def forbidding(prompts, completions, completion_ids, **kwargs):
     ]
 
 
+def length(completion_ids, **kwargs):
+    return [float(len(ids)) for ids in completion_ids]
+
+
 def by_divergence(folder: Path, num_processes: int) -> None:
     results = {}
-    for divergence in ("forward_kl", "log_variance"):
+    for divergence in ("forward_kl", "log_variance", "tv"):
         trainer, results[divergence] = of_divergence(folder, num_processes, divergence)
     if trainer.accelerator.is_main_process:
         torch.save(results, folder / "weights.pt")
@@ -108,16 +113,21 @@ def of_divergence(folder: Path, num_processes: int, divergence: str) -> tuple[GD
     policy, prior = TOY.random_policy(noise=0.05), TOY.random_policy(noise=0.0)
     # what the table says is not what the policy would draw: weights soon are large
     weighted = {"ess_min": 2.0, "beta_init": 2.0, "beta_init_steps": 4, "learning_rate": 1e-3}
-    options = {"learning_rate": 0.02} if divergence == "log_variance" else weighted
+    options = {"log_variance": {"learning_rate": 0.02}, "forward_kl": weighted}
+    # a baseline over completions in two processes, a proposal that all must replace together, features of all
+    options["tv"] = {"proposal": "adaptive", "beta": None, "learning_rate": 0.02}
+    evidence = {"likelihood": MomentLikelihood({"length": length}, {"length": 0.7})}
+    evidence = evidence if divergence == "tv" else {"reward_funcs": forbidding}
     args = GDCConfig(
         output_dir=str(folder), save_strategy="no", max_completion_length=3, num_generations=4, divergence=divergence,
         per_device_train_batch_size=6 // num_processes, gradient_accumulation_steps=2, max_steps=6, num_iterations=2,
-        per_device_eval_batch_size=12 // num_processes, max_grad_norm=0.0, optim="sgd", beta=0.5,
-        lr_scheduler_type="constant", logging_steps=1, ddp_find_unused_parameters=False, **QUIET, **options,
+        per_device_eval_batch_size=12 // num_processes, max_grad_norm=0.0, optim="sgd",
+        lr_scheduler_type="constant", logging_steps=1, ddp_find_unused_parameters=False,
+        **QUIET | {"beta": 0.5} | options[divergence],
     )  # fmt: skip
     dataset = Dataset.from_dict({"prompt": PROMPTS})
     arguments = {"train_dataset": dataset, "eval_dataset": dataset, "processing_class": TOY.tokenizer}
-    trainer = GDCTableTrainer(policy, forbidding, args, ref_model=prior, **arguments)
+    trainer = GDCTableTrainer(policy, args=args, ref_model=prior, **evidence, **arguments)
     check_launch(trainer, num_processes)
     trainer.train()
     evaluated = trainer.evaluate()

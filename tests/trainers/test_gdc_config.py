@@ -60,6 +60,8 @@ LOG_VARIANCE = {"divergence": "log_variance"}
         ({"mask_truncated_completions": True}, "`mask_truncated_completions` must be False: .* members of"),
         ({"sync_ref_model": True}, "`sync_ref_model` must be False: .* moves the target"),
         ({"disable_dropout": False}, "`disable_dropout` must be True: under dropout"),
+        ({"neftune_noise_alpha": 5.0}, r"`neftune_noise_alpha` must be None, got 5\.0"),
+        ({"generation_kwargs": {"max_time": 1.0}}, "`generation_kwargs` may hold .*, got 'max_time'"),
         ({"missing_eos_penalty": -1.0}, r"`missing_eos_penalty` must be at least 0, or None, got -1\.0"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, "must divide `steps_per_generation`"),
     ],

@@ -52,6 +52,7 @@ REFUSED = {
     "neither": ({}, {}, ValueError, "One of `reward_funcs` and `likelihood` must be given, got neither"),
     "both": ({}, {"reward_funcs": length} | CONDITION, ValueError, r"got both\. .*posterior\.tilt"),
     "a function": ({}, {"likelihood": no_a}, TypeError, "`likelihood` must have a method .*got function"),
+    "no function": ({}, {"reward_funcs": []}, ValueError, "`reward_funcs` must hold at least one reward function"),
     "beta": ({"beta": 0.5}, CONDITION, ValueError, r"`beta` must be left out with `likelihood`, got 0\.5"),
     "weights": ({"reward_weights": [1.0]}, CONDITION, ValueError, "`reward_weights` must be left out"),
     "a clip": ({"reward_clip_range": (-1.0, 1.0)}, CONDITION, ValueError, "`reward_clip_range` must be left out"),

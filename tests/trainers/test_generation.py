@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_bayes.testing import EnumerableLM
 
-from .training import Recorder, config, largest_change, logged, prompts_of, trainer, weights
+from .training import Recorder, config, gdc_config, largest_change, logged, prompts_of, trainer, weights
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
@@ -177,3 +177,24 @@ def test_the_length_of_the_policys_context_is_that_of_prompt_and_completion(toy,
     trained = trainer(toy, config(tmp_path), train_dataset=dataset)
     trained.train()
     assert logged(trained, "completions/max_length") == [3.0]
+
+
+@pytest.mark.parametrize("kind", ["ppo", "gdc"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_dropout_that_is_no_module_is_off(toy, tmp_path, kind, peft):
+    """Attention modules hold it as a number, which TRL does not see: log-probs are those of the model, always."""
+    policy = toy.random_policy(noise=0.0)
+    rates = [module for module in policy.modules() if hasattr(module, "attention_dropout")]
+    assert rates
+    for module in rates:
+        module.attention_dropout = 0.5
+    settings = {"max_steps": 2, "num_iterations": 2, "learning_rate": 0.0}
+    args = config(tmp_path, **settings) if kind == "ppo" else gdc_config(tmp_path, **settings)
+    trained = trainer(toy, args, policy, peft_config=LORA if peft else None)
+    trained.train()
+    known = toy.log_prior.flatten()
+    for name in ("token_log_probs", "ref_token_log_probs"):
+        drawn = getattr(trained.rollouts[0], name).sum(-1)
+        assert (drawn[:, None] - known).abs().min(-1).values.max() < 1e-4
+    again = logged(trained, "gdc/ratio_ess" if kind == "gdc" else "ppo/approx_kl")
+    assert again == pytest.approx([float(kind == "gdc")] * 2, abs=1e-4)

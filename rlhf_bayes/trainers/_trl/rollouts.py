@@ -29,6 +29,7 @@ from ...lm import (
     enable_completion_scoring,
     kept_trainable,
     raw_generation_config,
+    remove_dropout,
     scatter,
     score_completions,
     token_log_probs_and_exact_kl,
@@ -86,6 +87,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             )
         self.reference = Reference.of(self.model, ref_model, loaded_from=model if isinstance(model, str) else None)
         enable_completion_scoring(self.model)
+        remove_dropout(self.model)
         if self.reference.module is not None:
             self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
         self.ref_model = self.reference.module
