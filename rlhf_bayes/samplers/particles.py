@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..posterior import Posterior
 
 
+MIN_EFFECTIVE_PARTICLES = 5
+"""Below, error bars are not to be believed. On the enumerable toy they held down to some 3."""
+
+
 @dataclass(frozen=True)
 class ParticleRun:
     """n particles of each of P prompts, all written; fp64, on the CPU."""

@@ -9,10 +9,10 @@ from rich.progress import track
 from scipy.stats import t
 
 from ..lm import LanguageModel, Prompt, generator_on
-from ..numerics import MIN_IMPORTANCE_ESS, importance_ess
+from ..numerics import importance_ess
 from .draws import Draws, Guarantee, LogZ
 from .guided import StepwiseProposal
-from .particles import ParticleRun, Particles
+from .particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
 from .scored import check_supported, checked_request
 from .values import Value, rows_of
 
@@ -85,8 +85,8 @@ class SMC:
         `batch_size` holds, at least one.
 
         The interval on log Z comes from this one run ([`ParticleRun.interval`]), so it is an estimate too: it wants a
-        value that does not miss the posterior. `trustworthy` tells whether at least 10 particles count for Z, which is
-        as much as to say that its relative variance is at most 0.1. [`SMC.sandwich`] gives bounds that need neither.
+        value that does not miss the posterior. `trustworthy` tells whether at least 5 particles count for Z, which is
+        as much as to say that its relative variance is below 0.2. [`SMC.sandwich`] gives bounds that need neither.
 
         `info`: `importance_ess` of the final weights, `effective_particles` of Z, `trustworthy`, `resamplings`,
         `ancestors` left at the end (each a list of P);
@@ -110,7 +110,7 @@ class SMC:
             info={
                 "importance_ess": ess.tolist(),
                 "effective_particles": run.effective_particles.tolist(),
-                "trustworthy": (run.effective_particles >= MIN_IMPORTANCE_ESS).tolist(),
+                "trustworthy": (run.effective_particles >= MIN_EFFECTIVE_PARTICLES).tolist(),
                 "resamplings": run.resamplings.tolist(),
                 "ancestors": [len(set(row)) for row in run.ancestor.tolist()],
                 "ancestor": run.ancestor.flatten().tolist(),

@@ -179,6 +179,12 @@ def test_refusals(toy, changes, message):
         evaluate(prior, prior.tilt(toy_reward, 0.5), **{"prompts": toy.prompts, "n": 2} | changes)
 
 
+def test_a_bare_model_is_no_policy(toy):
+    posterior = language_model(toy, toy.model).tilt(toy_reward, 0.5)
+    with pytest.raises(TypeError, match="`policy` must have the methods .*, got LlamaForCausalLM"):
+        evaluate(toy.model, posterior, toy.prompts, 2)
+
+
 def test_policies_of_another_support_and_draws_of_other_prompts(toy):
     prior = language_model(toy, toy.model)
     posterior = prior.tilt(toy_reward, 0.5)

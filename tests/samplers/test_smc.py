@@ -128,9 +128,9 @@ def test_error_bars_are_too_long_rather_than_too_short_where_the_value_misses_th
     estimate = expectation(draws, toy_reward(draws.prompts, draws.texts, draws.completion_ids))
     truth = (toy.log_posterior().exp() * toy.rewards).sum(1).double().repeat_interleave(runs)
     covered = ((estimate.mean - truth).abs() < 1.96 * estimate.standard_error).double().mean()
-    # less is claimed of these: the draws are said not to be trustworthy
+    # less is claimed of these: most of the draws are said not to be trustworthy
     assert covered > 0.85, f"{covered:.3f} for E[r]"
-    assert sum(draws.info["trustworthy"]) < 0.05 * len(prompts)
+    assert sum(draws.info["trustworthy"]) < 0.5 * len(prompts)
 
 
 def test_particles_that_count(toy):
@@ -141,7 +141,7 @@ def test_particles_that_count(toy):
     variance = (50 / ess - 1) / 49  # relative, of the mean of 50 weights
     expected = 1 / (variance + 1 / 50)
     assert_close(torch.tensor(draws.info["effective_particles"], dtype=torch.float64), expected, rtol=1e-6, atol=1e-6)
-    assert draws.info["trustworthy"] == (expected >= 10).tolist()
+    assert draws.info["trustworthy"] == (expected >= 5).tolist()
     half = 1.959964 * variance.sqrt()
     assert_close(draws.log_z.low, draws.log_z.log_z - half, rtol=1e-5, atol=1e-5)
     assert_close(draws.log_z.high, draws.log_z.log_z + half + 2 * variance, rtol=1e-5, atol=1e-5)
