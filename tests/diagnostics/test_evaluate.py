@@ -181,7 +181,7 @@ def test_refusals(toy, changes, message):
 
 def test_a_bare_model_is_no_policy(toy):
     posterior = language_model(toy, toy.model).tilt(toy_reward, 0.5)
-    with pytest.raises(TypeError, match="`policy` must have the methods .*, got LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"`policy` must have the methods .*, got LlamaForCausalLM"):
         evaluate(toy.model, posterior, toy.prompts, 2)
 
 
