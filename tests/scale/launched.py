@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from rlhf_bayes import LanguageModel
 from rlhf_bayes.diagnostics import PosteriorCallback
+from rlhf_bayes.lm import head
 from rlhf_bayes.testing import toy_reward
 
 torch.set_num_threads(1)
@@ -76,11 +77,14 @@ def run_recipes(folder: Path) -> None:
 def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> None:
     if zero_stage:
         without_compiling()
+    # two tokens at a time: one process has more chunks of the vocabulary than the other
+    usual, head.MAX_CHUNK_ELEMENTS = head.MAX_CHUNK_ELEMENTS, 2 * trainings.TOY.vocab_size
     for training in trainings.TRAININGS:
         trainer = trainings.run(training, models, folder / training, num_processes=2)
         check_launch(trainer, distributed_type, zero_stage)
         if training == "ppo":
             criticise(trainer, folder / training)
+    head.MAX_CHUNK_ELEMENTS = usual
     run_recipes(folder)
 
 
