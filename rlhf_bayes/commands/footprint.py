@@ -8,11 +8,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..lm.head import MAX_CHUNK_ELEMENTS
+from ..lm.head import chunk_rows
 
 FLOAT = 4  # bytes
-# (rows, V) tensors in fp32 at once: logits, log-softmax and their gradients; two models' with entropy and KL
-_TRAINED_CHUNKS, _SCORED_CHUNKS = 4.0, 5.25
+# (rows, V) tensors in fp32 at once: log-softmax, and its two gradients or, in scoring, the reference's and p
+_CHUNKS = 3.0
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
     text = config.get_text_config()
     length = run.prompt_length + run.completion_length
     rows = run.batch_size * run.completion_length
-    chunk = min(rows, max(1, MAX_CHUNK_ELEMENTS // text.vocab_size)) * text.vocab_size * FLOAT
+    chunk = min(rows, chunk_rows(text.vocab_size, text.hidden_size)) * text.vocab_size * FLOAT
     states = rows * text.hidden_size * FLOAT
 
     kept = saved_for_backward(lm, run.batch_size, length, run.gradient_checkpointing)
@@ -174,14 +174,15 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
     cache = 2 * run.batch_size * length * heads * width * run.dtype.itemsize  # of a layer
     return {
         "generation": cache * (text.num_hidden_layers + 1.0),  # the layer that grows is copied
-        "scoring": layer + 2 * states + _SCORED_CHUNKS * chunk,
-        "training": kept + 2 * states + _TRAINED_CHUNKS * chunk,
+        "scoring": layer + 2 * states + _CHUNKS * chunk,
+        "training": kept + 2 * states + _CHUNKS * chunk,
     }
 
 
 def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_checkpointing: bool) -> float:
     """Bytes that a forward pass of the trunk of a causal LM on the meta device keeps for its backward pass."""
     model: Any = lm
+    odd = length | 1  # sizes of a model are even: none is taken for a length
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -191,21 +192,21 @@ def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_che
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         # without a device, attention keeps its (T, T) weights; the kernels of a device do not
-        if storage._cdata not in weights and tuple(tensor.shape[-2:]) != (length, length):
+        if storage._cdata not in weights and tuple(tensor.shape[-2:]) != (odd, odd):
             kept[storage._cdata] = storage
         return tensor
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.base_model(
-            inputs_embeds=torch.zeros(batch_size, length, _width(model), dtype=model.dtype).requires_grad_(),
+            inputs_embeds=torch.zeros(batch_size, odd, _width(model), dtype=model.dtype).requires_grad_(),
             # a mask that is whole, since one of padding would be looked into
-            attention_mask=torch.ones(batch_size, 1, length, length, dtype=torch.bool),
-            position_ids=torch.zeros(batch_size, length, dtype=torch.long),
+            attention_mask=torch.ones(batch_size, 1, odd, odd, dtype=torch.bool),
+            position_ids=torch.zeros(batch_size, odd, dtype=torch.long),
             use_cache=False,
         )
     if gradient_checkpointing:
         model.gradient_checkpointing_disable()
-    return float(sum(storage.nbytes() for storage in kept.values()))
+    return sum(storage.nbytes() for storage in kept.values()) * length / odd
 
 
 def _width(model: Any) -> int:

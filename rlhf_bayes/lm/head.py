@@ -1,17 +1,21 @@
 """From hidden states to token log-probabilities, entropies and exact KLs, without a (B, T, V) tensor."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..numerics import exact_token_kl
-
-# 2**25 fp32 logits are 128 MiB: enough rows to keep a GPU busy, and independent of batch, length and vocabulary
-MAX_CHUNK_ELEMENTS = 2**25
+# 2**22 fp32 logits are 16 MiB, whatever the batch, length and vocabulary
+MAX_CHUNK_ELEMENTS = 2**22
+# with fewer rows than this share of H, a device would read the head's weights for longer than it computes; such a
+# chunk is an eighth of these weights in bf16
+_MIN_ROWS_OF_HIDDEN = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,16 @@ class LMHead:
             temperature=temperature,
         )
 
+    @property
+    def frozen(self) -> bool:
+        """Whether no weight of the projection learns."""
+        return not any(weight.requires_grad for weight in self.projection.parameters())
+
+    @property
+    def parted(self) -> bool:
+        """Whether ZeRO-3 keeps a part of the weights in each process."""
+        return any(hasattr(weight, "ds_id") for weight in self.projection.parameters())
+
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """Normalised token log-probabilities, fp32: (N, H) to (N, V), nats."""
         logits = self.projection(hidden).float()
@@ -79,8 +93,7 @@ def token_log_probs_and_entropy(hidden: Tensor, targets: Tensor, head: LMHead) -
     """
     log π(target | prefix) and the entropy of π(· | prefix), both in nats, from hidden states in chunks.
 
-    The log-probability carries a gradient (each chunk is recomputed in the backward pass when there is more than one);
-    the entropy never does.
+    The log-probability carries a gradient, the entropy never does.
 
     Args:
         hidden (`Tensor` (N, H)):
@@ -93,14 +106,44 @@ def token_log_probs_and_entropy(hidden: Tensor, targets: Tensor, head: LMHead) -
     Returns:
         Token log-probabilities (N,) and entropies (N,), fp32.
     """
+    # ZeRO-3 does not expect a backward pass within the forward
+    if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and not head.parted:
+        return _UnderFrozenHead.apply(hidden, targets, head)
+    return _in_chunks(partial(_log_probs_and_entropy, head), head, hidden, targets)
 
-    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = head.log_softmax(hidden)  # (n, V)
-        with torch.no_grad():
-            entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)  # (n,)
-        return log_p.gather(-1, targets[:, None]).squeeze(-1), entropy
 
-    return _in_chunks(chunk, head, hidden, targets)
+def _log_probs_and_entropy(head: LMHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = head.log_softmax(hidden)  # (n, V)
+    log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        return log_probs, -_dot(log_p, log_p.exp())
+
+
+class _UnderFrozenHead(torch.autograd.Function):
+    """
+    The same where the gradient ends at the hidden states: ∂ log π(target_i) / ∂ h_i, as large as h, is found while the
+    chunk is at hand, so that no logits are kept for the backward pass, nor made again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
+        def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                log_probs, entropy = _log_probs_and_entropy(head, hidden, targets)
+                (slopes,) = torch.autograd.grad(log_probs.sum(), hidden)
+            return log_probs.detach(), entropy, slopes
+
+        log_probs, entropy, slopes = _in_chunks(chunk, head, hidden, targets)
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropy)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return (gradient[:, None] * slopes).to(slopes.dtype), None, None
 
 
 def token_log_probs_and_exact_kl(
@@ -126,26 +169,43 @@ def token_log_probs_and_exact_kl(
 
     def chunk(hidden: Tensor, ref_hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         log_p, log_q = head.log_softmax(hidden), ref_head.log_softmax(ref_hidden)  # (n, V)
-        entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)
-        index = targets[:, None]
-        return (
-            log_p.gather(-1, index).squeeze(-1),
-            log_q.gather(-1, index).squeeze(-1),
-            entropy,
-            exact_token_kl(log_p, log_q),
-        )
+        log_probs, ref_log_probs = (column.gather(-1, targets[:, None]).squeeze(-1) for column in (log_p, log_q))
+        p = log_p.exp()
+        kl = -_dot(p, log_q.sub_(log_p))
+        return log_probs, ref_log_probs, -_dot(log_p, p), kl
 
     with torch.no_grad():
         return _in_chunks(chunk, head, hidden, ref_hidden, targets)
 
 
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, with 0 · inf = 0: (n, V) twice to (n,). Overwrites `b`, so that no third (n, V) is made."""
+    return b.mul_(a).nansum(-1)
+
+
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], head: LMHead, *tensors: Tensor) -> tuple[Tensor, ...]:
-    rows = max(1, MAX_CHUNK_ELEMENTS // head.vocab_size)
-    if len(tensors[0]) <= rows:
+    num_chunks = _num_chunks(head, tensors[0])
+    if num_chunks == 1:
         return function(*tensors)
     recompute = torch.is_grad_enabled()
     parts = [
         checkpoint(function, *chunk, use_reentrant=False) if recompute else function(*chunk)
-        for chunk in zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        for chunk in zip(*(tensor.tensor_split(num_chunks) for tensor in tensors), strict=True)
     ]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _num_chunks(head: LMHead, hidden: Tensor) -> int:
+    tokens, hidden_size = hidden.shape
+    num_chunks = max(1, math.ceil(tokens / chunk_rows(head.vocab_size, hidden_size)))
+    if head.parted:
+        # at each use the processes put the weights together: one with fewer tokens must use them as often
+        most = torch.tensor(num_chunks, device=hidden.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        num_chunks = int(most)
+    return num_chunks
+
+
+def chunk_rows(vocab_size: int, hidden_size: int) -> int:
+    """Rows of logits that are made at once."""
+    return max(1, MAX_CHUNK_ELEMENTS // vocab_size, int(hidden_size * _MIN_ROWS_OF_HIDDEN))

@@ -12,7 +12,7 @@ from rlhf_bayes.testing import EnumerableLM
 
 from ..trainers.training import QUIET, prompts_of
 
-BATCH, LENGTH = 3, 20
+BATCH = 3
 
 
 def llama(device, lora):
@@ -24,9 +24,10 @@ def llama(device, lora):
     return model
 
 
+@pytest.mark.parametrize("length", [20, "head_dim", "hidden_size"])
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_what_is_kept_for_the_backward_pass_is_what_a_forward_pass_keeps(lora, checkpointing):
+def test_what_is_kept_for_the_backward_pass_is_what_a_forward_pass_keeps(lora, checkpointing, length):
     model = llama("cpu", lora)
     lm = model.get_base_model() if lora else model
     if checkpointing:
@@ -40,14 +41,15 @@ def test_what_is_kept_for_the_backward_pass_is_what_a_forward_pass_keeps(lora, c
             kept[storage.data_ptr()] = storage
         return tensor
 
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    length = length if isinstance(length, int) else getattr(model.config, length)
+    ids = torch.zeros(BATCH, length, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         embeds = lm.get_input_embeddings()(ids).detach().requires_grad_()
         output = lm.base_model(inputs_embeds=embeds, attention_mask=torch.ones_like(ids), use_cache=False)
-    assert output.last_hidden_state.shape[1] == LENGTH
+    assert output.last_hidden_state.shape[1] == length
     found = sum(storage.nbytes() for storage in kept.values())
     meta = llama("meta", lora)
-    expected = saved_for_backward(meta.get_base_model() if lora else meta, BATCH, LENGTH, checkpointing)
+    expected = saved_for_backward(meta.get_base_model() if lora else meta, BATCH, length, checkpointing)
     assert found == pytest.approx(expected, rel=0.03)
 
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 from scipy.stats import entropy as scipy_entropy
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_bayes.lm import LMHead, head, token_log_probs_and_entropy, token_log_probs_and_exact_kl
@@ -18,9 +21,9 @@ def states(seed=0, requires_grad=False):
     return torch.randn(N, H, generator=torch.Generator().manual_seed(seed)).requires_grad_(requires_grad)
 
 
-def projection(seed=0):
+def projection(seed=0, bias=False):
     torch.manual_seed(seed)
-    return nn.Linear(H, V, bias=False)
+    return nn.Linear(H, V, bias=bias)
 
 
 TARGETS = torch.tensor([0, 3, 17, 5, 5, 9, 1])
@@ -86,21 +89,41 @@ def test_a_token_of_probability_zero_leaves_entropy_and_kl_finite():
     assert_close(kls, torch.zeros(N))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 7])
-def test_chunks_change_neither_values_nor_gradients(rows, monkeypatch):
+def test_chunks_change_neither_values_nor_gradients(rows, frozen, monkeypatch):
     results = []
     for elements in (head.MAX_CHUNK_ELEMENTS, rows * V):
         monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", elements)
-        weight, hidden = projection(), states(requires_grad=True)
+        weight, hidden = projection().requires_grad_(not frozen), states(requires_grad=True)
         log_probs, entropies = token_log_probs_and_entropy(hidden, TARGETS, LMHead(weight, V))
         (log_probs * torch.arange(1.0, N + 1)).sum().backward()
         kls = token_log_probs_and_exact_kl(hidden, LMHead(weight, V), states(1), LMHead(projection(1), V), TARGETS)
-        results.append((log_probs.detach(), entropies, hidden.grad, weight.weight.grad, *kls))
+        gradients = [hidden.grad] if frozen else [hidden.grad, weight.weight.grad]
+        results.append((log_probs.detach(), entropies, *gradients, *kls))
     for plain, chunked in zip(*results, strict=True):
         assert_close(chunked, plain)
 
 
-def test_the_whole_vocabulary_is_held_for_a_chunk_only(monkeypatch):
+@pytest.mark.parametrize("rows", [2, N])
+def test_the_gradient_under_a_frozen_head_is_that_of_a_plain_cross_entropy(rows, monkeypatch):
+    monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", rows * V)
+    weight, weights = projection(bias=True), torch.arange(-3.0, N - 3)
+    ours, theirs = states(requires_grad=True), states(requires_grad=True)
+    logits = 1.5 * torch.tanh(2.0 * weight(theirs) / 1.5) / 0.5
+    (weights * -nn.functional.cross_entropy(logits, TARGETS, reduction="none")).sum().backward()
+    lm_head = LMHead(weight.requires_grad_(False), V, scale=2.0, softcap=1.5, temperature=0.5)
+    log_probs, entropies = token_log_probs_and_entropy(ours, TARGETS, lm_head)
+    loss = (weights * log_probs).sum()
+    loss.backward(retain_graph=True)
+    assert_close(ours.grad, theirs.grad)
+    loss.backward()
+    assert_close(ours.grad, 2 * theirs.grad)
+    assert not entropies.requires_grad
+
+
+@pytest.mark.parametrize(("frozen", "passes"), [(True, 1), (False, 2)])
+def test_the_whole_vocabulary_is_held_for_a_chunk_only(frozen, passes, monkeypatch):
     monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", 2 * V)
     seen = []
 
@@ -109,10 +132,66 @@ def test_the_whole_vocabulary_is_held_for_a_chunk_only(monkeypatch):
             seen.append(len(hidden))
             return super().forward(hidden)
 
-    log_probs, _ = token_log_probs_and_entropy(states(requires_grad=True), TARGETS, LMHead(Recording(H, V), V))
+    lm_head = LMHead(Recording(H, V).requires_grad_(not frozen), V)
+    log_probs, _ = token_log_probs_and_entropy(states(requires_grad=True), TARGETS, lm_head)
     assert seen == [2, 2, 2, 1]
     log_probs.sum().backward()
-    assert sorted(seen) == sorted([2, 2, 2, 1] * 2)  # recomputed, not kept
+    assert sorted(seen) == sorted([2, 2, 2, 1] * passes)  # a head that learns is run again: nothing is kept
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the tensors made within, but for those as large as the weights, and the most that was alive at once."""
+
+    def __init__(self, weight_size):
+        super().__init__()
+        self.weight_size, self.made, self.peak = weight_size, {}, 0
+
+    def alive(self):
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known | self.made.keys() and storage.nbytes() != self.weight_size:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.alive())
+        return result
+
+
+@pytest.mark.parametrize("path", ["no gradient", "frozen head", "trained head", "exact KL"])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(path, monkeypatch):
+    rows, vocabulary = 4, 600
+    monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", rows * vocabulary)
+    chunk = 4 * rows * vocabulary
+    ours, other = (nn.Linear(H, vocabulary).requires_grad_(path == "trained head") for _ in range(2))
+    peaks = []
+    for tokens in (2 * rows, 16 * rows):
+        hidden, targets = torch.randn(tokens, H, requires_grad=True), torch.zeros(tokens, dtype=torch.long)
+        of_states = 4 * tokens * H
+        with Allocations(4 * vocabulary * H) as allocations, torch.set_grad_enabled(path.endswith("head")):
+            if path == "exact KL":
+                columns = token_log_probs_and_exact_kl(
+                    hidden, LMHead(ours, vocabulary), hidden.clone(), LMHead(other, vocabulary), targets
+                )
+            else:
+                columns = token_log_probs_and_entropy(hidden, targets, LMHead(ours, vocabulary))
+            assert allocations.alive() <= 2 * of_states  # kept for the backward pass, the columns included
+            if path.endswith("head"):
+                columns[0].sum().backward()
+        assert max(size for _, size in allocations.made.values() if size != of_states) == chunk
+        peaks.append(allocations.peak)
+    assert peaks[0] <= 3.5 * chunk
+    # what is left grows with the hidden states: their gradient, whole and in parts
+    assert peaks[1] - peaks[0] <= 3 * 4 * (16 - 2) * rows * H
+
+
+@pytest.mark.parametrize(("vocabulary", "hidden", "rows"), [(8192, 512, 512), (151936, 1024, 64), (2**23, 8, 1)])
+def test_a_chunk_is_4_million_logits_or_an_eighth_of_the_heads_weights(vocabulary, hidden, rows):
+    assert head.chunk_rows(vocabulary, hidden) == rows
+    in_half_precision = 2 * vocabulary * hidden
+    assert rows == 1 or 4 * rows * vocabulary <= max(2**24, in_half_precision / 8)
 
 
 def test_half_precision_is_summed_in_full():

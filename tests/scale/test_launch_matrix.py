@@ -22,7 +22,11 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .trainings import TRAININGS, resume, run, save_models, saved_weights, trainer_of
+from rlhf_bayes import LanguageModel
+from rlhf_bayes.diagnostics import evaluate
+from rlhf_bayes.testing import toy_reward
+
+from .trainings import TOY, TRAININGS, resume, run, save_models, saved_weights, trainer_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SCRIPT = Path(__file__).with_name("launched.py")
@@ -166,9 +170,31 @@ def test_what_is_saved_is_read_by_others(workplace, engine):
 
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_the_callback_tells_all_processes_what_one_would_find(workplace, engine):
+    folder = launched(workplace, engine) / "ppo"
+    said = [json.loads((folder / f"criticism-{rank}.json").read_text()) for rank in range(2)]
+    if engine == "zero3":
+        assert all("must hold whole weights on each process" in each["works"] for each in said)
+        return
+    assert said[0]["works"] == said[1]["works"]
+    assert said[0]["fails"] == "OSError: the reward is out"
+    assert said[1]["fails"] == "RuntimeError: PosteriorCallback failed on the main process: OSError: the reward is out"
+    trained = AutoModelForCausalLM.from_pretrained(folder / "final")
+    prior, policy = (LanguageModel(m, TOY.tokenizer, TOY.max_completion_length) for m in (TOY.model, trained))
+    seeded = torch.Generator().manual_seed(0)
+    found = evaluate(policy, prior.tilt(toy_reward, TOY.beta), TOY.prompts, 40, seeded)
+    for name in ("elbo", "kl_to_prior", "reward"):
+        expected = getattr(found.policy, name)
+        assert said[0]["works"][f"eval_posterior_fit/{name}"] == pytest.approx(expected.mean, abs=1e-4)
+    exact = TOY.reverse_kl(trained).mean().item()
+    assert abs(found.policy.gap.mean - exact) < 5 * found.policy.gap.draws_standard_error
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
 def test_recipes_end_well(workplace, engine):
     folder = launched(workplace, engine) / "recipes"
-    assert {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo"))
+    left = {"trainer_state.json", "evaluation.json", "sampling.json", "draws.jsonl", "prior.jsonl"}
+    assert left | {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo"))
     assert {"adapter_model.safetensors", "critic"} <= set(os.listdir(folder / "ppo-lora"))
     assert {"model.safetensors", "curves.png"} <= set(os.listdir(folder / "gdc"))
     assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "reward"))

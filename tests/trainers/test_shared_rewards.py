@@ -98,6 +98,24 @@ def test_training_is_that_with_a_model_of_its_own(toy, tmp_path, base):
     assert {name for name in one if name not in names} == {name for name in one if ".rlhf_bayes_reward1_" in name}
 
 
+def test_gradient_checkpointing_changes_no_role(toy, tmp_path, base):
+    folder = saved_reward(toy, base, tmp_path / "reward", "lora")
+    trained = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # older releases of TRL do not seed before they make an adapter
+        options = {"max_steps": 3, "learning_rate": 1.0, "critic": "separate", "gradient_checkpointing": checkpointing}
+        made = make(toy, tmp_path, base, folder, **options)
+        made.train()
+        trained.append(made)
+    assert [made.model.is_gradient_checkpointing for made in trained] == [False, True]
+    for plain, ours in zip(*(made.rollouts for made in trained), strict=True):
+        for name in ("rewards_per_func", "ref_token_log_probs", "token_log_probs", "values"):
+            assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
+    moved = (plain.token_log_probs - plain.ref_token_log_probs).abs().max()
+    assert moved > 1e-2  # the reference is not the policy
+    assert_close(*(weights(made.model) for made in trained[::-1]), rtol=1e-4, atol=1e-5)
+
+
 def test_there_is_one_base(toy, tmp_path, base):
     made = make(toy, tmp_path, base, saved_reward(toy, base, tmp_path / "reward", "lora"))
     classifier = shared(made)._members.classifier.model
