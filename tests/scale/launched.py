@@ -26,9 +26,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--disable_tqdm", "true"]
 ROLLOUTS = [*SMALL, "--num_generations", "4", "--max_completion_length", "8"]
+REPORT = ["--report_prompts", "2", "--report_samples", "8"]
 RECIPES = {
-    "recipes/ppo_klrl.py": [*ROLLOUTS, "--report_prompts", "2", "--report_samples", "8"],
-    "reward_models/train.py": [*SMALL, "--num_members", "2"],
+    "ppo": ("recipes/ppo_klrl.py", *ROLLOUTS, *REPORT),
+    "ppo-lora": ("recipes/ppo_klrl.py", *ROLLOUTS, "--report_prompts", "0", "--use_peft"),
+    "gdc": ("recipes/gdc_dpg.py", *ROLLOUTS, *REPORT, "--words", "a,the=0.5", "--fit_samples", "16"),
+    "reward": ("reward_models/train.py", *SMALL, "--num_members", "2"),
 }
 
 
@@ -69,8 +72,8 @@ def criticise(trainer: Trainer, folder: Path) -> None:
 def run_recipes(folder: Path) -> None:
     # each would take the group of processes down, and the next one needs it
     Accelerator.end_training = lambda self, *args: None
-    for script, flags in RECIPES.items():
-        sys.argv = [script, *flags, "--output_dir", str(folder / Path(script).stem)]
+    for name, (script, *flags) in RECIPES.items():
+        sys.argv = [script, *flags, "--output_dir", str(folder / name)]
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
@@ -84,8 +87,11 @@ def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> 
         check_launch(trainer, distributed_type, zero_stage)
         if training == "ppo":
             criticise(trainer, folder / training)
+    found = trainings.run_ragged(models, folder / "ragged", num_processes=2)
+    if trainer.accelerator.is_main_process:
+        (folder / "ragged.json").write_text(json.dumps(found))
     head.MAX_CHUNK_ELEMENTS = usual
-    run_recipes(folder)
+    run_recipes(folder / "recipes")
 
 
 if __name__ == "__main__":
