@@ -32,8 +32,9 @@ from peft import LoraConfig, get_peft_model
 from quiet import quiet
 from rich.console import Console
 from rich.table import Table
-from speed_worker import Shape, build_model, build_prompts, build_tokenizer, resident_mib
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from speed_worker import Shape, build_model, build_prompts, resident_mib
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_bayes import PPOConfig, PPOTrainer
@@ -64,6 +65,16 @@ GROWTH = {
 GROWING = replace(BASE, layers=4, hidden=128, batch=8)
 LORA_RANK, STEPS = 16, 2  # the first makes the optimizer's state, the second has it all
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_steps": STEPS}
+
+
+def build_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+    """Of one word, since words take memory that is not the model's; EOS and padding lie outside its vocabulary."""
+    vocabulary = {"w0": 0, "<eos>": shape.vocabulary, "<pad>": shape.vocabulary + 1}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", bos_token="w0", padding_side="left"
+    )
 
 
 def lora_config(task_type: str = "CAUSAL_LM") -> LoraConfig:

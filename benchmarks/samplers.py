@@ -13,6 +13,8 @@ prompts and repetitions; beside them stands what the sampler's own error bars sa
 
 Tokens are all positions that the model was run on, prompts, scoring and padding included. Seconds are of the CPU, and
 include the reward. Best of n has no error bar: it draws from another distribution, and no cost makes that go away.
+GUARD, on a condition of the toy, keeps what a policy draws and the condition allows: its bar is that of its own mean,
+which is not quite the posterior's. PPLM follows a linear forecast of the evidence; backward passes are no tokens here.
 
 Then two questions of speed: what our decoding loop costs beside `generate`, and what SMC gains from writing the
 particles of 8 prompts at once.
@@ -38,53 +40,13 @@ from quiet import quiet
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import norm
-from torch import Tensor
+from sampler_tasks import Task, condition_task, log_z_error_bar, methods_of, model_task, root_mean_square, toy_task
 
-from rlhf_bayes import LanguageModel, Posterior, cli
+from rlhf_bayes import LanguageModel
 from rlhf_bayes import toy as bundled
 from rlhf_bayes.lm import Decoding, base_causal_lm, draw_tokens
 from rlhf_bayes.lm.generation import raw_generation_config
-from rlhf_bayes.samplers import (
-    SMC,
-    BestOfN,
-    Draws,
-    EnumeratedValue,
-    GuidedProposal,
-    ImportanceSampler,
-    MetropolisHastings,
-    PrefixValue,
-    RejectionSampler,
-    Sampler,
-    Value,
-    expectation,
-)
-from rlhf_bayes.testing import EnumerableLM, toy_reward
-
-BEST_OF = 8
-CANDIDATES = 8  # tokens that guided decoding asks the value of, at each step
-
-
-@dataclass(frozen=True)
-class Task:
-    """A posterior whose E[r] and log Z are known, or nearly so."""
-
-    name: str
-    posterior: Posterior
-    beta: float
-    prompts: list[str]
-    values: dict[str, Value]
-    """To guide decoding and SMC."""
-    reward: Tensor
-    """(P,)"""
-    log_z: Tensor
-    """(P,), nats."""
-    known_to: tuple[float, float] = (0.0, 0.0)
-    """Standard error of the two, root mean square over prompts."""
-
-    def rewards_of(self, draws: Draws) -> Tensor:
-        """(B,)"""
-        return self.beta * self.posterior.log_likelihood(draws.prompts, draws.completions, draws.completion_ids)
+from rlhf_bayes.samplers import SMC, Sampler, expectation
 
 
 @dataclass
@@ -127,48 +89,6 @@ def measured(lm: LanguageModel) -> Iterator[Cost]:
         hook.remove()
 
 
-def toy_task() -> Task:
-    toy = EnumerableLM()
-    prior = LanguageModel(toy.model, toy.tokenizer, toy.max_completion_length, batch_size=1024)
-    # the range of the reward: it clips nothing, and tells rejection the bound
-    bounds = float(toy.rewards.min()), float(toy.rewards.max())
-    posterior = prior.tilt(toy_reward, toy.beta, reward_clip_range=bounds)
-    soft = EnumeratedValue(toy.prompts, toy.completion_ids, toy.log_prior, toy.log_likelihood)
-    reward = (toy.log_posterior().double().exp() * toy.rewards).sum(-1)
-    values = {"prefix reward": PrefixValue(posterior.likelihood, toy.tokenizer), "soft value": soft}
-    return Task("toy", posterior, toy.beta, toy.prompts, values, reward, toy.log_z().double())
-
-
-def model_task(args: argparse.Namespace) -> Task:
-    prior = LanguageModel(args.model, max_completion_length=args.max_completion_length, batch_size=512)
-    posterior = prior.tilt(cli.load_reward_func(args.reward), args.beta, reward_clip_range=(-1.0, 1.0))
-    generator = torch.Generator().manual_seed(10_000)
-    draws = ImportanceSampler().sample(posterior, args.prompts, args.reference, generator)
-    task = Task(Path(args.model).name, posterior, args.beta, args.prompts, {}, torch.empty(0), torch.empty(0))
-    found = expectation(draws, task.rewards_of(draws))
-    values: dict[str, Value] = {"prefix reward": PrefixValue(posterior.likelihood, prior.tokenizer)}
-    known_to = (root_mean_square(found.standard_error), root_mean_square(log_z_error_bar(draws)))
-    return Task(task.name, posterior, args.beta, args.prompts, values, found.mean, draws.log_z.log_z, known_to)
-
-
-def methods_of(task: Task) -> dict[str, Callable[[int], Sampler]]:
-    """Name to a sampler for n completions a prompt."""
-    prior = task.posterior.prior
-    methods: dict[str, Callable[[int], Sampler]] = {
-        "importance": lambda n: ImportanceSampler(),
-        "rejection": lambda n: RejectionSampler(max_draws=100_000),
-        "quasi-rejection, TV 0.05": lambda n: RejectionSampler(max_tv=0.05, max_draws=100_000),
-        "Metropolis–Hastings, suffix": lambda n: MetropolisHastings(num_chains=min(n // 8, 16), thin=2),
-        "Metropolis–Hastings, independence": lambda n: MetropolisHastings("independence", num_chains=min(n // 8, 16)),
-        f"best of {BEST_OF}": lambda n: BestOfN(BEST_OF),
-    }
-    for name, value in task.values.items():
-        methods[f"SMC, {name}"] = lambda n, value=value: SMC(value)
-        guided = GuidedProposal(prior, value, num_candidates=CANDIDATES)
-        methods[f"importance, guided by {name}"] = lambda n, guided=guided: ImportanceSampler(guided)
-    return methods
-
-
 def measure(task: Task, method: str, sampler: Sampler, n: int, repetitions: int) -> Point:
     """Errors and cost of n completions a prompt."""
     costs, reward_errors, reward_bars, log_z_errors, log_z_bars = [], [], [], [], []
@@ -199,16 +119,6 @@ def measure(task: Task, method: str, sampler: Sampler, n: int, repetitions: int)
         root_mean_square(torch.stack(log_z_errors)) if log_z_errors else None,
         root_mean_square(torch.stack(log_z_bars)) if log_z_bars else None,
     )
-
-
-def log_z_error_bar(draws: Draws) -> Tensor:
-    """(P,): the standard error that an interval on log Z stands for."""
-    assert draws.log_z is not None
-    return (draws.log_z.high - draws.log_z.low) / 2 / float(norm.ppf((1 + draws.log_z.confidence) / 2))
-
-
-def root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
 
 
 def decoding_times(lm: LanguageModel, prompts: Sequence[str], n: int, repetitions: int) -> dict[str, list[float]]:
@@ -265,7 +175,8 @@ def points_table(task: Task, points: Sequence[Point]) -> Table:
     caption = "error: root mean square over prompts and repetitions; bar: what the sampler's own error bars say"
     if task.known_to != (0.0, 0.0):
         caption += f". The truth is known to {task.known_to[0]:.4f} and {task.known_to[1]:.4f} nats"
-    table = Table(title=f"{task.name}: {len(task.prompts)} prompts, β = {task.beta:g}", caption=caption)
+    beta = "" if task.beta is None else f", β = {task.beta:g}"
+    table = Table(title=f"{task.name}: {len(task.prompts)} prompts{beta}", caption=caption)
     table.add_column("sampler")
     for name in ("n", "tokens", "CPU s", r"E\[r] error", "bar", "log Z error", "bar"):
         table.add_column(name, justify="right")
@@ -352,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     quiet()
     console = Console(width=None if sys.stdout.isatty() else 130)
-    tasks = [toy_task(), model_task(args)]
+    tasks = [toy_task(), condition_task(), model_task(args)]
     known = list(dict.fromkeys(name for task in tasks for name in methods_of(task)))
     for name in args.methods or []:
         if name not in known:
@@ -366,16 +277,17 @@ def main(arguments: list[str] | None = None) -> None:
             if args.methods is None or name in args.methods
             for n in args.sizes
         ]
-        repetitions = args.repetitions if task is tasks[0] else math.ceil(args.repetitions / 2)
+        repetitions = math.ceil(args.repetitions / 2) if task is tasks[-1] else args.repetitions
         of_task = [
             measure(task, name, method(n), n, repetitions)
             for name, method, n in track(cells, task.name, transient=True)
         ]
         points += of_task
-        console.print(points_table(task, of_task))
+        if of_task:
+            console.print(points_table(task, of_task))
     plot(tasks, points, args.plot)
 
-    task, (repetitions, n) = tasks[1], args.speed
+    task, (repetitions, n) = tasks[-1], args.speed
     lm = task.posterior.prior
     prompts = (task.prompts * 8)[:8]
     decoding = decoding_times(lm, prompts, n, repetitions)

@@ -29,7 +29,7 @@ from datasets import Dataset
 from rich.console import Console
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel, cli, toy
+from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel, Posterior, cli, toy
 from rlhf_bayes.diagnostics import control_table, plot_control
 from rlhf_bayes.likelihoods import MomentLikelihood
 
@@ -149,7 +149,8 @@ def print_report(
 ) -> None:
     """Prior and trained policy side by side."""
     console, wanted = Console(), {name: moment for name, (_, moment) in constraints.items()}
-    evaluation = cli.evaluate_saved(trainer, args, model_path, lambda prior: likelihood, dataset)
+    evaluation = cli.evaluate_saved(trainer, args, model_path, lambda prior: Posterior(prior, likelihood), dataset)
+    cli.save_evaluation(evaluation, trainer, args, model_path, reward_names=[], moments=wanted)
     cli.print_samples(evaluation, console)
     console.print(control_table(evaluation, wanted, title="Distance to what was asked for"))
     if evaluation.policy.forbidden.mean == 0:  # otherwise KL(π‖π*) is infinite, and there is no more to say of it
@@ -158,6 +159,7 @@ def print_report(
     curves = Path(trainer.args.output_dir) / "curves.png"
     plot_control(trainer.state.log_history, wanted, evaluation.policy.posterior_kl_to_prior, curves)
     console.print(f"Model in {trainer.args.output_dir}, curves in {curves}.")
+    console.print(f"A page on all of it: rlhf-bayes report {trainer.args.output_dir}", highlight=False)
 
 
 if __name__ == "__main__":

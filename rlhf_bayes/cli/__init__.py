@@ -10,6 +10,7 @@ from .recipe import (
     parse_flags,
     print_samples,
     reward_report,
+    save_evaluation,
     train_and_report,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "print_samples",
     "prompts_of_pairs",
     "reward_report",
+    "save_evaluation",
     "train_and_report",
 ]

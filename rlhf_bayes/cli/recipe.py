@@ -1,7 +1,7 @@
 """What the recipes have in common: flags, prompts, a training run, and what was drawn before and after it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,18 @@ from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, RLOOConfig, TrlParser
 
 from .. import toy
-from ..diagnostics import Evaluation, PosteriorProgress, evaluate, fit_table, plot_history, samples_table
-from ..likelihoods import Likelihood
+from ..diagnostics import (
+    Evaluation,
+    PosteriorProgress,
+    ScoredDraws,
+    evaluate,
+    fit_table,
+    plot_history,
+    samples_table,
+)
 from ..lm import LanguageModel
 from ..posterior import Posterior
+from ..report import betas_around, what_if_of, write_sampling
 from .data import load_prompts
 from .named import load_language_model
 
@@ -99,6 +107,7 @@ def train_and_report(trainer: Trainer, report: Callable[[], None] | None) -> Non
     trainer.add_callback(PosteriorProgress())
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # the log, which the report reads, though no checkpoint was due
     if report is not None and trainer.is_world_process_zero():
         report()
     trainer.accelerator.wait_for_everyone()
@@ -109,7 +118,7 @@ def evaluate_saved(
     trainer: Trainer,
     args: PromptArguments,
     model_path: str,
-    evidence: Callable[[LanguageModel], Likelihood],
+    posterior_of: Callable[[LanguageModel], Posterior],
     dataset: Dataset,
 ) -> Evaluation:
     """
@@ -122,8 +131,8 @@ def evaluate_saved(
             How many of what.
         model_path (`str`):
             Of the prior.
-        evidence (`Callable`):
-            From the prior to the likelihood.
+        posterior_of (`Callable`):
+            From the prior to the posterior.
         dataset (`Dataset`):
             Prompts, and the columns that rewards ask for.
     """
@@ -136,13 +145,57 @@ def evaluate_saved(
     chosen = dataset.select(range(min(args.report_prompts, len(dataset))))
     return evaluate(
         policy,
-        Posterior(prior, evidence(prior)),
+        posterior_of(prior),
         list(chosen["prompt"]),
         args.report_samples,
         torch.Generator().manual_seed(training_args.seed),
         {name: chosen[name] for name in chosen.column_names if name != "prompt"},
         show_progress=True,
     )
+
+
+def save_evaluation(
+    evaluation: Evaluation,
+    trainer: Trainer,
+    args: PromptArguments,
+    model_path: str,
+    reward_scale: float | None = None,
+    **known: Any,
+) -> None:
+    """
+    Leave what `rlhf-bayes report` shows of a run beside its model, from the draws of its evaluation: completions
+    before and after, distances to the posterior, and of a reward the best of n and the posteriors of other β.
+
+    Args:
+        evaluation ([`Evaluation`]):
+            Of the trained policy.
+        trainer, args, model_path:
+            As for [`evaluate_saved`].
+        reward_scale (`float`, *optional*):
+            Units of reward per nat of evidence, where the evidence is a reward.
+        known (`Any`):
+            More of `sampling.json`: see [`~rlhf_bayes.report.write_sampling`].
+    """
+    settings = {name: value for name, value in asdict(args).items() if value not in (None, [])}
+    sampling = {"beta": evaluation.beta, "settings": {"model_name_or_path": model_path, **settings}, **known}
+    if reward_scale is not None:
+        betas = betas_around(evaluation.beta) if evaluation.beta else []
+        sampling |= what_if_of(reward_scale * evaluation.from_prior.log_likelihood, betas)
+    after, before = (_rows(draws, reward_scale) for draws in (evaluation.from_policy, evaluation.from_prior))
+    write_sampling(trainer.args.output_dir, after, sampling, evaluation.as_dict(), before)
+
+
+def _rows(draws: ScoredDraws, reward_scale: float | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": prompt,
+            "completion": text,
+            "reward": None if reward_scale is None else reward_scale * draws.log_likelihood[row, column].item(),
+            "features": {name: values[row, column].item() for name, values in draws.features.items()},
+        }
+        for row, prompt in enumerate(draws.prompts)
+        for column, text in enumerate(draws.texts[row])
+    ]
 
 
 def print_samples(evaluation: Evaluation, console: Console) -> None:
@@ -165,21 +218,22 @@ def reward_report(
     """
     training_args, console, beta = trainer.args, Console(), trainer.beta
 
-    def evidence(prior: LanguageModel) -> Likelihood:
-        posterior = prior.tilt(
+    def posterior_of(prior: LanguageModel) -> Posterior:
+        return prior.tilt(
             reward_funcs,
             beta or 1.0,  # without a posterior (β = 0) the evidence is only read as a reward
             reward_weights=training_args.reward_weights,
             reward_clip_range=training_args.reward_clip_range,
             missing_eos_penalty=getattr(training_args, "missing_eos_penalty", None),
         )
-        return posterior.likelihood
 
-    evaluation = evaluate_saved(trainer, args, model_path, evidence, dataset)
-    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
+    evaluation = evaluate_saved(trainer, args, model_path, posterior_of, dataset)
     title = f"Distance to the posterior π0·exp(r/β)/Z, β = {beta:g}"
     if not beta:
-        fits, title = {name: fit.without_posterior() for name, fit in fits.items()}, "β = 0: no posterior"
+        fits, title = (fit.without_posterior() for fit in (evaluation.prior, evaluation.policy)), "β = 0: no posterior"
+        evaluation = replace(evaluation, beta=None, **dict(zip(("prior", "policy"), fits, strict=True)))
+    save_evaluation(evaluation, trainer, args, model_path, beta or 1.0, reward_names=trainer.reward_func_names)
+    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
     print_samples(evaluation, console)
     console.print(fit_table(fits, title=title))
     if beta:
@@ -188,3 +242,4 @@ def reward_report(
     curves = Path(training_args.output_dir) / "curves.png"
     plot_history(trainer.state.log_history, fits["policy (after)"].log_z, curves)
     console.print(f"Model in {training_args.output_dir}, curves in {curves}.")
+    console.print(f"A page on all of it: rlhf-bayes report {training_args.output_dir}", highlight=False)

@@ -17,7 +17,7 @@ from ..diagnostics import evaluate
 from ..likelihoods import RewardLikelihood
 from ..lm import LanguageModel
 from ..posterior import Posterior
-from ..report import write_report, write_sampling
+from ..report import betas_around, what_if_of, write_report, write_sampling
 from ..rewards.loading import whole_weights
 from ..toy.rewards import sentiment_reward
 from .sampling import (
@@ -27,12 +27,10 @@ from .sampling import (
     checks_table,
     draw_by,
     draw_from_prior,
-    what_if_of,
     what_if_table,
 )
 
 DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
-_WHAT_IF_FACTORS = (8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
 @dataclass
@@ -115,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # the prior: what other β would do
     with console.status(f"The prior: {doing}"):
         from_prior = draw_from_prior(posterior, beta, prompts, args.num_samples, generator, columns)
-    found = {} if beta is None else what_if_of(from_prior, _betas(args))
+    found = {}
+    if from_prior.rewards is not None:
+        found = what_if_of(from_prior.rewards.view(len(prompts), -1), _betas(args))
     if found:
         console.print(what_if_table(found["what_if"], beta))
     folders = [_save(output_dir / "prior", from_prior, {**about, **found})]
@@ -244,4 +244,4 @@ def _device() -> torch.device:
 
 
 def _betas(args: Arguments) -> list[float]:
-    return sorted({args.beta, *(args.what_if_beta or [args.beta * factor for factor in _WHAT_IF_FACTORS])})[::-1]
+    return sorted({args.beta, *(args.what_if_beta or betas_around(args.beta))})[::-1]

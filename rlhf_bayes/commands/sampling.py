@@ -12,7 +12,7 @@ from scipy.stats import chi2, norm
 from torch import Tensor
 
 from ..lm import Prompt
-from ..numerics import MIN_IMPORTANCE_ESS, best_of_n_kl, expected_best_of_n, what_if
+from ..numerics import MIN_IMPORTANCE_ESS
 from ..posterior import Posterior
 from ..samplers import (
     SMC,
@@ -130,21 +130,6 @@ def draw_by(
 ) -> Method:
     """Draws of a sampler, and the posterior's means by them."""
     return _method(name, sampler.sample(posterior, prompts, n, generator, columns), posterior, beta, columns)
-
-
-def what_if_of(method: Method, betas: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
-    """From the prior's draws: the posterior at each β, and the best of n."""
-    assert method.rewards is not None
-    rewards = method.rewards.view(method.draws.num_prompts, -1)  # (P, n)
-    found: dict[str, list[dict[str, Any]]] = {"what_if": [row._asdict() for row in what_if(rewards, betas)]}
-    if bool(rewards.isfinite().all()):  # the best of n is not defined where some may not be taken
-        ns = [2**power for power in range(rewards.size(1).bit_length())]
-        means = expected_best_of_n(rewards, rewards, ns).tolist()
-        found["best_of_n"] = [
-            {"n": n, "kl_to_prior": sum(float(best_of_n_kl(row, n)) for row in rewards) / len(rewards), "reward": mean}
-            for n, mean in zip(ns, means, strict=True)
-        ]
-    return found
 
 
 def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Table:

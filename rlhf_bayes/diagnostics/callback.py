@@ -36,7 +36,8 @@ class PosteriorCallback(TrainerCallback):
     `…_standard_error`. Those that are not trustworthy, or infinite, are left out; `eval_posterior_fit/trustworthy` is
     1 where log Z is to be believed, else 0. They are also in what `trainer.evaluate()` returns, for
     `metric_for_best_model`. Every evaluation uses the same seed, and the prior's completions are drawn once. Training
-    is left as it is, random state included.
+    is left as it is, random state included. Of several processes the main one draws and scores, with the figures that
+    one process would have, and the others wait for them.
 
     PPOTrainer's `eval_posterior/…` are of the same quantities, from the few completions of its own evaluation.
 
@@ -64,6 +65,7 @@ class PosteriorCallback(TrainerCallback):
     Raises:
         ValueError: if there are no prompts, the prior draws other completions than the trainer, or the weights are
             sharded (FSDP, ZeRO-3): then evaluate what was saved.
+        RuntimeError: during an evaluation that fails on the main process, on the others.
     """
 
     def __init__(
@@ -85,17 +87,29 @@ class PosteriorCallback(TrainerCallback):
         self._from_prior: ScoredDraws | None = None
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        logs: list[dict[str, float] | None] = [None]
-        if state.is_world_process_zero:
-            logs[0] = self._evaluate()
-        if args.world_size > 1:
-            # the others wait, and choose the same best model
-            broadcast_object_list(logs)
-        found = logs[0] or {}
+        found = self._on_one_of(args.world_size, state.is_world_process_zero)
         if metrics is not None:
             metrics.update(found)
         # Trainer's own: TRL's would log its completions a second time
         Trainer.log(self.trainer, dict(found))
+
+    def _on_one_of(self, num_processes: int, is_main: bool) -> dict[str, float]:
+        """The metrics by the main process, on all of them: they choose the same best model."""
+        if num_processes == 1:
+            return self._evaluate()
+        outcome: list[dict[str, float] | str | None] = [None]
+        error: Exception | None = None
+        if is_main:
+            try:
+                outcome[0] = self._evaluate()
+            except Exception as raised:  # whatever a reward raises: the others must not wait for what never comes
+                error, outcome[0] = raised, f"{type(raised).__name__}: {raised}"
+        broadcast_object_list(outcome)
+        if error is not None:
+            raise error
+        if not isinstance(outcome[0], dict):
+            raise RuntimeError(f"PosteriorCallback failed on the main process: {outcome[0]}")
+        return outcome[0]
 
     def _evaluate(self) -> dict[str, float]:
         prior, model = self.posterior.prior, self.trainer.accelerator.unwrap_model(self.trainer.model)

@@ -22,6 +22,7 @@ from ..lm import (
 )
 from ..posterior import Posterior
 from ..samplers import Proposal
+from ..samplers.scored import check_prompts, check_proposal
 
 _ROWS_AT_ONCE = 1024  # between two movements of the progress bar
 
@@ -102,6 +103,7 @@ def draw(
     Raises:
         ValueError: if there are no prompts, a column has not one entry a prompt, or the source draws completions of
             another support than the prior's.
+        TypeError: if the source is none, such as a bare model.
     """
     _check(source, posterior, prompts, columns)
     parts: list[tuple[Completions, Tensor, dict[str, Tensor]]] = []
@@ -135,8 +137,8 @@ def draw(
 def _check(
     source: Any, posterior: Posterior, prompts: Sequence[Prompt], columns: Mapping[str, Sequence] | None
 ) -> None:
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"`prompts` must be a list of at least one prompt, got {prompts!r}. Pass a list.")
+    check_proposal("policy", source)
+    check_prompts(prompts)
     for name, values in (columns or {}).items():
         if len(values) != len(prompts):
             raise ValueError(

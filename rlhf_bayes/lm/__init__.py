@@ -32,6 +32,7 @@ from .language_model import (
     eos_token_ids,
     pad_ids,
 )
+from .vllm_model import VLLMLanguageModel
 
 __all__ = [
     "CRITIC",
@@ -46,6 +47,7 @@ __all__ = [
     "Past",
     "PrefixReader",
     "Prompt",
+    "VLLMLanguageModel",
     "active_adapter",
     "as_completion",
     "base_causal_lm",

@@ -10,6 +10,7 @@ from ..numerics import RewardLaw, fit_reward_law
 from .run import Estimate, Run
 
 _PANEL = (5.2, 3.1)
+_MOMENT = "posterior/moments/"
 
 
 def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
@@ -67,6 +68,7 @@ def training_figure(runs: Sequence[Run]) -> Any | None:
     keys = {
         "reward": ("reward", "units of reward"),
         "posterior/kl_to_prior": ("KL to the prior", "nats per sequence"),
+        "posterior/forward_kl": ("KL from the posterior, KL(π*‖π)", "nats per sequence"),
         "entropy": ("entropy", "nats per token"),
         "completions/mean_length": ("length of completions", "tokens"),
     }
@@ -75,11 +77,19 @@ def training_figure(runs: Sequence[Run]) -> Any | None:
 
 
 def moments_figure(runs: Sequence[Run]) -> Any | None:
-    """Each reward or feature over training: its mean, and the target where one was logged. None without data."""
-    names = sorted({key for run in runs for entry in run.history for key in entry if _is_moment(key)})
-    shown = {key: (key.removeprefix("rewards/").removesuffix("/mean"), "mean") for key in names}
+    """Each reward or feature over training: its mean, and dashed the one that it is to have. None without data."""
+    logged = {key for run in runs for entry in run.history for key in entry if _is_moment(key)}
+    names = sorted(key for key in logged if any(run.curve(key)[0] for run in runs))
+    shown = {key: (key.removeprefix("rewards/").removesuffix("/mean").removeprefix(_MOMENT), "mean") for key in names}
     # with a single reward, that is the panel `reward` of the learning curves
-    return _curves_figure(runs, shown) if len(shown) > 1 else None
+    if len(shown) == 1 and not names[0].startswith(_MOMENT):
+        return None
+    figure = _curves_figure(runs, shown)
+    for axes, (title, _) in zip(figure.axes if figure else (), shown.values(), strict=False):
+        for run in runs:
+            if title in run.sampling.get("moments", {}):
+                axes.axhline(run.sampling["moments"][title], color=_color(runs, run.name), linestyle="--", linewidth=1)
+    return figure
 
 
 def diversity_figure(
@@ -235,4 +245,4 @@ def _legend(figure: Any, panels: Sequence[Any], columns: int) -> None:
 
 
 def _is_moment(key: str) -> bool:
-    return (key.startswith("rewards/") and key.endswith("/mean")) or key.startswith("moments/")
+    return (key.startswith("rewards/") and key.endswith("/mean")) or key.startswith(_MOMENT)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .run import DRAWS_FILE, EVALUATION_FILE, SAMPLING_FILE
+from .run import DRAWS_FILE, EVALUATION_FILE, PRIOR_FILE, SAMPLING_FILE
 
 
 def write_sampling(
@@ -14,6 +14,7 @@ def write_sampling(
     rows: Sequence[Mapping[str, Any]],
     sampling: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    prior_rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
     """
     Leave draws in a folder, for `rlhf-bayes report` and for whatever reads JSON lines.
@@ -23,11 +24,15 @@ def write_sampling(
             Made where missing.
         rows (`Sequence[Mapping]`):
             One for each completion: `prompt` and `completion`, texts or chats; `weight`, its share among those of its
-            prompt (default: all alike); `reward`; and what else there is. Numbers that are not finite become null.
+            prompt (default: all alike); `reward`; `features`, numbers by name; and what else there is. Numbers that
+            are not finite become null.
         sampling (`Mapping`, *optional*):
-            `beta`, `reward_names`, `settings`, and rows of `what_if` and `best_of_n`, into `sampling.json`.
+            `beta`, `reward_names`, `settings`, `moments` (the means that features are to have), and rows of `what_if`
+            and `best_of_n`, into `sampling.json`.
         evaluation (`Mapping`, *optional*):
             Numbers, or objects with `mean` and `standard_error` or `low` and `high`, into `evaluation.json`.
+        prior_rows (`Sequence[Mapping]`, *optional*):
+            Completions of the prior, to be shown beside those of `rows`, into `prior.jsonl`.
 
     Returns:
         `Path` of the draws.
@@ -35,9 +40,10 @@ def write_sampling(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     draws = folder / DRAWS_FILE
-    with draws.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
+    for path, lines in ((draws, rows), (folder / PRIOR_FILE, prior_rows)):
+        if lines is not None:
+            texts = (json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in lines)
+            path.write_text("".join(texts), encoding="utf-8")
     for name, content in ((SAMPLING_FILE, sampling), (EVALUATION_FILE, evaluation)):
         if content is not None:
             text = json.dumps(_finite(content), ensure_ascii=False, allow_nan=False, indent=1)

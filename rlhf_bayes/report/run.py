@@ -13,7 +13,10 @@ from .settings import read_settings
 EVALUATION_FILE = "evaluation.json"
 SAMPLING_FILE = "sampling.json"
 DRAWS_FILE = "draws.jsonl"
+PRIOR_FILE = "prior.jsonl"
 _MAX_COMPLETION_FILES = 40
+_NOT_FINITE = "not finite"
+_WHY_NOT_FINITE = "a completion that the posterior forbids has a log density of −∞"
 
 
 @final
@@ -26,7 +29,7 @@ class Sample:
     scores: dict[str, float] = field(default_factory=dict)
     """Rewards by name, in their own units."""
     step: int | None = None
-    """Optimizer step at which it was drawn."""
+    """Optimizer step at which it was drawn; None of what was drawn after training."""
     weight: float = 1.0
     """Share among the completions of its prompt, where they do not count alike."""
 
@@ -46,7 +49,7 @@ class Estimate:
 
     def __str__(self) -> str:
         if not self.trustworthy:
-            return "not trustworthy"
+            return _NOT_FINITE if self.reason == _WHY_NOT_FINITE else "not trustworthy"
         shown = f"{self.value:.2g}" if abs(self.value) < 0.1 else f"{self.value:.2f}"
         if self.low is not None and self.high is not None:
             low, high = (round(end, 2) + 0.0 for end in (self.low, self.high))  # no −0.00
@@ -64,22 +67,22 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     """`log_history` of the trainer."""
     samples: list[Sample] = field(default_factory=list)
+    before: list[Sample] = field(default_factory=list)
+    """Of the prior, from `prior.jsonl`."""
     settings: dict[str, Any] = field(default_factory=dict)
     estimates: dict[str, Estimate] = field(default_factory=dict)
     """Of `evaluation.json`; the name of a nested entry is its path, joined by `/`."""
     verdict: str = ""
     """Of `evaluation.json`, in words."""
     sampling: dict[str, Any] = field(default_factory=dict)
-    """`sampling.json`, which `rlhf-bayes sample` writes."""
+    """`sampling.json`, which the recipes and `rlhf-bayes sample` write."""
 
     @property
     def beta(self) -> float | None:
         """β of the posterior, where it is known and positive."""
-        for source in (self.sampling, self.settings):
-            value = source.get("beta")
-            if isinstance(value, int | float) and value > 0:
-                return float(value)
-        return None
+        # evidence of features has none, whatever the trainer's arguments say
+        value = (self.sampling if "beta" in self.sampling else self.settings).get("beta")
+        return float(value) if isinstance(value, int | float) and value > 0 else None
 
     @property
     def reward_names(self) -> list[str]:
@@ -93,8 +96,10 @@ class Run:
         """
         Steps at which all keys were logged with finite values, and the values of each key. What was logged in
         evaluation only is found too: `eval_…`, or `eval_posterior_fit/…` of
-        [`~rlhf_bayes.diagnostics.PosteriorCallback`].
+        [`~rlhf_bayes.diagnostics.PosteriorCallback`]. Evidence of features, which trainers log as a reward, is none.
         """
+        if self.sampling.get("reward_names") == [] and any(key.startswith("reward") for key in keys):
+            return [], [[] for _ in keys]
         in_evaluation = [f"eval_{key}" for key in keys]
         by_callback = [f"eval_posterior_fit/{key.rpartition('/')[2]}" for key in keys]
         for names in (keys, in_evaluation, by_callback):
@@ -117,7 +122,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
         folders (`Sequence` of `str` or `Path`):
             Output folders of trainers, or of `rlhf-bayes sample`. Read are `trainer_state.json` (there, or in the last
             `checkpoint-*`), `training_args.bin`, `completions/*.parquet` of TRL's `log_completions`,
-            `evaluation.json`, `sampling.json` and `draws.jsonl`, those that exist.
+            `evaluation.json`, `sampling.json`, `draws.jsonl` and `prior.jsonl`, those that exist.
 
     Raises:
         FileNotFoundError: if a folder does not exist.
@@ -149,6 +154,7 @@ def _read_run(folder: Path, name: str) -> Run:
         folder=folder,
         history=[] if state is None else list(_read_json(state).get("log_history", [])),
         samples=_logged_samples(folder / "completions") + _draws(folder / DRAWS_FILE),
+        before=_draws(folder / PRIOR_FILE),
         settings={**(read_settings(args) if args else {}), **sampling.get("settings", {})},
         estimates=estimates_of(evaluation),
         verdict=str(evaluation.get("verdict") or ""),
@@ -179,6 +185,7 @@ def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimat
                 continue
             value, error = _finite(entry.get("mean", entry.get("value"))), _finite(entry.get("standard_error"))
             low, high = _finite(entry.get("low")), _finite(entry.get("high"))
+            trusted = bool(entry.get("trustworthy", True))
             if low is None and value is not None and error is not None:
                 low, high = value - 1.96 * error, value + 1.96 * error
             found[name] = Estimate(
@@ -186,8 +193,8 @@ def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimat
                 low=low,
                 high=high,
                 unit=str(entry.get("unit", "")),
-                trustworthy=bool(entry.get("trustworthy", True)) and value is not None,
-                reason=str(entry.get("reason") or ""),
+                trustworthy=trusted and value is not None,
+                reason=str(entry.get("reason") or (_WHY_NOT_FINITE if trusted and value is None else "")),
             )
     return found
 
@@ -234,11 +241,12 @@ def _draws(path: Path) -> list[Sample]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
+            scores = {"reward": row.get("reward"), **row.get("features", {})}
             samples.append(
                 Sample(
                     text_of(row["prompt"]),
                     text_of(row["completion"]),
-                    {"reward": float(row["reward"])} if _is_number(row.get("reward")) else {},
+                    {name: float(score) for name, score in scores.items() if _is_number(score)},
                     weight=float(row.get("weight", 1.0)),
                 )
             )

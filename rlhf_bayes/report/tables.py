@@ -1,5 +1,6 @@
 """The tables of a report, as HTML. Every cell is escaped."""
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -134,13 +135,23 @@ def what_if_tables(runs: Sequence[Run]) -> str:
 
 
 def samples_tables(runs: Sequence[Run]) -> str:
-    """A row a prompt, a column a run: the last completions that were logged, or draws by their weights."""
-    by_run = {run.name: _by_prompt(run.samples) for run in runs if run.samples}
-    prompts = dict.fromkeys(prompt for of in by_run.values() for prompt in of)
+    """
+    A row a prompt, a column a run, with the prior's beside it where they are known: draws by their weights, or else
+    the last completions that were logged.
+    """
+    columns: list[tuple[str, dict[str, list[Sample]]]] = []
+    shown: list[list[Sample]] = []
+    for run in runs:
+        if run.before and run.before not in shown:  # runs of one seed have drawn the same
+            shown.append(run.before)
+            columns.append(("prior" if len(runs) == 1 else f"prior of {run.name}", _by_prompt(run.before)))
+        if run.samples:
+            columns.append((run.name, _by_prompt(run.samples)))
+    prompts = dict.fromkeys(prompt for _, of in columns for prompt in of)
     # those that most runs answered first; sorted() keeps the order among equals
-    chosen = sorted(prompts, key=lambda prompt: -sum(prompt in of for of in by_run.values()))[:MAX_PROMPTS]
-    rows = [[prompt, *(_Texts(_drawn(of.get(prompt, []))) for of in by_run.values())] for prompt in chosen]
-    return table(["prompt", *by_run], rows, kind="texts")
+    chosen = sorted(prompts, key=lambda prompt: -sum(prompt in of for _, of in columns))[:MAX_PROMPTS]
+    rows = [[prompt, *(_Texts(_drawn(of.get(prompt, []))) for _, of in columns)] for prompt in chosen]
+    return table(["prompt", *(name for name, _ in columns)], rows, kind="texts")
 
 
 def settings_tables(runs: Sequence[Run]) -> str:
@@ -181,9 +192,12 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
     found: dict[str, list[Sample]] = {}
     for sample in samples:
         of = found.setdefault(sample.prompt, [])
-        if of and (of[0].step or 0) < (sample.step or 0):
+        step = math.inf if sample.step is None else sample.step
+        last = math.inf if not of or of[0].step is None else of[0].step
+        if of and last < step:
             of.clear()
-        of.append(sample)
+        if not of or step >= last:
+            of.append(sample)
     return found
 
 

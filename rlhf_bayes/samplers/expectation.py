@@ -25,11 +25,14 @@ def expectation(draws: Draws, values: Sequence[float] | Tensor) -> Expectation:
 
         weighted, or independent rows:    √Σ_i w̄_i²·(f_i − f̄)²
         resampled from N weighted ones:   √(1/n Σ_i w̄_i·(f_i − f̄)² + s²/n),    w̄_i among the N
-        particles of SMC:                 √((n/(n−1))^{m+1}·Σ_a (Σ_{i from a} w̄_i·(f_i − f̄))²), m resamplings, a the
-                                          particle of the start that i comes from; not below the first
+        particles of SMC:                 √((n/(n−1))^{m+1}·Σ_a (Σ_{i from a} w̄_i·(f_i − f̄)/(1 − W_a))²),
+                                          m resamplings, a the particle of the start that i comes from, W_a the
+                                          weight of all that come from a;
+                                          not below σ/√(effective particles)
         chains of Metropolis–Hastings:    s/√ESS,    ESS by the autocorrelation of f
 
-    with w̄ normalised weights and s the standard deviation of f.
+    with w̄ normalised weights, s the standard deviation of f and σ the weighted one. 1 − W_a makes SMC's that of a
+    jackknife over ancestors: without it, and without the floor, intervals are too short where few ancestors are left.
 
     Args:
         draws ([`Draws`]):
@@ -85,7 +88,9 @@ def _of_one_prompt(f: Tensor, weights: Tensor, draws: Draws, prompt: int) -> tup
         error = ((shares + 1 / n) * deviations.square()).mean().sqrt()
     elif "ancestor" in draws.info:
         ancestor = torch.tensor(draws.info["ancestor"])[draws.prompt_index == prompt]
-        error = _particle_error(weights * deviations, ancestor, draws.info["resamplings"][prompt])
+        error = _particle_error(
+            weights, deviations, ancestor, draws.info["resamplings"][prompt], draws.info["effective_particles"][prompt]
+        )
     else:
         error = (weights.square() * deviations.square()).sum().sqrt()
     return float(mean), float(error) if n > 1 else torch.inf
@@ -97,8 +102,16 @@ def _chain_error(chains: Tensor) -> Tensor:  # (C, S)
     return chains.std() / effective_sample_size(chains).sqrt()
 
 
-def _particle_error(shares: Tensor, ancestor: Tensor, resamplings: int) -> Tensor:  # (n,), (n,)
-    n = len(shares)
-    sums = torch.zeros_like(shares).index_add(0, ancestor, shares)  # those that share an ancestor vary together
+def _particle_error(  # (n,), (n,), (n,)
+    weights: Tensor, deviations: Tensor, ancestor: Tensor, resamplings: int, effective_particles: float
+) -> Tensor:
+    n, zeros = len(weights), torch.zeros_like(weights)
+    if bool((deviations[weights > 0] == 0).all()):
+        return zeros.new_zeros(())
+    sums = zeros.index_add(0, ancestor, weights * deviations)  # those that share an ancestor vary together
+    others = 1 - zeros.index_add(0, ancestor, weights)
+    if bool((others < 1e-9).any()):
+        return zeros.new_tensor(torch.inf)  # one ancestor is left: nothing tells how another would have done
     growth = (n / max(n - 1, 1)) ** (resamplings + 1)
-    return torch.maximum(growth * sums.square().sum(), shares.square().sum()).sqrt()
+    floor = (weights * deviations.square()).sum() / effective_particles
+    return torch.maximum(growth * (sums / others).square().sum(), floor).sqrt()

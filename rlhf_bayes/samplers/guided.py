@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..lm import Completions, Decoding, LanguageModel, Prompt, draw_tokens, generator_on, joined
+from .scored import check_count, check_prompts
 from .values import Value, checked_log_value, checked_next_log_values
 
 
@@ -107,8 +108,8 @@ def sample_stepwise(
     proposal: StepwiseProposal, prompts: Sequence[Prompt], n: int, generator: torch.Generator | None
 ) -> Completions:
     """n completions for each of P prompts, drawn token by token; P · n rows with their log q."""
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
+    check_prompts(prompts)
+    check_count("n", n)
     generator = generator_on(proposal.prior.device, generator)
     rows = [prompt for prompt in prompts for _ in range(n)]
     size = proposal.prior.batch_size

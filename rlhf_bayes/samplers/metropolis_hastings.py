@@ -13,7 +13,17 @@ from ..numerics import effective_sample_size, rhat
 from .draws import Draws, Guarantee
 from .protocol import Proposal
 from .rejection import RejectionSampler
-from .scored import Row, as_draws, check_count, checked_request, draw_scored, importance_log_z, rows_of, weighed
+from .scored import (
+    Row,
+    as_draws,
+    check_confidence,
+    check_count,
+    checked_request,
+    draw_scored,
+    importance_log_z,
+    rows_of,
+    weighed,
+)
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -81,6 +91,7 @@ class MetropolisHastings:
         check_count("burn_in", burn_in, at_least=0)
         check_count("thin", thin)
         check_count("max_start_draws", max_start_draws)
+        check_confidence(confidence)
         self.kernel = kernel
         self.proposal = proposal
         self.num_chains = num_chains

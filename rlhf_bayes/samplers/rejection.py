@@ -95,6 +95,8 @@ class RejectionSampler:
             raise ValueError(
                 f"`max_tv` must be at least 0 and below 1, got {max_tv}: no two distributions are 1 apart."
             )
+        if log_bound is not None and not isinstance(log_bound, int | float):
+            raise TypeError(f"`log_bound` must be a number of nats, got {type(log_bound).__name__}.")
         if log_bound is not None and not log_bound < math.inf:
             raise ValueError(f"`log_bound` must be a number of nats below infinity, got {log_bound}.")
         if log_bound == -math.inf and not quasi:

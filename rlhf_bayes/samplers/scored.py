@@ -152,9 +152,19 @@ def checked_request(
     Raises:
         `ValueError`: no prompts, an n below 1, columns of another length, or a proposal that misses part of the
             posterior.
+        `TypeError`: a posterior, proposal, prompt or generator that is none.
     """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(f"`prompts` must be a non-empty list of texts or of chats, got {prompts!r}. Pass a list.")
+    if not hasattr(posterior, "prior"):
+        raise TypeError(
+            f"`posterior` must be a Posterior, got {type(posterior).__name__}. Make one of a LanguageModel: "
+            "`prior.tilt(reward_func, beta)`."
+        )
+    check_proposal("proposal", posterior.prior if proposal is None else proposal)
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(
+            f"`generator` must be a torch.Generator, got {generator!r}. Of a seed: `torch.Generator().manual_seed(0)`."
+        )
+    check_prompts(prompts)
     check_count("n", n)
     for name, values in (columns or {}).items():
         if len(values) != len(prompts):
@@ -166,6 +176,24 @@ def checked_request(
         return posterior.prior
     _check_support(posterior, proposal, prompts, generator, columns)
     return proposal
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Refuse what is no list of prompts: ValueError or TypeError."""
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(f"`prompts` must be a non-empty list of texts or of chats, got {prompts!r}. Pass a list.")
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str | list):
+            raise TypeError(f"`prompts` must hold texts or chats, row {row} is {prompt!r}. Pass text, or messages.")
+
+
+def check_proposal(name: str, proposal: Any) -> None:
+    """Refuse what cannot be drawn from, or has no density: TypeError."""
+    if not isinstance(proposal, Proposal):
+        raise TypeError(
+            f"`{name}` must have the methods `sample` and `log_prob`, got {type(proposal).__name__}. Wrap a model or "
+            "its path: `LanguageModel(model, prior.tokenizer, prior.max_completion_length)`."
+        )
 
 
 def check_count(name: str, value: Any, at_least: int = 1) -> None:

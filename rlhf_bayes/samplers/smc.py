@@ -12,7 +12,7 @@ from ..lm import LanguageModel, Prompt, generator_on
 from ..numerics import importance_ess
 from .draws import Draws, Guarantee, LogZ
 from .guided import StepwiseProposal
-from .particles import ParticleRun, Particles
+from .particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
 from .scored import check_supported, checked_request
 from .values import Value, rows_of
 
@@ -84,10 +84,12 @@ class SMC:
         n weighted particles of each prompt: see [`Sampler`]. As many prompts are written at once as the prior's
         `batch_size` holds, at least one.
 
-        The interval on log Z comes from this one run ([`ParticleRun.interval`]): it wants many more particles than
-        resamplings, and a value that does not miss the posterior. [`SMC.sandwich`] asks for neither.
+        The interval on log Z comes from this one run ([`ParticleRun.interval`]), so it is an estimate too: it wants a
+        value that does not miss the posterior. `trustworthy` tells whether at least 5 particles count for Z, which is
+        as much as to say that its relative variance is below 0.2. [`SMC.sandwich`] gives bounds that need neither.
 
-        `info`: `importance_ess` of the final weights, `resamplings`, `ancestors` left at the end (each a list of P);
+        `info`: `importance_ess` of the final weights, `effective_particles` of Z, `trustworthy`, `resamplings`,
+        `ancestors` left at the end (each a list of P);
         `ancestor` of each draw, the particle of the start that it comes from, which [`expectation`] wants for its
         error bars; `tokens` drawn.
 
@@ -107,6 +109,8 @@ class SMC:
             log_z=run.interval(0.95),
             info={
                 "importance_ess": ess.tolist(),
+                "effective_particles": run.effective_particles.tolist(),
+                "trustworthy": (run.effective_particles >= MIN_EFFECTIVE_PARTICLES).tolist(),
                 "resamplings": run.resamplings.tolist(),
                 "ancestors": [len(set(row)) for row in run.ancestor.tolist()],
                 "ancestor": run.ancestor.flatten().tolist(),

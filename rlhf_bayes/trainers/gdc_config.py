@@ -54,7 +54,7 @@ class GDCConfig(RolloutConfig):
             Optimizer steps of that. Default: half of the training.
         prior_samples (`int`, *optional*, defaults to `0`):
             Completions that the prior draws for each training prompt before training, for a first estimate of Z. A
-            multiple of `num_generations`.
+            multiple of `num_generations`. With `beta_init`, whose Z changes at each step, the last 8 rollouts count.
         reward_timeout (`float`, *optional*):
             Seconds that one call of a reward function may take. A function that is not async is then called in a
             thread of its own. Default: as long as it takes.

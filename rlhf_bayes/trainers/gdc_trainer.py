@@ -152,6 +152,9 @@ class GDCTrainer(RolloutTrainer):
         self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
         if args.prior_samples:
             self.add_callback(PriorSamples(self))
+        if args.max_pseudo_reward is not None:
+            clip = f"`max_pseudo_reward` = {args.max_pseudo_reward}"
+            logger.warning(f"{clip} moves the optimum off the posterior where it takes effect: see `gdc/clipped`.")
         self._forbidden_seen = likelihood is not None and forbids(likelihood)
         self._skips_step = False
 

@@ -8,6 +8,7 @@ from rlhf_bayes.samplers import ImportanceSampler, RejectionSampler
 
 from .scripts import load
 
+load("sampler_tasks")  # as `quiet`, it lies beside
 samplers = load("samplers")
 
 
@@ -41,6 +42,17 @@ def test_tokens_are_positions_that_the_model_ran_on(task):
     assert cost.tokens / 3 <= longest + 4  # not counted any more
 
 
+def test_guard_and_pplm_are_compared(task):
+    condition = samplers.condition_task()
+    before, after = (condition.posterior.prior, condition.policy)
+    prompts, ids = [condition.prompts[0]] * 2, [[2, 3, 4, 5], [5, 4, 3, 2]]
+    assert (after.log_prob(prompts, ids) > before.log_prob(prompts, ids)).all()
+    guard = samplers.measure(condition, "GUARD", samplers.methods_of(condition)["GUARD, from a policy"](64), 64, 2)
+    assert guard.log_z_error < 4 * guard.log_z_error_bar
+    pplm = samplers.measure(task, "PPLM", samplers.methods_of(task)["importance, PPLM"](64), 64, 1)
+    assert pplm.reward_error < 6 * pplm.reward_error_bar
+
+
 def test_errors_fall_as_their_bars_say(task):
     few, many = (samplers.measure(task, "importance", ImportanceSampler(), n, repetitions=4) for n in (64, 4096))
     assert many.tokens > 30 * few.tokens
@@ -67,8 +79,13 @@ def test_a_quick_run_ends_in_tables_a_plot_and_numbers(tmp_path, capsys, monkeyp
     assert "to `generate`" in printed
     assert image.read_bytes().startswith(b"\x89PNG")
     found = json.loads(figures.read_text())
+    toy, model = (
+        [(task, method) for method in ("importance", "best of 8", "SMC, prefix reward")] for task in ("toy", "model")
+    )
     assert [(row["task"], row["method"]) for row in found["points"]] == [
-        (task, method) for task in ("toy", "model") for method in ("importance", "best of 8", "SMC, prefix reward")
+        *toy,
+        ("toy, a condition", "importance"),
+        *model,
     ]
     assert all(row["log_z_error"] is None for row in found["points"] if row["method"] == "best of 8")
     assert [len(row) for row in (*found["decoding"].values(), *found["smc"].values())] == [1] * 5

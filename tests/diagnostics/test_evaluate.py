@@ -168,8 +168,8 @@ def test_reward_functions_get_the_columns_of_their_prompt(toy):
     [
         ({"n": 1}, "`n` must be an integer of at least 2"),
         ({"n": 0}, "`n` must be an integer of at least 2"),
-        ({"prompts": []}, r"`prompts` must be a list of at least one prompt, got \[\]"),
-        ({"prompts": "a b"}, "`prompts` must be a list"),
+        ({"prompts": []}, r"`prompts` must be a non-empty list of texts or of chats, got \[\]"),
+        ({"prompts": "a b"}, "`prompts` must be a non-empty list of texts or of chats, got 'a b'"),
         ({"columns": {"x": [1]}}, r"`columns\['x'\]` must have one entry a prompt, 3, got 1"),
     ],
 )
@@ -177,6 +177,12 @@ def test_refusals(toy, changes, message):
     prior = language_model(toy, toy.model)
     with pytest.raises(ValueError, match=message):
         evaluate(prior, prior.tilt(toy_reward, 0.5), **{"prompts": toy.prompts, "n": 2} | changes)
+
+
+def test_a_bare_model_is_no_policy(toy):
+    posterior = language_model(toy, toy.model).tilt(toy_reward, 0.5)
+    with pytest.raises(TypeError, match=r"`policy` must have the methods .*, got LlamaForCausalLM"):
+        evaluate(toy.model, posterior, toy.prompts, 2)
 
 
 def test_policies_of_another_support_and_draws_of_other_prompts(toy):

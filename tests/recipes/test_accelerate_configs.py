@@ -63,3 +63,9 @@ def test_multi_cpu_starts_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     # two processes write to one pipe: their lines may meet
     assert sorted(re.findall(r"process (\d) of 2, cpu", done.stdout)) == ["0", "1"]
+
+
+def test_fsdp_loads_all_weights_in_all_processes():
+    # those of the first only, which it could broadcast, are too late for adapters that copy them
+    config = load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config
+    assert (config["fsdp_version"], config["fsdp_cpu_ram_efficient_loading"]) == (2, False)

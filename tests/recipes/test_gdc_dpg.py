@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_bayes import LanguageModel, toy
 from rlhf_bayes.cli import parse_features
+from rlhf_bayes.report import read_runs
 
 from ..scripts import loaded_script, run_script
 
@@ -46,6 +47,10 @@ def test_without_arguments_trains_the_bundled_model(tmp_path):
         assert f"│ {quantity}" in output
     folder = tmp_path / "runs" / "gdc_dpg"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (run,) = read_runs([folder])
+    assert (run.beta, run.sampling["moments"]) == (None, {"but": 1.0, "not": 0.5})
+    assert set(run.before[0].scores) == {"but", "not"}
+    assert 1 in run.curve("posterior/moments/not")[0]
     policy = AutoModelForCausalLM.from_pretrained(folder)
     prior = AutoModelForCausalLM.from_pretrained(toy.model_path())
     assert any((after != before).any() for after, before in zip(policy.parameters(), prior.parameters(), strict=True))

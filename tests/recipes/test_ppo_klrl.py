@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import toy
+from rlhf_bayes.report import read_runs, write_report
 from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel
 
 from ..scripts import loaded_script, run_script
@@ -43,10 +44,27 @@ def test_without_arguments_trains_the_bundled_model(tmp_path):
         assert f"│ {quantity}" in output
     folder = tmp_path / "runs" / "ppo_klrl"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert_reported(folder)
     policy = AutoModelForCausalLM.from_pretrained(folder)
     prior = AutoModelForCausalLM.from_pretrained(toy.model_path())
     assert any((after != before).any() for after, before in zip(policy.parameters(), prior.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+
+
+def assert_reported(folder):
+    """The folder alone makes a page with curves, samples of before and after, distances and settings."""
+    (run,) = read_runs([folder])
+    assert run.curve("posterior/elbo")[0] == [1, 2]
+    assert (run.beta, run.reward_names) == (0.25, ["sentiment_reward"])
+    assert len(run.samples) == len(run.before) == 2 * 32
+    assert [row["beta"] for row in run.sampling["what_if"]] == [2.0, 1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+    assert [row["n"] for row in run.sampling["best_of_n"]] == [1, 2, 4, 8, 16, 32]
+    before = sum(sample.scores["reward"] for sample in run.before) / len(run.before)
+    assert run.sampling["best_of_n"][0]["reward"] == pytest.approx(before, abs=1e-5)
+    assert run.settings["class"] == "PPOConfig"
+    page = write_report([folder], folder / "report").read_text(encoding="utf-8")
+    for title in ("ELBO under its ceiling", "Reward against the distance", "How far from", "What if", "Samples"):
+        assert title in page
 
 
 def test_own_prompts_rewards_and_lora_from_yaml(run_in_process, tmp_path, capsys):
@@ -73,6 +91,10 @@ def test_without_a_kl_term_there_is_no_posterior_to_report(run_in_process, capsy
     assert "no posterior" in output
     (row,) = (line for line in output.splitlines() if "ELBO" in line)
     assert row.count("–") == 2
+    (run,) = read_runs(["out"])
+    assert run.beta is None
+    assert "policy/elbo" not in run.estimates
+    assert (run.sampling["what_if"], len(run.sampling["best_of_n"])) == ([], 6)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import math
 import pytest
 from datasets import Dataset
 
+from rlhf_bayes.report import write_sampling
+
 HOSTILE = '<script>alert("x")</script>'
 
 
@@ -46,6 +48,28 @@ def training_run(tmp_path):
             "advantage": [1.0, -1.0],
         }
         Dataset.from_dict(rows).to_parquet(folder / "completions" / f"completions_{step:05d}.parquet")
+    return folder
+
+
+@pytest.fixture
+def controlled_run(tmp_path):
+    """What recipes/gdc_dpg.py leaves: features with targets, evidence logged as a reward, forbidden completions."""
+    history = [
+        {
+            "step": step,
+            "reward": 3.0,
+            "rewards/log_likelihood/mean": 3.0,
+            "posterior/moments/animal": step / 20,
+            "posterior/kl_to_prior": step / 10,
+        }
+        for step in range(1, 11)
+    ]
+    folder = tmp_path / "gdc"
+    rows = [{"prompt": "The movie", "completion": " with a cat", "features": {"animal": 1.0}, "reward": None}]
+    evaluation = {"policy": {"gap": {"mean": math.inf, "trustworthy": True}, "tv": {"mean": 0.25}}}
+    sampling = {"beta": None, "reward_names": [], "moments": {"animal": 0.4}, "settings": {"beta": 0.05}}
+    write_sampling(folder, rows, sampling, evaluation, [{"prompt": "The movie", "completion": " without"}])
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_bayes.report import read_runs, write_report
 from rlhf_bayes.report.diversity import diversity_over_training
-from rlhf_bayes.report.figures import ceiling, reward_kl_figure
+from rlhf_bayes.report.figures import ceiling, moments_figure, reward_kl_figure
 from rlhf_bayes.report.run import Estimate, Run, Sample
 from rlhf_bayes.report.tables import evaluation_table, samples_tables
 
@@ -195,6 +195,40 @@ def test_samples_are_the_last_ones_drawn_by_weight(sampled_run, training_run):
     assert "a b c" not in html  # of an earlier step
     # the prompt that both answered is the first
     assert html.index("The movie") < html.index("The hotel")
+
+
+def test_the_priors_samples_stand_beside_those_of_the_run(controlled_run, training_run, sampled_run, tmp_path):
+    (alone,) = read_runs([controlled_run])
+    cells = Page(samples_tables([alone])).text
+    assert cells[:3] == ["prompt", "prior", "gdc"]
+    assert cells.index("without") < cells.index("with a cat")
+    assert "animal 1.00" in cells
+    # two runs whose prior drew the same have one column of it
+    twin = controlled_run.rename(tmp_path / "twin")
+    again, other = Run("again", twin, before=alone.before), Run("other", twin, before=alone.before[:0])
+    assert Page(samples_tables([alone, again, other])).text[:3] == ["prompt", "prior of gdc", "gdc"]
+
+
+def test_draws_after_training_are_later_than_logged_ones(training_run):
+    (training_run / "draws.jsonl").write_text('{"prompt": "The movie", "completion": "drawn afterwards"}\n')
+    html = samples_tables(read_runs([training_run]))
+    assert "drawn afterwards" in html
+    assert "alert" not in html
+
+
+def test_features_have_their_targets_and_their_evidence_is_no_reward(controlled_run, tmp_path):
+    (run,) = read_runs([controlled_run])
+    assert run.beta is None
+    figure = moments_figure([run])
+    (axes,) = [axes for axes in figure.axes if axes.get_visible()]
+    assert axes.get_title() == "animal"
+    assert [0.4, 0.4] in [list(line.get_ydata()) for line in axes.lines]
+    assert run.curve("posterior/kl_to_prior")[0] == list(range(1, 11))
+    assert run.curve("reward") == ([], [[]])
+    assert reward_kl_figure([run]) is None
+    text = "".join(Page(write_report([controlled_run], tmp_path / "page").read_text(encoding="utf-8")).text)
+    assert "not finite" in text
+    assert "not trustworthy" not in text
 
 
 def test_nothing_is_written_where_a_folder_is_wrong(training_run, tmp_path):

@@ -70,3 +70,57 @@ def test_weights_do_not_depend_on_batch_or_padding(pad_is_eos):
         for p, ids in zip(draws.prompts, draws.completion_ids, strict=True)
     ]
     assert_close(draws.log_weights, torch.tensor(alone, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"n": 0}, ValueError, "`n` must be an integer of at least 1, got 0"),
+        ({"n": 2.0}, ValueError, "`n` must be an integer of at least 1, got 2.0"),
+        ({"prompts": []}, ValueError, "`prompts` must be a non-empty list"),
+        ({"prompts": "a"}, ValueError, "`prompts` must be a non-empty list"),
+        ({"prompts": ["a", 1]}, TypeError, "`prompts` must hold texts or chats, row 1 is 1"),
+        ({"prompts": ["a", ""]}, ValueError, "Each prompt must have at least one token"),
+        ({"generator": 5}, TypeError, "`generator` must be a torch.Generator, got 5"),
+        ({"columns": {"x": [1]}}, ValueError, r"`columns\['x'\]` must have one entry a prompt, 3, got 1"),
+        ({"posterior": "prior"}, TypeError, "`posterior` must be a Posterior, got LanguageModel"),
+        ({"posterior": "nan"}, ValueError, "returned nan for completion"),
+        ({"posterior": "words"}, TypeError, "a reward must be a number or None"),
+    ],
+)
+def test_bad_requests_are_refused_in_words(toy, name, wrong, error, message):
+    def nan(completions, **columns):
+        return [math.nan] * len(completions)
+
+    def words(completions, **columns):
+        return list(completions)
+
+    prior = prior_of(toy)
+    posteriors = {"prior": prior, "nan": prior.tilt(nan, 1.0), "words": prior.tilt(words, 1.0)}
+    request = {"posterior": prior.tilt(toy_reward, 1.0), "prompts": toy.prompts, "n": 2, "generator": seeded()} | wrong
+    request["posterior"] = posteriors.get(wrong.get("posterior"), request["posterior"])
+    with pytest.raises(error, match=message):
+        SAMPLERS[name](policy_of(toy)).sample(**request)
+
+
+PROPOSED = {
+    "importance": ImportanceSampler,
+    "rejection": lambda proposal: RejectionSampler(proposal, max_tv=0.1),
+    "best of n": lambda proposal: BestOfN(4, proposal=proposal),
+    "independence": lambda proposal: MetropolisHastings("independence", proposal),
+    "suffix": lambda proposal: MetropolisHastings("suffix", proposal),
+    "smc": lambda proposal: SMC(PrefixValue(Constraint(not_only_a), None), proposal),
+}
+
+
+@pytest.mark.parametrize("name", PROPOSED)
+def test_proposals_that_are_none_or_of_another_support(toy, name):
+    posterior = prior_of(toy).tilt(toy_reward, 1.0)
+    for proposal in ("gpt2", toy.model):
+        with pytest.raises(TypeError, match=rf"`proposal` must .*got {type(proposal).__name__}"):
+            PROPOSED[name](proposal).sample(posterior, toy.prompts, 2)
+    other = EnumerableLM(vocab_size=5, max_completion_length=3)
+    for model in (LanguageModel(toy.model, toy.tokenizer, 2), LanguageModel(other.model, other.tokenizer, 3)):
+        with pytest.raises(ValueError, match="`proposal` must draw completions of the prior's support"):
+            PROPOSED[name](model).sample(posterior, toy.prompts, 2)

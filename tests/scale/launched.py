@@ -4,6 +4,7 @@ All trainings, then the recipes, by as many processes as the launcher started. N
     accelerate launch --config_file recipes/accelerate/zero2.yaml tests/scale/launched.py MODELS FOLDER DEEPSPEED 2
 """
 
+import json
 import os
 import runpy
 import sys
@@ -16,13 +17,21 @@ import trainings
 from accelerate import Accelerator
 from transformers import Trainer
 
+from rlhf_bayes import LanguageModel
+from rlhf_bayes.diagnostics import PosteriorCallback
+from rlhf_bayes.lm import head
+from rlhf_bayes.testing import toy_reward
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--report_to", "none", "--disable_tqdm", "true"]
 ROLLOUTS = [*SMALL, "--num_generations", "4", "--max_completion_length", "8"]
+REPORT = ["--report_prompts", "2", "--report_samples", "8"]
 RECIPES = {
-    "recipes/ppo_klrl.py": [*ROLLOUTS, "--report_prompts", "2", "--report_samples", "8"],
-    "reward_models/train.py": [*SMALL, "--num_members", "2"],
+    "ppo": ("recipes/ppo_klrl.py", *ROLLOUTS, *REPORT),
+    "ppo-lora": ("recipes/ppo_klrl.py", *ROLLOUTS, "--report_prompts", "0", "--use_peft"),
+    "gdc": ("recipes/gdc_dpg.py", *ROLLOUTS, *REPORT, "--words", "a,the=0.5", "--fit_samples", "16"),
+    "reward": ("reward_models/train.py", *SMALL, "--num_members", "2"),
 }
 
 
@@ -42,21 +51,47 @@ def check_launch(trainer: Trainer, distributed_type: str, zero_stage: int) -> No
     assert any(whole) != (zero_stage == 3), "ZeRO-3 parts all weights, and nothing else does"
 
 
+def criticise(trainer: Trainer, folder: Path) -> None:
+    """What each process is told by PosteriorCallback, of a reward that works and of one that fails."""
+
+    def fails(**columns):
+        raise OSError("the reward is out")
+
+    toy, said = trainings.TOY, {}
+    prior = LanguageModel(toy.model, toy.tokenizer, toy.max_completion_length)
+    for name, reward in (("works", toy_reward), ("fails", fails)):
+        said[name] = {}
+        try:
+            callback = PosteriorCallback(prior.tilt(reward, toy.beta), trainer, toy.prompts, n=40)
+            callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics=said[name])
+        except (ValueError, OSError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    (folder / f"criticism-{trainer.accelerator.process_index}.json").write_text(json.dumps(said))
+
+
 def run_recipes(folder: Path) -> None:
     # each would take the group of processes down, and the next one needs it
     Accelerator.end_training = lambda self, *args: None
-    for script, flags in RECIPES.items():
-        sys.argv = [script, *flags, "--output_dir", str(folder / Path(script).stem)]
+    for name, (script, *flags) in RECIPES.items():
+        sys.argv = [script, *flags, "--output_dir", str(folder / name)]
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> None:
     if zero_stage:
         without_compiling()
+    # two tokens at a time: one process has more chunks of the vocabulary than the other
+    usual, head.MAX_CHUNK_ELEMENTS = head.MAX_CHUNK_ELEMENTS, 2 * trainings.TOY.vocab_size
     for training in trainings.TRAININGS:
         trainer = trainings.run(training, models, folder / training, num_processes=2)
         check_launch(trainer, distributed_type, zero_stage)
-    run_recipes(folder)
+        if training == "ppo":
+            criticise(trainer, folder / training)
+    found = trainings.run_ragged(models, folder / "ragged", num_processes=2)
+    if trainer.accelerator.is_main_process:
+        (folder / "ragged.json").write_text(json.dumps(found))
+    head.MAX_CHUNK_ELEMENTS = usual
+    run_recipes(folder / "recipes")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 Every trainer, with all weights and with adapters, on every engine that a CPU can start: the result of one process.
 
 Each engine is launched once, by the configuration that is shipped, and goes through all trainings and recipes. FSDP2
-is not among them: accelerate runs DDP in its place on a CPU, and forced to it, gloo aborts now and then.
+is not among them: accelerate runs DDP in its place on a CPU. Forced to it by hand (`PartialState._prepare_backend`
+patched to give gloo), one launch went through all of `TRAININGS`: weights as of one process to 6e-7, resumed ones too,
+but for `ppo-lora` with its separate critic, which were off by 0.34. Why is not known; on GPUs nothing was run.
 """
 
 import json
@@ -20,15 +22,19 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .trainings import TRAININGS, resume, run, save_models, saved_weights
+from rlhf_bayes import LanguageModel
+from rlhf_bayes.diagnostics import evaluate
+from rlhf_bayes.testing import toy_reward
+
+from .trainings import TOY, TRAININGS, resume, run, save_models, saved_weights, trainer_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SCRIPT = Path(__file__).with_name("launched.py")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
 ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}
 EACH_ENGINE = [pytest.param(name, marks=needs_deepspeed if ENGINES[name][1] else ()) for name in ENGINES]
-# clocks; operations, which are counted in whole weights; TRL's mean over batches, of which the last is small
-LOCAL = ("runtime", "_per_second", "step_time", "total_flos", "eval_loss")
+# clocks; operations, which are counted in whole weights
+LOCAL = ("runtime", "_per_second", "step_time", "total_flos")
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +103,28 @@ def test_takes_the_steps_of_one_process(workplace, engine, training):
             # one process takes its members one by one, DeepSpeed all at once: metrics of the members or of their mean
             theirs = {name: x for name, x in theirs.items() if name.startswith("eval") or name in ("loss", "epoch")}
         for name, value in theirs.items():
-            if not name.endswith(LOCAL):
+            # of rewards, TRL's mean over batches, of which the last is small
+            if not name.endswith(LOCAL if "reward" not in training else (*LOCAL, "eval_loss")):
                 assert ours[name] == pytest.approx(value, rel=2e-3, abs=1e-4, nan_ok=True), name
     assert any(math.isfinite(entry["loss"]) and entry["loss"] for entry in logs[0] if "loss" in entry)
+    if training == "ppo":  # the controller has moved it, by the KL of all processes
+        assert {entry["ppo/beta"] for entry in logs[0] if "ppo/beta" in entry} > {0.5}
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_accumulated_gradients_take_the_steps_of_one_batch(workplace, training, tmp_path):
+    sizes = {"per_device_train_batch_size": 8 if "reward" in training else 12, "gradient_accumulation_steps": 1}
+    trainer = trainer_of(training, workplace / "models", tmp_path, 1, **sizes)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert_same_weights(tmp_path / "final", by_one_process(workplace, training) / "final")
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_no_process_waits_for_one_that_has_less_to_do(workplace, engine):
+    lengths, evaluations = json.loads((launched(workplace, engine) / "ragged.json").read_text())
+    assert any(first != second for first, second in lengths), "completions were to end at different lengths"
+    assert all(math.isfinite(metrics["eval_loss"]) for metrics in evaluations)
 
 
 @pytest.mark.parametrize("training", TRAININGS)
@@ -145,7 +170,31 @@ def test_what_is_saved_is_read_by_others(workplace, engine):
 
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)
+def test_the_callback_tells_all_processes_what_one_would_find(workplace, engine):
+    folder = launched(workplace, engine) / "ppo"
+    said = [json.loads((folder / f"criticism-{rank}.json").read_text()) for rank in range(2)]
+    if engine == "zero3":
+        assert all("must hold whole weights on each process" in each["works"] for each in said)
+        return
+    assert said[0]["works"] == said[1]["works"]
+    assert said[0]["fails"] == "OSError: the reward is out"
+    assert said[1]["fails"] == "RuntimeError: PosteriorCallback failed on the main process: OSError: the reward is out"
+    trained = AutoModelForCausalLM.from_pretrained(folder / "final")
+    prior, policy = (LanguageModel(m, TOY.tokenizer, TOY.max_completion_length) for m in (TOY.model, trained))
+    seeded = torch.Generator().manual_seed(0)
+    found = evaluate(policy, prior.tilt(toy_reward, TOY.beta), TOY.prompts, 40, seeded)
+    for name in ("elbo", "kl_to_prior", "reward"):
+        expected = getattr(found.policy, name)
+        assert said[0]["works"][f"eval_posterior_fit/{name}"] == pytest.approx(expected.mean, abs=1e-4)
+    exact = TOY.reverse_kl(trained).mean().item()
+    assert abs(found.policy.gap.mean - exact) < 5 * found.policy.gap.draws_standard_error
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
 def test_recipes_end_well(workplace, engine):
-    folder = launched(workplace, engine)
-    assert {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo_klrl"))
-    assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "train"))
+    folder = launched(workplace, engine) / "recipes"
+    left = {"trainer_state.json", "evaluation.json", "sampling.json", "draws.jsonl", "prior.jsonl"}
+    assert left | {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo"))
+    assert {"adapter_model.safetensors", "critic"} <= set(os.listdir(folder / "ppo-lora"))
+    assert {"model.safetensors", "curves.png"} <= set(os.listdir(folder / "gdc"))
+    assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "reward"))

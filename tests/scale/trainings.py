@@ -6,6 +6,7 @@ Adam with a large ε is gradient descent with a memory: a gradient that is too l
 """
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,19 @@ def _judged(prompts, completions, completion_ids, **columns):
     return [None if len(prompt) == 3 else reward for prompt, reward in zip(prompts, rewards, strict=True)]
 
 
+def _forbidding(prompts, completions, completion_ids, **columns):
+    """The same, which forbids some completions and does not apply to others."""
+    rewards = _judged(prompts, completions, completion_ids)
+    return [
+        -math.inf if ids[0] == 2 else None if ids[:2] == [1, 1] else reward
+        for ids, reward in zip(completion_ids, rewards, strict=True)
+    ]
+
+
 def _ppo(models: Path, folder: Path, num_processes: int, lora: bool, changes: dict) -> Trainer:
     args = PPOConfig(
-        str(folder), per_device_train_batch_size=6 // num_processes, per_device_eval_batch_size=12 // num_processes,
-        normalize_advantages=True, vf_coef=0.5, target_kl=0.02, kl_horizon=30,
-        critic="separate" if lora else "shared", **SETTINGS | ROLLOUTS | changes,
+        str(folder), normalize_advantages=True, vf_coef=0.5, target_kl=0.02, kl_horizon=30,
+        critic="separate" if lora else "shared", **SETTINGS | ROLLOUTS | batches(6, 12, num_processes) | changes,
     )  # fmt: skip
     return TabledPPO(str(models / "policy"), _judged, sharded_to_the_last(args), **_rollout_arguments(models, lora))
 
@@ -117,10 +126,11 @@ def _gdc(models: Path, folder: Path, num_processes: int, lora: bool, changes: di
     path = {"beta_init": 2.0, "beta_init_steps": 4, "ess_min": 2.0}
     options = {"divergence": "log_variance"} if lora else {"divergence": "forward_kl", **path}
     args = GDCConfig(
-        str(folder), per_device_train_batch_size=6 // num_processes, per_device_eval_batch_size=12 // num_processes,
-        **SETTINGS | ROLLOUTS | options | changes,
+        str(folder), **SETTINGS | ROLLOUTS | options | batches(6, 12, num_processes) | changes
     )  # fmt: skip
-    return TabledGDC(str(models / "policy"), _judged, sharded_to_the_last(args), **_rollout_arguments(models, lora))
+    return TabledGDC(
+        str(models / "policy"), _forbidding, sharded_to_the_last(args), **_rollout_arguments(models, lora)
+    )
 
 
 def _rollout_arguments(models: Path, lora: bool) -> dict[str, Any]:
@@ -148,8 +158,8 @@ def _reward(models: Path, folder: Path, num_processes: int, lora: bool, changes:
     )
     options = {"learning_rate": 0.5, "num_members": 3, "annotator_reliability": True}
     args = RewardConfig(
-        str(folder), per_device_train_batch_size=4 // num_processes, per_device_eval_batch_size=6 // num_processes,
-        ensemble="lora" if lora else "heads", **SETTINGS | options | changes,
+        str(folder), ensemble="lora" if lora else "heads",
+        **SETTINGS | options | batches(4, 6, num_processes) | changes,
     )  # fmt: skip
     return RewardTrainer(
         str(models / "prior"),
@@ -159,6 +169,14 @@ def _reward(models: Path, folder: Path, num_processes: int, lora: bool, changes:
         processing_class=TOY.tokenizer,
         peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if lora else None,
     )
+
+
+def batches(train: int, evaluate: int, num_processes: int) -> dict[str, int]:
+    """Sizes for each process, of these for all."""
+    return {
+        "per_device_train_batch_size": train // num_processes,
+        "per_device_eval_batch_size": evaluate // num_processes,
+    }
 
 
 def sharded_to_the_last(args: Any) -> Any:
@@ -187,6 +205,37 @@ def resume(
     trainer = trainer_of(training, models, folder / "again", num_processes, **changes)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     trainer.save_model(str(saved))
+
+
+class Drawing(PPOTrainer):
+    """Draws for itself, and keeps how long the completions of each rollout were in each process."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        drawn = super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        self.lengths = [*getattr(self, "lengths", []), _everyones(self, [max(map(len, drawn))])]
+        return drawn
+
+
+def run_ragged(models: Path, folder: Path, num_processes: int) -> tuple[list[list[int]], list[dict[str, float]]]:
+    """
+    Trainings and evaluations whose last batches are not full, on completions that end when they will.
+
+    Returns:
+        The longest completion in each process, of each rollout; and the metrics of the evaluations.
+    """
+    changes = {"max_completion_length": 12, "num_generations": 2, "max_steps": 8, "save_strategy": "no"}
+    args = PPOConfig(
+        str(folder / "ppo"), **SETTINGS | ROLLOUTS | batches(4, 4, num_processes) | changes
+    )  # fmt: skip
+    data = _rollout_arguments(models, lora=False)
+    data |= {name: data[name].select(range(7)) for name in ("train_dataset", "eval_dataset")}
+    drawing = Drawing(str(models / "policy"), _judged, sharded_to_the_last(args), **data)
+    drawing.train()
+    changes = {"save_strategy": "no", "max_steps": 10}
+    reward = trainer_of("reward", models, folder / "reward", num_processes, **changes)
+    reward.train_dataset = reward.train_dataset.select(range(9))
+    reward.train()
+    return drawing.lengths, [drawing.evaluate(), reward.evaluate()]
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

@@ -3,9 +3,8 @@ A training that is launched as a script, by one process or by several. Not a tes
 
     python launched.py FOLDER MODE [NUM_PROCESSES]
 
-MODE `table`: completions by prompt, so that any number of processes sees the same rollouts; writes weights.pt.
-MODE `gdc`: the same of GDCTrainer by several divergences, with prompts whose completions lie in two processes.
-MODE `pairs`, `pairs-lora`: reward models of three members on votes by annotators; writes weights.pt too.
+MODE `gdc`: GDCTrainer by several divergences, on completions by prompt, so that any number of processes sees the same
+rollouts; writes weights.pt.
 MODE `slow`: a long run with checkpoints, to be interrupted.
 """
 
@@ -20,9 +19,8 @@ os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELIS
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 
-from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 from rlhf_bayes.likelihoods import MomentLikelihood
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
@@ -31,49 +29,7 @@ QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpoi
 PROMPTS = ["a", "b a", "b a b a", "b", "a a", "b b a", "a b", "a a a a b", "b b", "a b a", "a a b", "b a a b"]
 
 
-class TableTrainer(PPOTrainer):
-    """Draws nothing: the completion is a function of the prompt and of the step."""
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
-        completions = TOY.completion_ids
-        step = self.state.global_step
-        return [completions[(7 * sum(ids) + 13 * len(ids) + 5 * step) % len(completions)] for ids in prompt_ids]
-
-
 TOY = EnumerableLM(vocab_size=4, max_completion_length=3)
-
-
-def reward(prompts, completions, completion_ids, **kwargs):
-    rewards = toy_reward(prompts, completions, completion_ids)
-    return [None if len(prompt) == 3 else reward for prompt, reward in zip(prompts, rewards, strict=True)]
-
-
-def by_table(folder: Path, num_processes: int) -> None:
-    args = PPOConfig(
-        output_dir=str(folder), save_strategy="no", max_completion_length=3, num_generations=1,
-        per_device_train_batch_size=6 // num_processes, gradient_accumulation_steps=2, max_steps=4, num_iterations=2,
-        # clipping would hide a gradient that is too long by a factor
-        learning_rate=0.02, max_grad_norm=0.0, lr_scheduler_type="constant", optim="sgd", beta=0.5, target_kl=0.02,
-        kl_horizon=30,
-        normalize_advantages=True, vf_coef=0.5, logging_steps=1, ddp_find_unused_parameters=False, **QUIET,
-    )  # fmt: skip
-    trainer = TableTrainer(
-        TOY.random_policy(noise=0.05),
-        reward,
-        args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        processing_class=TOY.tokenizer,
-        ref_model=TOY.random_policy(noise=0.0),
-    )
-    check_launch(trainer, num_processes)
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
-        # those that are means over all processes: TRL's own, and those of updates, are over micro-batches
-        names = ("ppo/beta", "posterior/", "reward")
-        log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
-        torch.save({"weights": weights, "beta": trainer.beta, "log": log}, folder / "weights.pt")
-    leave(trainer)
 
 
 class GDCTableTrainer(GDCTrainer):
@@ -137,44 +93,6 @@ def of_divergence(folder: Path, num_processes: int, divergence: str) -> tuple[GD
     return trainer, {"weights": weights, "log": log, "eval_loss": evaluated["eval_loss"]}
 
 
-def by_pairs(folder: Path, num_processes: int, ensemble: str) -> None:
-    # each process its own copy, before they are joined: only the first of a group writes
-    model = TOY.save(folder / f"base{os.environ.get('RANK', 0)}")
-    texts = [text for text in dict.fromkeys(TOY.completions) if text]
-    said = [["chosen", "tie", "chosen"], ["rejected", "chosen", "rejected"], ["chosen"] * 3]
-    pairs = Dataset.from_dict(
-        {
-            "chosen": [texts[(3 * i) % len(texts)] for i in range(32)],
-            "rejected": [texts[(3 * i + 1) % len(texts)] for i in range(32)],
-            "annotators": [["u", "v", "w"]] * 32,
-            "annotator_votes": (said * 11)[:32],
-        }
-    )
-    args = RewardConfig(
-        output_dir=str(folder), save_strategy="no", per_device_train_batch_size=4 // num_processes, max_steps=6,
-        gradient_accumulation_steps=2, per_device_eval_batch_size=6 // num_processes, learning_rate=0.05, optim="sgd",
-        max_grad_norm=0.0, lr_scheduler_type="constant", num_members=3, ensemble=ensemble, logging_steps=1,
-        annotator_reliability=True, **QUIET,
-    )  # fmt: skip
-    trainer = RewardTrainer(
-        model,
-        args,
-        train_dataset=pairs,
-        eval_dataset=pairs.select(range(11)),
-        processing_class=TOY.tokenizer,
-        peft_config=LoraConfig(r=2, task_type="SEQ_CLS") if ensemble == "lora" else None,
-    )
-    check_launch(trainer, num_processes)
-    trainer.train()
-    metrics = trainer.evaluate()
-    if trainer.accelerator.is_main_process:
-        names = ("log_loss", "accuracy", "brier", "ece", "disagreement", "vote_accuracy", "reward_chosen_std")
-        found = {name: metrics[f"eval_{name}"] for name in names} | trainer.annotator_error_rates
-        weights = {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-        torch.save({"weights": weights, "metrics": found}, folder / "weights.pt")
-    leave(trainer)
-
-
 def check_launch(trainer, num_processes: int) -> None:
     # several obvious ways to launch end with one process and no error
     assert trainer.accelerator.num_processes == num_processes, trainer.accelerator.num_processes
@@ -216,11 +134,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    if sys.argv[2] == "table":
-        by_table(folder, int(sys.argv[3]))
-    elif sys.argv[2] == "gdc":
+    if sys.argv[2] == "gdc":
         by_divergence(folder, int(sys.argv[3]))
-    elif sys.argv[2].startswith("pairs"):
-        by_pairs(folder, int(sys.argv[3]), "lora" if sys.argv[2].endswith("lora") else "heads")
     else:
         slowly(folder)

@@ -70,7 +70,7 @@ def test_a_step_without_any_weight_is_skipped(toy, tmp_path):
     assert (logged(trained, "gdc/step_ess"), logged(trained, "gdc/skipped_steps")) == ([0.0], [1.0])
 
 
-def test_clipped_pseudo_rewards_are_reported(toy, tmp_path):
+def test_clipped_pseudo_rewards_are_reported(toy, tmp_path, caplog):
     policy = toy.random_policy(noise=0.05, seed=2)
     args = gdc_config(tmp_path, max_pseudo_reward=1.5, learning_rate=0.0, logging_steps=1)
     trained = trainer(toy, args, policy, ref_model=toy.random_policy(0.0))
@@ -81,6 +81,7 @@ def test_clipped_pseudo_rewards_are_reported(toy, tmp_path):
     assert (reward > 1.5).any()
     lost, kept = (reward - 1.5).clamp(min=0).sum(), (reward.clamp(max=1.5) - 1).abs().sum()
     assert logged(trained, "gdc/clipped") == pytest.approx([(lost / (lost + kept)).item()], rel=1e-4)
+    assert "`max_pseudo_reward` = 1.5 moves the optimum off the posterior" in caplog.text
     plain = trainer(toy, gdc_config(tmp_path))
     plain.train()
     assert logged(plain, "gdc/clipped") == []

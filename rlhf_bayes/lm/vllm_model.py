@@ -1,0 +1,90 @@
+"""vLLM draws, transformers scores."""
+
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .generation import first_eos_mask
+from .language_model import LanguageModel, pad_ids
+
+
+@final
+class VLLMLanguageModel(LanguageModel):
+    """
+    A [`LanguageModel`] whose completions are drawn by vLLM; prior, policy or proposal, as the plain one is.
+
+        prior = VLLMLanguageModel(model_id, vllm.LLM(model_id, dtype="float32"), max_completion_length=64)
+
+    Log-probabilities remain those of the transformers model: prior, proposal and policy are scored by one kernel. The
+    engine must hold the same weights, which nothing here can see; what it draws is off by the rounding between the two
+    kernels, which no weight corrects. Requests are raw: nothing but the temperature shapes them, whatever the model's
+    generation config says. Each has a seed of its own, so that batches do not matter.
+
+    Importance and rejection sampling, best of n and Metropolis–Hastings draw by the engine. What looks at each token,
+    SMC and guided decoding, steps through the transformers model as ever.
+
+    **Not run against vLLM itself**, which was not at hand: the tests know its interface only, `LLM.generate` and
+    `SamplingParams` as TRL 1.16 calls them.
+
+    Args:
+        model_or_path (`str`, `Path` or `PreTrainedModel` or `PeftModel`):
+            The model that scores.
+        engine (`vllm.LLM`):
+            Draws; its `max_model_len` must leave room for prompt and completion.
+        tokenizer, max_completion_length, temperature:
+            As for [`LanguageModel`].
+        batch_size (`int`):
+            Requests that the engine gets at a time, and sequences in one forward pass of the model.
+
+    Raises:
+        TypeError: if `engine` has no `generate`.
+        ImportError: if vLLM is not installed.
+        ValueError: as [`LanguageModel`].
+    """
+
+    def __init__(
+        self,
+        model_or_path: "str | Path | PreTrainedModel",
+        engine: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_completion_length: int = 64,
+        temperature: float = 1.0,
+        batch_size: int = 256,
+    ):
+        if not callable(getattr(engine, "generate", None)):
+            raise TypeError(f"`engine` must be a `vllm.LLM`, got {type(engine).__name__} without `generate`.")
+        try:
+            from vllm import SamplingParams
+        except ImportError as error:
+            raise ImportError("VLLMLanguageModel needs vLLM: `pip install 'rlhf_bayes[vllm]'`.") from error
+        super().__init__(model_or_path, tokenizer, max_completion_length, temperature, batch_size)
+        self.engine = engine
+        self._sampling_params = SamplingParams
+
+    def generate_ids(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Token ids that follow B token sequences, up to and including the first EOS."""
+        requests = [
+            self._sampling_params(
+                n=1,
+                temperature=self.temperature,
+                top_k=-1,
+                top_p=1.0,
+                min_p=0.0,
+                repetition_penalty=1.0,
+                presence_penalty=0.0,
+                frequency_penalty=0.0,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self.eos_token_ids,
+                seed=seed,
+                detokenize=False,
+            )
+            # from the state that holds the sampler's seed, as `generate` draws from it
+            for seed in torch.randint(2**31, (len(prompt_ids),)).tolist()
+        ]
+        prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+        outputs = self.engine.generate(prompts, sampling_params=requests, use_tqdm=False)
+        drawn, mask = pad_ids([list(output.outputs[0].token_ids) for output in outputs], "right", torch.device("cpu"))
+        kept = mask & first_eos_mask(drawn, self.eos_token_ids)
+        return [ids[keep].tolist() for ids, keep in zip(drawn, kept, strict=True)]
