@@ -179,7 +179,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             # by this, `generate` knows that all must go on until the last process has its completions: transformers
             # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
             policy._is_fsdp_managed_module = True
-        with self._drawing() as module, raw_generation_config(self.accelerator.unwrap_model(module)):
+        with self._drawing() as module, raw_generation_config(self._plain(module)):
             wrapped, self.model_wrapped = self.model_wrapped, module
             try:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
@@ -290,7 +290,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
                 token_log_probs, ref_token_log_probs = policy.log_probs, ref.log_probs
                 token_entropy, token_kl = policy.entropy, None
             else:
-                lms = [base_causal_lm(self._plain_policy), base_causal_lm(self.accelerator.unwrap_model(ref_model))]
+                lms = [base_causal_lm(self._plain_policy), base_causal_lm(self._plain(ref_model))]
                 with whole_heads(lms, self.accelerator), torch.set_grad_enabled(learns):
                     head, ref_head = (LMHead.of(lm, self.temperature) for lm in lms)
                     columns = token_log_probs_and_exact_kl(
@@ -352,9 +352,12 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
 
     @property
     def _plain_policy(self) -> nn.Module:
+        return self._plain(self.model)
+
+    def _plain(self, module: nn.Module) -> nn.Module:
         # accelerate reads the metadata of packages each time that it unwraps, for milliseconds
-        plain = isinstance(self.model, PreTrainedModel | PeftModel)
-        return self.model if plain else self.accelerator.unwrap_model(self.model)
+        plain = isinstance(module, PreTrainedModel | PeftModel)
+        return module if plain else self.accelerator.unwrap_model(module)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
