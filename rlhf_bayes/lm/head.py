@@ -106,10 +106,7 @@ def token_log_probs_and_entropy(hidden: Tensor, targets: Tensor, head: LMHead) -
     Returns:
         Token log-probabilities (N,) and entropies (N,), fp32.
     """
-    # ZeRO-3 does not expect a backward pass within the forward
-    if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and not head.parted:
-        return _UnderFrozenHead.apply(hidden, targets, head)
-    return _in_chunks(partial(_log_probs_and_entropy, head), head, hidden, targets)
+    return _differentiable(partial(_log_probs_and_entropy, head), head, hidden, targets)
 
 
 def _log_probs_and_entropy(head: LMHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,38 +116,13 @@ def _log_probs_and_entropy(head: LMHead, hidden: Tensor, targets: Tensor) -> tup
         return log_probs, -_dot(log_p, log_p.exp())
 
 
-class _UnderFrozenHead(torch.autograd.Function):
-    """
-    The same where the gradient ends at the hidden states: ∂ log π(target_i) / ∂ h_i, as large as h, is found while the
-    chunk is at hand, so that no logits are kept for the backward pass, nor made again.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, targets: Tensor, head: LMHead) -> tuple[Tensor, Tensor]:
-        def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            with torch.enable_grad():
-                hidden = hidden.detach().requires_grad_()
-                log_probs, entropy = _log_probs_and_entropy(head, hidden, targets)
-                (slopes,) = torch.autograd.grad(log_probs.sum(), hidden)
-            return log_probs.detach(), entropy, slopes
-
-        log_probs, entropy, slopes = _in_chunks(chunk, head, hidden, targets)
-        ctx.save_for_backward(slopes)
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor, _) -> tuple[Tensor, None, None]:
-        (slopes,) = ctx.saved_tensors
-        return (gradient[:, None] * slopes).to(slopes.dtype), None, None
-
-
 def token_log_probs_and_exact_kl(
     hidden: Tensor, head: LMHead, ref_hidden: Tensor, ref_head: LMHead, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    log π(target), log π0(target), the entropy of π and the exact KL(π(· | prefix) ‖ π0(· | prefix)), without gradient.
+    log π(target), log π0(target), the entropy of π and the exact KL(π(· | prefix) ‖ π0(· | prefix)).
+
+    The first carries a gradient, the others never do.
 
     The sum of the exact token KLs over a completion drawn from π is the Rao-Blackwellised estimate of the sequence KL
     (Amini, Vieira & Cotterell 2025, arXiv 2504.10637, eq. 12): unbiased, no more variance than k1, never negative.
@@ -167,20 +139,63 @@ def token_log_probs_and_exact_kl(
         Four tensors (N,), fp32, nats.
     """
 
-    def chunk(hidden: Tensor, ref_hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        log_p, log_q = head.log_softmax(hidden), ref_head.log_softmax(ref_hidden)  # (n, V)
-        log_probs, ref_log_probs = (column.gather(-1, targets[:, None]).squeeze(-1) for column in (log_p, log_q))
+    return _differentiable(partial(_log_probs_and_exact_kl, head, ref_head), head, hidden, ref_hidden, targets)
+
+
+def _log_probs_and_exact_kl(
+    head: LMHead, ref_head: LMHead, hidden: Tensor, ref_hidden: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_p = head.log_softmax(hidden)  # (n, V)
+    log_probs = log_p.gather(-1, targets[:, None]).squeeze(-1)
+    with torch.no_grad():
+        log_q = ref_head.log_softmax(ref_hidden)
+        ref_log_probs = log_q.gather(-1, targets[:, None]).squeeze(-1)
         p = log_p.exp()
         kl = -_dot(p, log_q.sub_(log_p))
         return log_probs, ref_log_probs, -_dot(log_p, p), kl
-
-    with torch.no_grad():
-        return _in_chunks(chunk, head, hidden, ref_hidden, targets)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Row by row, with 0 · inf = 0: (n, V) twice to (n,). Overwrites `b`, so that no third (n, V) is made."""
     return b.mul_(a).nansum(-1)
+
+
+def _differentiable(
+    function: Callable[..., tuple[Tensor, ...]], head: LMHead, hidden: Tensor, *others: Tensor
+) -> tuple[Tensor, ...]:
+    """Columns of a function of rows, of which the first is log π(target) and carries a gradient."""
+    # ZeRO-3 does not expect a backward pass within the forward
+    if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and not head.parted:
+        return _UnderFrozenHead.apply(function, head, hidden, *others)
+    return _in_chunks(function, head, hidden, *others)
+
+
+class _UnderFrozenHead(torch.autograd.Function):
+    """
+    The same where the gradient ends at the hidden states: ∂ log π(target_i) / ∂ h_i, as large as h, is found while the
+    chunk is at hand, so that no logits are kept for the backward pass, nor made again.
+    """
+
+    @staticmethod
+    def forward(ctx, function, head: LMHead, hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        def chunk(hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                log_probs, *columns = function(hidden, *others)
+                (slopes,) = torch.autograd.grad(log_probs.sum(), hidden)
+            return slopes, log_probs.detach(), *columns
+
+        slopes, log_probs, *columns = _in_chunks(chunk, head, hidden, *others)
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(*columns)
+        return log_probs, *columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        others = (None,) * (len(ctx.needs_input_grad) - 3)
+        return None, None, (gradient[:, None] * slopes).to(slopes.dtype), *others
 
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], head: LMHead, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
+from transformers import ProcessorMixin
 from trl import RLOOConfig
 
 T = TypeVar("T")
@@ -81,6 +82,20 @@ def check_enough_prompts(args: RLOOConfig, train_dataset: Any) -> None:
         f"{args.num_generations} of a row. Draw more of each, take smaller batches, or repeat the rows: "
         f"`concatenate_datasets([train_dataset] * {-(-prompts // rows)})`."
     )
+
+
+def check_text_only(processing_class: Any, trainer: str) -> None:
+    """
+    Refuse processors of images or sound.
+
+    Raises:
+        ValueError: if it is more than a tokenizer.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}: {trainer} trains text "
+            "models only. Pass the processor's `.tokenizer` for text-only data."
+        )
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -242,6 +242,10 @@ class GDCTrainer(RolloutTrainer):
             counted &= batch["log_z"].isfinite()
         return counted.sum()
 
+    @property
+    def step_is_rollout(self) -> bool:
+        return super().step_is_rollout and self.args.replay_batches == 1
+
     def step_batches(
         self, batches: list[dict[str, Tensor]], new_rollout: list[dict[str, Tensor]] | None
     ) -> list[dict[str, Tensor]]:

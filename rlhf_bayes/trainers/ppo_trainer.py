@@ -225,12 +225,9 @@ class PPOTrainer(RolloutTrainer):
         first = self.accelerator.process_index * len(rewards)
         return baselines[first : first + len(rewards)] - forecasts
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def training_step(self, model, inputs, num_items_in_batch=None):
         # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
         self.critic.detach_trunk = self._critic_warms_up() and self.args.critic == "shared"
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._critic_warms_up():
             # weight decay moves weights whose gradient is 0

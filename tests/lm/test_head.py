@@ -74,7 +74,19 @@ def test_exact_kl_by_scipy():
     assert_close(log_p.exp(), p[torch.arange(N), TARGETS])
     assert_close(log_q.exp(), q[torch.arange(N), TARGETS])
     assert_close(entropies, torch.tensor(scipy_entropy(p.numpy(), axis=-1)))
-    assert not any(column.requires_grad for column in (log_p, log_q, entropies, kls))
+    assert not any(column.requires_grad for column in (log_q, entropies, kls))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_log_probs_beside_exact_kls_have_the_gradient_of_log_probs(frozen):
+    hidden, lm_head = states(0).detach().requires_grad_(), LMHead(projection(0).requires_grad_(not frozen), V)
+    alone, _ = token_log_probs_and_entropy(hidden, TARGETS, lm_head)
+    beside, *_ = token_log_probs_and_exact_kl(hidden, lm_head, states(1), LMHead(projection(1), V), TARGETS)
+    assert_close(beside, alone)
+    weights = torch.linspace(-1, 2, N)  # (N,)
+    (expected,), (found,) = (torch.autograd.grad((column * weights).sum(), hidden) for column in (alone, beside))
+    assert_close(found, expected)
+    assert expected.abs().max() > 0.01
 
 
 def test_a_token_of_probability_zero_leaves_entropy_and_kl_finite():

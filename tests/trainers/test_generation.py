@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_bayes.testing import EnumerableLM
+from rlhf_bayes.trainers._trl.engines import without_critic
 
 from .training import Recorder, config, gdc_config, largest_change, logged, prompts_of, trainer, weights
 
@@ -95,7 +96,8 @@ def test_the_critic_never_reaches_vllm(toy, tmp_path, critic):
     trained = trainer(toy, config(tmp_path, critic=critic))
     server = _Server(trained)
     trained.vllm_generation = server
-    trained._send_policy_without_critic()
+    sends = trained.vllm_generation
+    sends.sync_weights = without_critic(sends.sync_weights, trained.model)
     trained.vllm_generation.sync_weights()
     (sent,) = server.sent
     assert set(sent) == {name for name, _ in toy.model.named_parameters()}
@@ -106,7 +108,8 @@ def test_a_critic_adapter_is_sent_as_lora_only(toy, tmp_path):
     trained = trainer(toy, config(tmp_path, critic="separate"), peft_config=LORA)
     server = _Server(trained)
     trained.vllm_generation = server
-    trained._send_policy_without_critic()
+    sends = trained.vllm_generation
+    sends.sync_weights = without_critic(sends.sync_weights, trained.model)
     trained.vllm_generation.sync_weights()
     # TRL drops the names of adapters, which it merges before
     assert not [name for name in server.sent[0] if "critic" in name and "lora_" not in name]

@@ -1,11 +1,16 @@
 """Contact with TRL's `models.utils`: what DeepSpeed and FSDP ask of the modules of a rollout trainer."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from transformers import TrainingArguments
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
+
+from ...lm import base_causal_lm, detached_critic
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
@@ -36,3 +41,25 @@ def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractConte
 
     heads = (parameter for lm in lms for parameter in lm.get_output_embeddings().parameters())
     return deepspeed.zero.GatheredParameters(list(dict.fromkeys(heads)))
+
+
+@contextmanager
+def graph_kept(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+    """Within: gradients, and checkpointing if it is asked for, where RLOO scores without either."""
+    turned_on = args.gradient_checkpointing and not model.is_gradient_checkpointing
+    if turned_on:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    with torch.enable_grad():
+        yield
+    if turned_on:
+        model.gradient_checkpointing_disable()
+
+
+def without_critic(sync_weights: Callable[[], None], policy: nn.Module) -> Callable[[], None]:
+    """What sends weights to vLLM, without the value head: TRL sends every parameter, and vLLM has no place for it."""
+
+    def sync_policy() -> None:
+        with detached_critic(base_causal_lm(policy)):
+            sync_weights()
+
+    return sync_policy

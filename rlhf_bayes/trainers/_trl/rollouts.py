@@ -16,8 +16,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel
 from trl import RLOOTrainer
 
 from ...lm import (
@@ -25,7 +27,6 @@ from ...lm import (
     LMHead,
     base_causal_lm,
     check_prompt_fits,
-    detached_critic,
     enable_completion_scoring,
     kept_trainable,
     raw_generation_config,
@@ -34,13 +35,13 @@ from ...lm import (
     score_completions,
     token_log_probs_and_exact_kl,
 )
-from ..checks import check_tokenizer
+from ..checks import check_text_only, check_tokenizer
 from ..proposal import Snapshot
 from ..reference import Reference
 from ..sampler import SamplerByEpoch
 from ..shared_rewards import share_base
 from .checkpoints import read_apart, read_rollout_state, save_rollout_state, saved_apart
-from .engines import is_sharded, prepare_frozen, whole_heads
+from .engines import graph_kept, is_sharded, prepare_frozen, whole_heads, without_critic
 from .fault_tolerance import FaultTolerantTrainer
 from .reward_faults import RewardFailures, StepEnd
 from .rollout import Rollout, prompt_key
@@ -74,12 +75,8 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        check_text_only(self.processing_class, type(self).__name__)
         check_tokenizer(self._tokenizer)
-        if isinstance(self.processing_class, ProcessorMixin):
-            raise ValueError(
-                f"`processing_class` must be a tokenizer, got {type(self.processing_class).__name__}: "
-                f"{type(self).__name__} trains text models only. Pass the processor's `.tokenizer` for text-only data."
-            )
         if self.aux_loss_enabled:
             raise ValueError(
                 f"`router_aux_loss_coef` must be 0, got {self.router_aux_loss_coef}: {type(self).__name__} has no "
@@ -92,13 +89,14 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
         self.ref_model = self.reference.module
         if self.use_vllm:
-            self._send_policy_without_critic()
+            self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
         self.proposal: str | Snapshot = "policy"
         """What completions are drawn from in training: "policy", "prior", or the policy as it once was."""
         self._step_batches: list[dict[str, Tensor]] = []
         self._count_in_step = torch.tensor(1.0)
         self._sums_in_step: Tensor | None = None
         self._scored: dict[str, Tensor] | None = None
+        self._with_graph: CompletionScores | None = None
         self._rewards_per_func: Tensor | None = None
         self._ended: Tensor | None = None
         share_base(self.reward_funcs, lambda: self.model)
@@ -165,7 +163,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         """A rollout of these rows of the data, one completion each, that nothing is learnt from and nothing logged."""
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._generate_and_score_completions(rows)
-        self._metrics["train"] = metrics
+        self._metrics["train"], self._with_graph = metrics, None
 
     # Rollouts
 
@@ -174,18 +172,19 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         return SamplerByEpoch(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        policy = base_causal_lm(self._plain_policy)
         for row, ids in enumerate(prompt_ids):
-            check_prompt_fits(base_causal_lm(self._plain_policy), len(ids), self.max_completion_length, row)
+            check_prompt_fits(policy, len(ids), self.max_completion_length, row)
         if self.is_fsdp_enabled:
             # by this, `generate` knows that all must go on until the last process has its completions: transformers
             # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
-            base_causal_lm(self._plain_policy)._is_fsdp_managed_module = True
-        with self._drawing() as module, raw_generation_config(self.accelerator.unwrap_model(module)):
-            policy, self.model_wrapped = self.model_wrapped, module
+            policy._is_fsdp_managed_module = True
+        with self._drawing() as module, raw_generation_config(self._plain(module)):
+            wrapped, self.model_wrapped = self.model_wrapped, module
             try:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
             finally:
-                self.model_wrapped = policy
+                self.model_wrapped = wrapped
 
     @contextmanager
     def _drawing(self) -> Iterator[nn.Module]:
@@ -227,8 +226,17 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         self._ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
 
+    @property
+    def step_is_rollout(self) -> bool:
+        """
+        Whether the first step after a rollout learns from all of it at once, and from nothing else: then the forward
+        that scores the rollout is that of the step too.
+        """
+        alone = self.accelerator.distributed_type == DistributedType.NO  # an engine wants its forward next to the loss
+        return alone and self.args.steps_per_generation == 1 and self.proposal == "policy"
+
     def _generate_and_score_completions(self, inputs):
-        self._scored = None
+        self._scored, self._with_graph = None, None
         # both the reference pass and RLOO switch adapters, which would leave the critic's frozen
         with kept_trainable(self.model):
             output = super()._generate_and_score_completions(inputs)
@@ -241,7 +249,10 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             **self._scored,
         )
         self._scored = None
-        return output | self.rollout_batch(rollout)
+        batch = output | self.rollout_batch(rollout)
+        if self._with_graph is not None:
+            batch["row"] = torch.arange(len(rollout.mask), device=rollout.mask.device)
+        return batch
 
     def _score_under_both(self, input_ids, attention_mask, length, batch_size) -> dict[str, Tensor]:
         prompt_ids, completion_ids = input_ids[:, :-length], input_ids[:, -length:]
@@ -269,27 +280,32 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
         separate = not self.is_fsdp_enabled and not switched
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
+        learns = self.mode == "train" and self.step_is_rollout
         with self.accelerator.autocast():
-            policy = score_completions(self.model, *sequences, hidden_only=separate)
+            with graph_kept(self.model, self.args) if learns else nullcontext():
+                policy = score_completions(self.model, *sequences, hidden_only=separate)
             with self.reference.active(self.model) as ref_model:
                 ref = score_completions(ref_model, *sequences, hidden_only=separate, with_values=False)
             if not separate:
                 token_log_probs, ref_token_log_probs = policy.log_probs, ref.log_probs
                 token_entropy, token_kl = policy.entropy, None
             else:
-                lms = [base_causal_lm(self._plain_policy), base_causal_lm(self.accelerator.unwrap_model(ref_model))]
-                with whole_heads(lms, self.accelerator):
+                lms = [base_causal_lm(self._plain_policy), base_causal_lm(self._plain(ref_model))]
+                with whole_heads(lms, self.accelerator), torch.set_grad_enabled(learns):
                     head, ref_head = (LMHead.of(lm, self.temperature) for lm in lms)
                     columns = token_log_probs_and_exact_kl(
                         policy.hidden, head, ref.hidden, ref_head, completion_ids[mask]
                     )
-                token_log_probs, ref_token_log_probs, token_entropy, token_kl = (scatter(c, mask) for c in columns)
+                    columns = [scatter(column, mask) for column in columns]
+                token_log_probs, ref_token_log_probs, token_entropy, token_kl = columns
+            if learns:
+                self._with_graph = CompletionScores(token_log_probs, token_entropy, policy.values, None)
             scored = {
-                "token_log_probs": token_log_probs,
+                "token_log_probs": token_log_probs.detach(),
                 "ref_token_log_probs": ref_token_log_probs,
                 "token_entropy": token_entropy,
                 "token_kl": token_kl,
-                "values": policy.values,
+                "values": None if policy.values is None else policy.values.detach(),
             }
             return scored | {"log_proposal": self._log_proposal(sequences, scored)}
 
@@ -300,6 +316,9 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         inputs = super()._prepare_inputs(generation_batch)
         if self.mode == "eval":
             return inputs
+        if self._with_graph is not None:
+            rows = inputs.pop("row")  # RLOO has shuffled them
+            self._with_graph = CompletionScores(*(x if x is None else x[rows] for x in self._with_graph))
         accumulation = self.args.gradient_accumulation_steps
         if self._step % accumulation == 0:
             first = self._step % self.args.steps_per_generation
@@ -317,7 +336,10 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             sums = torch.stack([self.rollout_loss(None, inputs), self.loss_count(inputs).float()])
             loss, count = self.accelerator.reduce(sums, reduction="sum")  # as one process would see it
             return loss / count.clamp(min=1)
-        loss = self.rollout_loss(self.score(model, inputs), inputs) / self._count_in_step
+        scores, self._with_graph = self._with_graph, None
+        if scores is None:
+            scores = self.score(model, inputs)
+        loss = self.rollout_loss(scores, inputs) / self._count_in_step
         # Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over processes
         return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
@@ -330,7 +352,12 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
 
     @property
     def _plain_policy(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+        return self._plain(self.model)
+
+    def _plain(self, module: nn.Module) -> nn.Module:
+        # accelerate reads the metadata of packages each time that it unwraps, for milliseconds
+        plain = isinstance(module, PreTrainedModel | PeftModel)
+        return module if plain else self.accelerator.unwrap_model(module)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
@@ -389,13 +416,3 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
     def sharded(self) -> bool:
         """Whether no process holds all the weights."""
         return is_sharded(self.accelerator)
-
-    def _send_policy_without_critic(self) -> None:
-        # TRL sends every named parameter, and vLLM has no place for a value head
-        sync_weights = self.vllm_generation.sync_weights
-
-        def sync_policy():
-            with detached_critic(base_causal_lm(self._plain_policy)):
-                sync_weights()
-
-        self.vllm_generation.sync_weights = sync_policy
