@@ -5,6 +5,7 @@ import textwrap
 from typing import ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -144,6 +145,11 @@ class PPOTrainer(RolloutTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if self.is_fsdp_enabled and args.critic == "separate" and isinstance(self._plain_policy, PeftModel):
+            raise ValueError(
+                "`critic` must be 'shared' with LoRA under FSDP, got 'separate': two processes did not end where one does, "
+                'when it was tried. Set `critic="shared"`, or use DeepSpeed.'
+            )
         self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, self._reward_models())
         if optimizers[0] is not None:
             # into a group that is there: a scheduler made before knows no other

@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from ...lm import base_causal_lm, detached_critic
@@ -22,6 +23,12 @@ def is_zero3(accelerator: Accelerator) -> bool:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether no process holds all the weights."""
     return accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)
+
+
+def plain(module: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A model without what an engine wraps around it."""
+    # accelerate reads the metadata of packages each time that it unwraps, for milliseconds
+    return module if isinstance(module, PreTrainedModel | PeftModel) else accelerator.unwrap_model(module)
 
 
 def prepare_frozen(module: nn.Module, accelerator: Accelerator) -> nn.Module:

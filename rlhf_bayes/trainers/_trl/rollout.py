@@ -1,11 +1,17 @@
-"""What a rollout leaves for an objective to learn from."""
+"""What a rollout leaves for an objective to learn from, and how it is scored."""
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from ...lm import CompletionScores, LMHead, scatter, score_completions, token_log_probs_and_exact_kl
+from ..reference import Reference
 
 
 @dataclass(frozen=True)
@@ -45,3 +51,43 @@ def prompt_key(row: dict[str, Any]) -> int:
     # the evidence, and with it Z, may depend on every column
     text = json.dumps(row, sort_keys=True, default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+@torch.no_grad()
+def score_under_both(
+    model: nn.Module,
+    reference: Reference,
+    sequences: tuple,
+    heads: Callable[[nn.Module], AbstractContextManager[list[LMHead]]] | None,
+    graph: AbstractContextManager | None = None,
+) -> tuple[CompletionScores, Tensor, Tensor | None]:
+    """
+    Completions under policy and prior: two forwards, and one pass over the vocabulary.
+
+    Args:
+        model (`nn.Module`):
+            The policy.
+        reference ([`Reference`]):
+            Of the prior.
+        sequences (`tuple`):
+            As [`~rlhf_bayes.lm.score_completions`] takes them, temperature included.
+        heads (`Callable`, *optional*):
+            Given the prior's module, within: the output projections of policy and prior. Without, each model uses its
+            own inside its forward, and there is no exact KL.
+        graph (`AbstractContextManager`, *optional*):
+            Within: the policy's forward keeps what a backward pass needs, and its log-probs carry a gradient.
+
+    Returns:
+        The policy's scores, and log-probs of the prior and exact KLs of each token, (B, T), nats, 0 on padding.
+    """
+    _, _, completion_ids, mask, _ = sequences
+    with graph or nullcontext():
+        policy = score_completions(model, *sequences, hidden_only=heads is not None)
+    with reference.active(model) as ref_model:
+        ref = score_completions(ref_model, *sequences, hidden_only=heads is not None, with_values=False)
+    if heads is None:
+        return policy, ref.log_probs, None
+    with heads(ref_model) as (head, ref_head), torch.set_grad_enabled(graph is not None):
+        columns = token_log_probs_and_exact_kl(policy.hidden, head, ref.hidden, ref_head, completion_ids[mask])
+        log_probs, ref_log_probs, entropy, token_kl = (scatter(column, mask) for column in columns)
+    return CompletionScores(log_probs, entropy, policy.values, None), ref_log_probs, token_kl

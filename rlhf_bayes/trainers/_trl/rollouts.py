@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from trl import RLOOTrainer
 
 from ...lm import (
@@ -31,9 +29,7 @@ from ...lm import (
     kept_trainable,
     raw_generation_config,
     remove_dropout,
-    scatter,
     score_completions,
-    token_log_probs_and_exact_kl,
 )
 from ..checks import check_text_only, check_tokenizer
 from ..proposal import Snapshot
@@ -41,10 +37,10 @@ from ..reference import Reference
 from ..sampler import SamplerByEpoch
 from ..shared_rewards import share_base
 from .checkpoints import read_apart, read_rollout_state, save_rollout_state, saved_apart
-from .engines import graph_kept, is_sharded, prepare_frozen, whole_heads, without_critic
+from .engines import graph_kept, is_sharded, plain, prepare_frozen, whole_heads, without_critic
 from .fault_tolerance import FaultTolerantTrainer
 from .reward_faults import RewardFailures, StepEnd
-from .rollout import Rollout, prompt_key
+from .rollout import Rollout, prompt_key, score_under_both
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -179,7 +175,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             # by this, `generate` knows that all must go on until the last process has its completions: transformers
             # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
             policy._is_fsdp_managed_module = True
-        with self._drawing() as module, raw_generation_config(self._plain(module)):
+        with self._drawing() as module, raw_generation_config(plain(module, self.accelerator)):
             wrapped, self.model_wrapped = self.model_wrapped, module
             try:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
@@ -278,36 +274,33 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
     def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
         # a head that FSDP shards, or that PEFT switches with the adapter, can be used inside its own forward only
         switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
-        separate = not self.is_fsdp_enabled and not switched
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
         learns = self.mode == "train" and self.step_is_rollout
         with self.accelerator.autocast():
-            with graph_kept(self.model, self.args) if learns else nullcontext():
-                policy = score_completions(self.model, *sequences, hidden_only=separate)
-            with self.reference.active(self.model) as ref_model:
-                ref = score_completions(ref_model, *sequences, hidden_only=separate, with_values=False)
-            if not separate:
-                token_log_probs, ref_token_log_probs = policy.log_probs, ref.log_probs
-                token_entropy, token_kl = policy.entropy, None
-            else:
-                lms = [base_causal_lm(self._plain_policy), base_causal_lm(self._plain(ref_model))]
-                with whole_heads(lms, self.accelerator), torch.set_grad_enabled(learns):
-                    head, ref_head = (LMHead.of(lm, self.temperature) for lm in lms)
-                    columns = token_log_probs_and_exact_kl(
-                        policy.hidden, head, ref.hidden, ref_head, completion_ids[mask]
-                    )
-                    columns = [scatter(column, mask) for column in columns]
-                token_log_probs, ref_token_log_probs, token_entropy, token_kl = columns
+            policy, ref_token_log_probs, token_kl = score_under_both(
+                self.model,
+                self.reference,
+                sequences,
+                heads=None if self.is_fsdp_enabled or switched else self._heads,
+                graph=graph_kept(self.model, self.args) if learns else None,
+            )
             if learns:
-                self._with_graph = CompletionScores(token_log_probs, token_entropy, policy.values, None)
+                self._with_graph = policy
             scored = {
-                "token_log_probs": token_log_probs.detach(),
+                "token_log_probs": policy.log_probs.detach(),
                 "ref_token_log_probs": ref_token_log_probs,
-                "token_entropy": token_entropy,
+                "token_entropy": policy.entropy,
                 "token_kl": token_kl,
                 "values": None if policy.values is None else policy.values.detach(),
             }
             return scored | {"log_proposal": self._log_proposal(sequences, scored)}
+
+    @contextmanager
+    def _heads(self, ref_model: nn.Module) -> Iterator[list[LMHead]]:
+        """Within: the output projections of policy and prior."""
+        lms = [base_causal_lm(plain(module, self.accelerator)) for module in (self.model, ref_model)]
+        with whole_heads(lms, self.accelerator):
+            yield [LMHead.of(lm, self.temperature) for lm in lms]
 
     # Loss
 
@@ -352,12 +345,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
 
     @property
     def _plain_policy(self) -> nn.Module:
-        return self._plain(self.model)
-
-    def _plain(self, module: nn.Module) -> nn.Module:
-        # accelerate reads the metadata of packages each time that it unwraps, for milliseconds
-        plain = isinstance(module, PreTrainedModel | PeftModel)
-        return module if plain else self.accelerator.unwrap_model(module)
+        return plain(self.model, self.accelerator)
 
     def _save(self, output_dir=None, state_dict=None):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
