@@ -105,8 +105,8 @@ class LogZEstimate:
         text = (
             f"log Z of {prompts} prompts from {self.num_draws} draws each is "
             f"{'' if self.trustworthy else 'not '}trustworthy: importance ESS {self.importance_ess.min():.0f} to "
-            f"{self.importance_ess.max():.0f} ({good} prompts with 10 or more), {tail} (trusted below "
-            f"{self._threshold:.2f})."
+            f"{self.importance_ess.max():.0f} ({good} prompts with 10 or more of at least "
+            f"{MIN_DRAWS} draws), {tail} (trusted below {self._threshold:.2f})."
         )
         if (self.log_z == -torch.inf).any():
             none = int((self.log_z == -torch.inf).sum())

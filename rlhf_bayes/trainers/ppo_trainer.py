@@ -147,8 +147,8 @@ class PPOTrainer(RolloutTrainer):
         )
         if self.is_fsdp_enabled and args.critic == "separate" and isinstance(self._plain_policy, PeftModel):
             raise ValueError(
-                "`critic` must be 'shared' with LoRA under FSDP, got 'separate': two processes did not end where one does, "
-                'when it was tried. Set `critic="shared"`, or use DeepSpeed.'
+                "`critic` must be 'shared' with LoRA under FSDP, got 'separate': when tried, two processes did not "
+                "end where one does. Set `critic='shared'`, or use DeepSpeed."
             )
         self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, self._reward_models())
         if optimizers[0] is not None:
