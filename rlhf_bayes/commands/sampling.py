@@ -159,7 +159,7 @@ def agreement_table(methods: Sequence[Method]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("guarantee", no_wrap=True)
     for name in shown:
-        table.add_column(labels[name], justify="right", no_wrap=True)
+        table.add_column(labels[name], justify="right", min_width=13)  # "not trustworthy" may wrap, a number may not
     for method in methods:
         cells = [str(method.estimates.get(name, "–")) for name in shown]
         table.add_row(method.name, method.draws.guarantee, *cells)

@@ -2,17 +2,20 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 import torch
+from rich.console import Console
 from trl import TrlParser
 
 from rlhf_bayes import commands
 from rlhf_bayes.commands.sample import Arguments
 from rlhf_bayes.commands.sampling import SAMPLERS as SAMPLERS_BY_NAME
-from rlhf_bayes.commands.sampling import Mean, Method, _trustworthy, agreement
+from rlhf_bayes.commands.sampling import Mean, Method, _trustworthy, agreement, agreement_table
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.samplers import Draws
 
@@ -183,6 +186,24 @@ def test_few_independent_draws_are_not_trusted(toy, sizes, trusted):
 def method(value, error, guarantee="consistent", trustworthy=True):
     draws = Draws([], torch.tensor([], dtype=torch.long), [], [], [], None, guarantee, 1)
     return Method("m", draws, None, {"reward": Mean(value, error, trustworthy)})
+
+
+def test_nothing_is_cut_from_the_table_on_a_terminal_of_80_columns():
+    names = ["reward", "length", "log_z"]
+    wide = dict.fromkeys(names, Mean(2.417, 0.346))
+    untrusted = dict.fromkeys(names, Mean(2.417, 0.346, trustworthy=False))
+    methods = [
+        replace(method(0.0, 1.0), name="metropolis_hastings", estimates=wide),
+        replace(method(0.0, 1.0), name="smc", estimates=untrusted),
+    ]
+    console = Console(width=80, file=StringIO())
+    console.print(agreement_table(methods))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    (row,) = re.findall(r"^ *metropolis_hastings +(.*)$", printed, re.MULTILINE)
+    assert row.split("  ")[0] == "consistent"
+    assert row.count("2.417 ± 0.346") == 3
+    assert printed.count("trustworthy") == 3
 
 
 def test_agreement_is_a_chi_squared_test():
