@@ -132,16 +132,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders.append(_save(output_dir / name, method, {**about, "settings": settings, "info": method.draws.info}))
     console.print(agreement_table(methods), checks_table(methods), sep="\n")
 
-    # policies: how far they are from it
+    # policies: how far they are from it, all by the same draws of the prior
+    scored = None
     for number, path in enumerate(args.policy or [], start=1):
         with console.status(f"{path}: {doing}"):
             policy = load_model(args, path, prior)
-            judged = evaluate(policy, posterior, prompts, args.num_samples, generator, columns)
+            judged = evaluate(policy, posterior, prompts, args.num_samples, generator, columns, from_prior=scored)
+        scored = judged.from_prior
         console.print(f"\n{path}", judged, sep="\n")
+        rewards = None if beta is None else beta * judged.from_policy.log_likelihood
         rows = [
-            {"prompt": prompt, "completion": text}
-            for prompt, texts in zip(prompts, judged.from_policy.texts, strict=True)
-            for text in texts
+            {"prompt": prompt, "completion": text, "reward": None if rewards is None else rewards[p, column].item()}
+            for p, prompt in enumerate(prompts)
+            for column, text in enumerate(judged.from_policy.texts[p])
         ]
         folders.append(output_dir / "policies" / f"{number}_{Path(path).name}")
         write_sampling(folders[-1], rows, {**about, "settings": {"policy": path}}, judged.as_dict())
