@@ -63,8 +63,8 @@ def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
             "ELBO under its ceiling",
             "elbo",
             elbo_figure(runs),
-            "What training maximises is the ELBO, E[r]/β − KL(π‖π0). It cannot pass log Z; what is missing is the "
-            "distance to the posterior, KL(π‖π*). Nats compare within one posterior only.",
+            "The ELBO is the expected evidence, E[r]/β for a reward, less KL(π‖π0). It cannot pass log Z; what is "
+            "missing is the distance to the posterior, KL(π‖π*). Nats compare within one posterior only.",
             "",
         ),
         (
@@ -83,7 +83,13 @@ def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
             "Where steps are many: their running mean, and each of them faint.",
             "",
         ),
-        ("Moments", "moments", moments_figure(runs), "Mean of each reward function or feature.", ""),
+        (
+            "Moments",
+            "moments",
+            moments_figure(runs),
+            "Mean of each reward function or feature. Dashed: what was asked for.",
+            "",
+        ),
         (
             "Diversity",
             "diversity",
