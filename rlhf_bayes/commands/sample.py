@@ -118,7 +118,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: SAMPLERS[name](posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
     }
 
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)  # refused now, not after the draws, where there is a file
     console, generator = Console(), torch.Generator().manual_seed(args.seed)
     output_dir, doing = Path(args.output_dir), f"{args.num_samples} completions of each of {len(prompts)} prompts"
     about = {"beta": beta, "reward_names": names, "settings": _settings(args)}
@@ -253,6 +252,8 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"`--num_samples` must be at least 2, got {args.num_samples}: one completion has no spread.")
     if args.reward_clip_range is not None and len(args.reward_clip_range) != 2:
         raise ValueError(f"`--reward_clip_range` must be two numbers, low and high, got {args.reward_clip_range}.")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
     if args.vllm:
         try:
             import vllm  # noqa: F401
@@ -271,7 +272,7 @@ def _check_policies(args: Arguments) -> None:
         try:
             tokens = AutoTokenizer.from_pretrained(path).get_vocab()
         except (OSError, ValueError) as error:
-            if Path(path).is_dir():
+            if any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
                 continue  # saved without a tokenizer: it is taken on trust
             raise ValueError(
                 f"`{flag}` must be the folder of a trained policy, or a name on the hub, got {path!r}, which is not "
