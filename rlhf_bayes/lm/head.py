@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -63,8 +64,10 @@ class LMHead:
 
     @property
     def parted(self) -> bool:
-        """Whether ZeRO-3 keeps a part of the weights in each process."""
-        return any(hasattr(weight, "ds_id") for weight in self.projection.parameters())
+        """Whether ZeRO-3 or FSDP keeps a part of the weights in each process."""
+        return isinstance(self.projection, FSDPModule) or any(
+            hasattr(weight, "ds_id") for weight in self.projection.parameters()
+        )
 
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """Normalised token log-probabilities, fp32: (N, H) to (N, V), nats."""
@@ -164,7 +167,7 @@ def _differentiable(
     function: Callable[..., tuple[Tensor, ...]], head: LMHead, hidden: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
     """Columns of a function of rows, of which the first is log π(target) and carries a gradient."""
-    # ZeRO-3 does not expect a backward pass within the forward
+    # neither ZeRO-3 nor FSDP expects a backward pass within the forward
     if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and not head.parted:
         return _UnderFrozenHead.apply(function, head, hidden, *others)
     return _in_chunks(function, head, hidden, *others)
