@@ -17,6 +17,8 @@ MAX_CHUNK_ELEMENTS = 2**22
 # with fewer rows than this share of H, a device would read the head's weights for longer than it computes; such a
 # chunk is an eighth of these weights in bf16
 _MIN_ROWS_OF_HIDDEN = 1 / 16
+# a head that learns also gets a gradient from each chunk, as large as its weights; the logits are a quarter of that
+_MIN_ROWS_OF_HIDDEN_LEARNING = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,8 @@ def _in_chunks(function: Callable[..., tuple[Tensor, ...]], head: LMHead, *tenso
 
 def _num_chunks(head: LMHead, hidden: Tensor) -> int:
     tokens, hidden_size = hidden.shape
-    num_chunks = max(1, math.ceil(tokens / chunk_rows(head.vocab_size, hidden_size)))
+    learns = torch.is_grad_enabled() and not head.frozen
+    num_chunks = max(1, math.ceil(tokens / chunk_rows(head.vocab_size, hidden_size, learns)))
     if head.parted:
         # at each use the processes put the weights together: one with fewer tokens must use them as often
         most = torch.tensor(num_chunks, device=hidden.device)
@@ -224,6 +227,7 @@ def _num_chunks(head: LMHead, hidden: Tensor) -> int:
     return num_chunks
 
 
-def chunk_rows(vocab_size: int, hidden_size: int) -> int:
-    """Rows of logits that are made at once."""
-    return max(1, MAX_CHUNK_ELEMENTS // vocab_size, int(hidden_size * _MIN_ROWS_OF_HIDDEN))
+def chunk_rows(vocab_size: int, hidden_size: int, learns: bool) -> int:
+    """Rows of logits that are made at once; `learns` where the head's weights get a gradient from them."""
+    share = _MIN_ROWS_OF_HIDDEN_LEARNING if learns else _MIN_ROWS_OF_HIDDEN
+    return max(1, MAX_CHUNK_ELEMENTS // vocab_size, int(hidden_size * share))
