@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from trl import RLOOTrainer
 
@@ -67,6 +67,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         if quantization_config is not None:  # the oldest releases have no such argument
             trl_arguments["quantization_config"] = quantization_config
         self._failures, self._step_end = RewardFailures(), None
+        set_seed(args.seed)  # adapters are drawn at random, and the oldest releases draw them before they do this
         try:
             super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
         finally:
