@@ -3,8 +3,8 @@ Every trainer, with all weights and with adapters, on every engine that a CPU ca
 
 Each engine is launched once, by the configuration that is shipped, and goes through all trainings and recipes. FSDP2
 is not among them: accelerate runs DDP in its place on a CPU. Forced to it by hand (`PartialState._prepare_backend`
-patched to give gloo), one launch went through all of `TRAININGS`: weights as of one process to 6e-7, resumed ones too,
-but for `ppo-lora` with its separate critic, which were off by 0.34. Why is not known; on GPUs nothing was run.
+patched to give gloo), three launches of two processes went through all of `TRAININGS`, logits two tokens at a time:
+weights as of one process to 5e-7, resumed ones too. On GPUs nothing was run.
 """
 
 import json
