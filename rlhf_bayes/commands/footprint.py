@@ -158,7 +158,10 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
     text = config.get_text_config()
     length = run.prompt_length + run.completion_length
     rows = run.batch_size * run.completion_length
-    chunk = min(rows, chunk_rows(text.vocab_size, text.hidden_size)) * text.vocab_size * FLOAT
+    scoring, training = (
+        _CHUNKS * min(rows, chunk_rows(text.vocab_size, text.hidden_size, learns)) * text.vocab_size * FLOAT
+        for learns in (False, roles.lora_r is None)
+    )
     states = rows * text.hidden_size * FLOAT
 
     kept = saved_for_backward(lm, run.batch_size, length, run.gradient_checkpointing)
@@ -174,8 +177,8 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
     cache = 2 * run.batch_size * length * heads * width * run.dtype.itemsize  # of a layer
     return {
         "generation": cache * (text.num_hidden_layers + 1.0),  # the layer that grows is copied
-        "scoring": layer + 2 * states + _CHUNKS * chunk,
-        "training": kept + 2 * states + _CHUNKS * chunk,
+        "scoring": layer + 2 * states + scoring,
+        "training": kept + 2 * states + training,
     }
 
 

@@ -102,7 +102,8 @@ def score_completions(
     """
     Score completions by one teacher-forced pass of a model prepared by [`enable_completion_scoring`].
 
-    Positions count attended tokens, so left padding changes nothing, learnt position embeddings included.
+    Positions count attended tokens, so left padding changes nothing, learnt position embeddings included. Columns that
+    are padding in every row do not reach the model.
 
     Args:
         prompt_ids, prompt_mask (`Tensor` (B, P)):
@@ -116,8 +117,13 @@ def score_completions(
         with_values (`bool`):
             Run the critic too, where the model has one.
     """
-    attention_mask = torch.cat([prompt_mask.long(), completion_mask.long()], dim=1)  # (B, P + T)
-    return model(
+    width = completion_mask.size(1)
+    start = int(prompt_mask.any(dim=0).long().argmax())
+    stop = int(completion_mask.any(dim=0).cumsum(0).argmax()) + 1
+    prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
+    completion_ids, completion_mask = completion_ids[:, :stop], completion_mask[:, :stop]
+    attention_mask = torch.cat([prompt_mask.long(), completion_mask.long()], dim=1)  # (B, P + T), of those left
+    scores = model(
         input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
@@ -127,6 +133,8 @@ def score_completions(
         hidden_only=hidden_only,
         with_values=with_values,
     )
+    columns = (x if x is None else nn.functional.pad(x, (0, width - stop)) for x in scores[:-1])
+    return CompletionScores(*columns, scores.hidden)
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

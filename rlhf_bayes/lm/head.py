@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -16,6 +17,8 @@ MAX_CHUNK_ELEMENTS = 2**22
 # with fewer rows than this share of H, a device would read the head's weights for longer than it computes; such a
 # chunk is an eighth of these weights in bf16
 _MIN_ROWS_OF_HIDDEN = 1 / 16
+# a head that learns also gets a gradient from each chunk, as large as its weights; the logits are a quarter of that
+_MIN_ROWS_OF_HIDDEN_LEARNING = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class LMHead:
 
     @property
     def parted(self) -> bool:
-        """Whether ZeRO-3 keeps a part of the weights in each process."""
-        return any(hasattr(weight, "ds_id") for weight in self.projection.parameters())
+        """Whether ZeRO-3 or FSDP keeps a part of the weights in each process."""
+        return isinstance(self.projection, FSDPModule) or any(
+            hasattr(weight, "ds_id") for weight in self.projection.parameters()
+        )
 
     def log_softmax(self, hidden: Tensor) -> Tensor:
         """Normalised token log-probabilities, fp32: (N, H) to (N, V), nats."""
@@ -164,7 +169,7 @@ def _differentiable(
     function: Callable[..., tuple[Tensor, ...]], head: LMHead, hidden: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
     """Columns of a function of rows, of which the first is log π(target) and carries a gradient."""
-    # ZeRO-3 does not expect a backward pass within the forward
+    # neither ZeRO-3 nor FSDP expects a backward pass within the forward
     if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and not head.parted:
         return _UnderFrozenHead.apply(function, head, hidden, *others)
     return _in_chunks(function, head, hidden, *others)
@@ -212,7 +217,8 @@ def _in_chunks(function: Callable[..., tuple[Tensor, ...]], head: LMHead, *tenso
 
 def _num_chunks(head: LMHead, hidden: Tensor) -> int:
     tokens, hidden_size = hidden.shape
-    num_chunks = max(1, math.ceil(tokens / chunk_rows(head.vocab_size, hidden_size)))
+    learns = torch.is_grad_enabled() and not head.frozen
+    num_chunks = max(1, math.ceil(tokens / chunk_rows(head.vocab_size, hidden_size, learns)))
     if head.parted:
         # at each use the processes put the weights together: one with fewer tokens must use them as often
         most = torch.tensor(num_chunks, device=hidden.device)
@@ -221,6 +227,7 @@ def _num_chunks(head: LMHead, hidden: Tensor) -> int:
     return num_chunks
 
 
-def chunk_rows(vocab_size: int, hidden_size: int) -> int:
-    """Rows of logits that are made at once."""
-    return max(1, MAX_CHUNK_ELEMENTS // vocab_size, int(hidden_size * _MIN_ROWS_OF_HIDDEN))
+def chunk_rows(vocab_size: int, hidden_size: int, learns: bool) -> int:
+    """Rows of logits that are made at once; `learns` where the head's weights get a gradient from them."""
+    share = _MIN_ROWS_OF_HIDDEN_LEARNING if learns else _MIN_ROWS_OF_HIDDEN
+    return max(1, MAX_CHUNK_ELEMENTS // vocab_size, int(hidden_size * share))

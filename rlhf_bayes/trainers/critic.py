@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ def attach_critic(
     kind: str,
     value_model: "str | PreTrainedModel | None",
     reward_models: list[tuple[nn.Module, PreTrainedTokenizerBase]],
+    seed: int,
 ) -> Critic:
     """
     Put a critic inside the policy's causal LM, so that DDP, FSDP and DeepSpeed see one module with one forward.
@@ -30,6 +32,8 @@ def attach_critic(
         reward_models (`list[tuple[nn.Module, PreTrainedTokenizerBase]]`):
             Reward models and their tokenizers: a separate critic copies the first one's trunk if there is no
             `value_model`.
+        seed (`int`):
+            Of a critic's adapter.
 
     Raises:
         ValueError: if `value_model` does not fit `kind` or the policy.
@@ -45,7 +49,7 @@ def attach_critic(
             )
         critic = Critic(hidden_size)
     else:
-        critic = _separate_critic(policy, tokenizer, value_model, saved, reward_models)
+        critic = _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed)
     if saved is not None:
         critic.load(saved)
     critic.to(lm.device)
@@ -54,7 +58,7 @@ def attach_critic(
     return critic
 
 
-def _separate_critic(policy, tokenizer, value_model, saved, reward_models) -> Critic:
+def _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed) -> Critic:
     lm = base_causal_lm(policy)
     if saved is not None:
         config = critic_config(saved)
@@ -69,7 +73,7 @@ def _separate_critic(policy, tokenizer, value_model, saved, reward_models) -> Cr
         is_path = isinstance(value_model, str)
         trunk = AutoModel.from_pretrained(value_model, dtype=lm.dtype) if is_path else value_model.base_model
     elif hasattr(policy, "peft_config"):
-        return _adapter_critic(policy)
+        return _adapter_critic(policy, seed)
     elif reward_models:
         reward_model, reward_tokenizer = reward_models[0]
         trunk = reward_model.base_model
@@ -91,14 +95,17 @@ def _separate_critic(policy, tokenizer, value_model, saved, reward_models) -> Cr
     return Critic(trunk.config.get_text_config().hidden_size, backbone=copy.deepcopy(trunk))
 
 
-def _adapter_critic(policy) -> Critic:
+def _adapter_critic(policy, seed: int) -> Critic:
     config = copy.deepcopy(policy.peft_config[policy.active_adapter])
     if config.peft_type.value != "LORA":
         raise ValueError(
             f"`critic='separate'` on a PEFT policy needs LoRA, got {config.peft_type.value}: other adapters cannot "
             "share one forward with the policy's. Set `critic='shared'`, or pass `value_model`."
         )
-    policy.add_adapter(CRITIC, config)
+    # RLOO has given each process a seed of its own, and FSDP would put the adapter together from parts of each draw
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        policy.add_adapter(CRITIC, config)
     return Critic(policy.get_base_model().config.get_text_config().hidden_size, adapter=CRITIC)
 
 

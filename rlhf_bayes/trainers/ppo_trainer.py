@@ -5,7 +5,6 @@ import textwrap
 from typing import ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -145,12 +144,9 @@ class PPOTrainer(RolloutTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        if self.is_fsdp_enabled and args.critic == "separate" and isinstance(self._plain_policy, PeftModel):
-            raise ValueError(
-                "`critic` must be 'shared' with LoRA under FSDP, got 'separate': when tried, two processes did not "
-                "end where one does. Set `critic='shared'`, or use DeepSpeed."
-            )
-        self.critic = attach_critic(self.model, self.processing_class, args.critic, value_model, self._reward_models())
+        self.critic = attach_critic(
+            self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
+        )
         if optimizers[0] is not None:
             # into a group that is there: a scheduler made before knows no other
             self.optimizer.param_groups[-1]["params"].extend(

@@ -6,6 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .micro_batches import by_length
+
 _PADDED_LEFT = ("prompt_ids", "prompt_mask")
 
 
@@ -45,7 +47,7 @@ class ReplayBuffer:
                 Rows of each; together at most those of one rollout.
 
         Returns:
-            `list[dict[str, Tensor]]`: as they were added, padded to the longest of all.
+            `list[dict[str, Tensor]]`: as they were added, padded to the longest of all, in order of length.
         """
         size = sum(sizes)
         groups, weights = [], []
@@ -64,7 +66,7 @@ class ReplayBuffer:
                 break
         names = parts[0][0]
         split = {name: _joined([rollout[name][rows] for rollout, rows in parts], name).split(sizes) for name in names}
-        return [{name: split[name][index] for name in names} for index in range(len(sizes))]
+        return by_length([{name: split[name][index] for name in names} for index in range(len(sizes))])
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold."""

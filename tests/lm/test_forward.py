@@ -77,6 +77,32 @@ def test_what_stands_in_the_padding_does_not_matter():
         assert (column[~mask] == 0).all()
 
 
+def test_columns_of_padding_alone_do_not_reach_the_model():
+    model = ready(critic=True)
+    widths = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    prompt_ids, prompt_mask, completion_ids, completion_mask = batch()
+    wider = (
+        *(torch.nn.functional.pad(tensor, (3, 0)) for tensor in (prompt_ids, prompt_mask)),
+        *(torch.nn.functional.pad(tensor, (0, 2)) for tensor in (completion_ids, completion_mask)),
+    )
+    scores, ours = score_completions(model, *wider), score_completions(model, *batch())
+    assert widths == [(3, 7), (3, 7)]
+    for column, expected in zip(scores[:3], ours[:3], strict=True):
+        assert column.shape == (3, 6)
+        assert_close(column[:, :4], expected)
+        assert (column[:, 4:] == 0).all()
+
+
+def test_rows_without_completions_are_scored():
+    model = ready()
+    ids, nothing = torch.tensor([[1, 2], [3, 4]]), torch.zeros(2, 3, dtype=torch.bool)
+    scores = score_completions(model, ids, torch.ones_like(ids), torch.zeros(2, 3, dtype=torch.long), nothing)
+    assert scores.log_probs.tolist() == [[0.0] * 3] * 2
+
+
 def test_values_are_those_of_the_prefix_before_each_token():
     model = ready(critic=True)
     values = score_completions(model, *batch()).values

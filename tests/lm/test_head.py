@@ -136,7 +136,7 @@ def test_the_gradient_under_a_frozen_head_is_that_of_a_plain_cross_entropy(rows,
 
 @pytest.mark.parametrize(("frozen", "passes"), [(True, 1), (False, 2)])
 def test_the_whole_vocabulary_is_held_for_a_chunk_only(frozen, passes, monkeypatch):
-    monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", 2 * V)
+    monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", 4 * V)
     seen = []
 
     class Recording(nn.Linear):
@@ -146,9 +146,9 @@ def test_the_whole_vocabulary_is_held_for_a_chunk_only(frozen, passes, monkeypat
 
     lm_head = LMHead(Recording(H, V).requires_grad_(not frozen), V)
     log_probs, _ = token_log_probs_and_entropy(states(requires_grad=True), TARGETS, lm_head)
-    assert seen == [2, 2, 2, 1]
+    assert seen == [4, 3]
     log_probs.sum().backward()
-    assert sorted(seen) == sorted([2, 2, 2, 1] * passes)  # a head that learns is run again: nothing is kept
+    assert sorted(seen) == sorted([4, 3] * passes)  # a head that learns is run again: nothing is kept
 
 
 class Allocations(TorchDispatchMode):
@@ -199,11 +199,29 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(path, monkeypatch):
     assert peaks[1] - peaks[0] <= 3 * 4 * (16 - 2) * rows * H
 
 
-@pytest.mark.parametrize(("vocabulary", "hidden", "rows"), [(8192, 512, 512), (151936, 1024, 64), (2**23, 8, 1)])
-def test_a_chunk_is_4_million_logits_or_an_eighth_of_the_heads_weights(vocabulary, hidden, rows):
-    assert head.chunk_rows(vocabulary, hidden) == rows
-    in_half_precision = 2 * vocabulary * hidden
-    assert rows == 1 or 4 * rows * vocabulary <= max(2**24, in_half_precision / 8)
+@pytest.mark.parametrize(
+    ("vocabulary", "hidden", "frozen", "learning"), [(8192, 512, 512, 512), (151936, 1024, 64, 256), (2**23, 8, 1, 2)]
+)
+def test_a_chunk_is_4_million_logits_or_a_share_of_the_heads_weights(vocabulary, hidden, frozen, learning):
+    assert head.chunk_rows(vocabulary, hidden, learns=False) == frozen
+    assert head.chunk_rows(vocabulary, hidden, learns=True) == learning
+    weights = vocabulary * hidden
+    assert frozen == 1 or 4 * frozen * vocabulary <= max(2**24, 2 * weights / 8)  # in half precision
+    assert 4 * learning * vocabulary <= max(2**24, 4 * weights / 4)
+
+
+def test_a_head_that_learns_is_read_less_often(monkeypatch):
+    monkeypatch.setattr(head, "MAX_CHUNK_ELEMENTS", 1)
+    calls = []
+    weight = nn.Linear(64, V)
+    weight.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    hidden, targets = torch.randn(32, 64, requires_grad=True), torch.zeros(32, dtype=torch.long)
+    for learns in (True, False):
+        weight.requires_grad_(learns)
+        token_log_probs_and_entropy(hidden, targets, LMHead(weight, V))
+    with torch.no_grad():
+        token_log_probs_and_entropy(hidden, targets, LMHead(weight.requires_grad_(), V))
+    assert calls == [16] * 2 + [4] * 8 + [4] * 8
 
 
 def test_half_precision_is_summed_in_full():

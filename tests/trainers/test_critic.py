@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -14,6 +14,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForSequenceClassification,
 
 from rlhf_bayes.lm import Critic
 from rlhf_bayes.testing import EnumerableLM, toy_reward
+from rlhf_bayes.trainers.critic import attach_critic
 
 from .training import config, trainer, weights
 
@@ -129,6 +130,19 @@ def test_a_separate_critic_of_a_full_policy_is_a_copy_that_leaves_the_policy_alo
     )
     score.sum().backward()
     assert recorded == []
+
+
+def test_processes_that_draw_differently_start_from_the_same_adapter(toy):
+    starts, next_draws = [], []
+    for process in range(2):
+        policy = get_peft_model(toy.random_policy(noise=0.1), LORA)
+        torch.manual_seed(process)
+        attach_critic(policy, toy.tokenizer, "separate", None, [], seed=3)
+        starts.append({name: tensor for name, tensor in policy.state_dict().items() if ".critic." in name})
+        next_draws.append(torch.rand(()))
+    assert any("lora_A" in name and tensor.any() for name, tensor in starts[0].items())
+    assert_close(starts[0], starts[1], rtol=0, atol=0)
+    assert next_draws[0] != next_draws[1]
 
 
 @pytest.mark.parametrize(("critic", "peft"), [("shared", False), ("shared", True), ("separate", False)])

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from trl import RLOOTrainer
 
@@ -32,6 +32,7 @@ from ...lm import (
     score_completions,
 )
 from ..checks import check_text_only, check_tokenizer
+from ..micro_batches import by_length, scored_by_length
 from ..proposal import Snapshot
 from ..reference import Reference
 from ..sampler import SamplerByEpoch
@@ -66,6 +67,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         if quantization_config is not None:  # the oldest releases have no such argument
             trl_arguments["quantization_config"] = quantization_config
         self._failures, self._step_end = RewardFailures(), None
+        set_seed(args.seed)  # adapters are drawn at random, and the oldest releases draw them before they do this
         try:
             super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
         finally:
@@ -200,7 +202,10 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         # RLOO asks for the policy first, then, if β > 0, for the reference: both are scored at the first call, so that
         # the exact KL costs no pass of its own
         if self._scored is None:
-            self._scored = self._score_under_both(input_ids, attention_mask, logits_to_keep, batch_size)
+            prompt_ids, completion_ids = input_ids.split((input_ids.size(1) - logits_to_keep, logits_to_keep), dim=1)
+            prompt_mask, mask = attention_mask.bool().split((prompt_ids.size(1), logits_to_keep), dim=1)
+            sequences = (prompt_ids, prompt_mask, completion_ids, mask)
+            self._scored = scored_by_length(self._score_rows, sequences, batch_size or len(input_ids))
             return self._scored["token_log_probs"], None, None
         return self._scored["ref_token_log_probs"], None, None
 
@@ -249,18 +254,6 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         if self._with_graph is not None:
             batch["row"] = torch.arange(len(rollout.mask), device=rollout.mask.device)
         return batch
-
-    def _score_under_both(self, input_ids, attention_mask, length, batch_size) -> dict[str, Tensor]:
-        prompt_ids, completion_ids = input_ids[:, :-length], input_ids[:, -length:]
-        prompt_mask, mask = attention_mask[:, :-length], attention_mask[:, -length:].bool()
-        batch_size = batch_size or len(input_ids)
-        parts = []
-        for start in range(0, len(input_ids), batch_size):
-            part = slice(start, start + batch_size)
-            parts.append(self._score_rows(prompt_ids[part], prompt_mask[part], completion_ids[part], mask[part]))
-        return {
-            name: None if parts[0][name] is None else torch.cat([part[name] for part in parts]) for name in parts[0]
-        }
 
     def _log_proposal(self, sequences: tuple, scored: dict[str, Tensor | None]) -> Tensor:
         if self.mode == "train" and self.proposal == "prior":
@@ -315,7 +308,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         accumulation = self.args.gradient_accumulation_steps
         if self._step % accumulation == 0:
             first = self._step % self.args.steps_per_generation
-            batches = self._buffered_inputs[first : first + accumulation]
+            batches = by_length(self._buffered_inputs[first : first + accumulation])
             new_rollout = None if self._buffered_inputs is generated else self._buffered_inputs
             self._step_batches = self.step_batches(batches, new_rollout)
             # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes

@@ -1,0 +1,55 @@
+"""Which rows go through the model together: those of like length, so that little of it is padding."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def by_length(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """
+    The same rows in micro-batches of the same sizes, shortest first.
+
+    Args:
+        batches (`list[dict[str, Tensor]]`):
+            With `prompt_mask` (B, P) and `completion_mask` (B, T) among others. What has a row for each completion is
+            dealt anew; the rest stays in place.
+    """
+    if len(batches) == 1:
+        return batches
+    sizes = [len(batch["completion_mask"]) for batch in batches]
+    lengths = torch.cat([batch["prompt_mask"].sum(-1) + batch["completion_mask"].sum(-1) for batch in batches])
+    order = lengths.argsort(stable=True)
+    dealt = [dict(batch) for batch in batches]
+    for name, column in batches[0].items():
+        if column is None or column.dim() == 0 or len(column) != sizes[0]:
+            continue
+        parts = torch.cat([batch[name] for batch in batches])[order].split(sizes)
+        for batch, part in zip(dealt, parts, strict=True):
+            batch[name] = part
+    return dealt
+
+
+def scored_by_length(
+    score_rows: Callable[..., dict[str, Tensor | None]], sequences: tuple[Tensor, ...], batch_size: int
+) -> dict[str, Tensor | None]:
+    """
+    What `score_rows` says of all rows, `batch_size` at a time, in the order in which they came.
+
+    Args:
+        score_rows (`Callable`):
+            Given prompt_ids, prompt_mask, completion_ids and completion_mask of some rows, columns of as many rows.
+        sequences (`tuple[Tensor, ...]`):
+            The four of all rows: (B, P), (B, P), (B, T), (B, T).
+        batch_size (`int`):
+            Rows at a time.
+    """
+    _, prompt_mask, _, completion_mask = sequences
+    order = torch.arange(len(prompt_mask), device=prompt_mask.device)
+    if batch_size < len(order):
+        order = (prompt_mask.sum(-1) + completion_mask.sum(-1)).argsort(stable=True)
+    parts = [score_rows(*(tensor[rows] for tensor in sequences)) for rows in order.split(batch_size)]
+    back = order.argsort()
+    return {
+        name: None if parts[0][name] is None else torch.cat([part[name] for part in parts])[back] for name in parts[0]
+    }
