@@ -150,10 +150,9 @@ def test_a_condition_alone(toy, tmp_path, monkeypatch, capsys):
         (["--beta", "0"], "`--beta` must be positive and finite, got 0.0"),
         (["--dtype", "float17"], "invalid choice: 'float17'"),
         (["--vllm"], "`--vllm` must be left out where vLLM is not installed"),
-        (
-            ["--policy", "./nowhere"],
-            "`--policy` must be the folder of a trained policy, or a name on the hub, got './no",
-        ),
+        (["--policy", "./nowhere"], "`--policy` must be the folder of a trained policy"),
+        (["--policy", "."], "`--policy` must be the folder of a trained policy"),
+        (["--output_dir", __file__], "`--output_dir` must be a folder, or not exist yet, got the file"),
         (["--reward_func", "nothing"], "must have the form `module:function`"),
         (["--what_if_beta", "-1"], "`--what_if_beta` must be positive"),
         (["--dataset_name", "nowhere.jsonl"], "`dataset_name` must be a file or folder that exists"),
