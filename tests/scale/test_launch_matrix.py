@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from filelock import FileLock
+from packaging.version import Version
 from peft import PeftModel
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -33,6 +35,7 @@ SCRIPT = Path(__file__).with_name("launched.py")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
 ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}
 EACH_ENGINE = [pytest.param(name, marks=needs_deepspeed if ENGINES[name][1] else ()) for name in ENGINES]
+trl_version = Version(trl.__version__)
 # clocks; operations, which are counted in whole weights
 LOCAL = ("runtime", "_per_second", "step_time", "total_flos")
 
@@ -63,6 +66,8 @@ def by_one_process(workplace: Path, training: str) -> Path:
 
 
 def launched(workplace: Path, engine: str) -> Path:
+    if engine == "zero3" and trl_version < Version("1.16"):
+        pytest.skip("trl before 1.16 asks for a device map where there is no GPU, which ZeRO-3 refuses")
     return once(workplace / engine, lambda folder: launch(workplace / "models", folder, engine))
 
 
@@ -102,6 +107,8 @@ def test_takes_the_steps_of_one_process(workplace, engine, training):
         if training == "reward-lora":
             # one process takes its members one by one, DeepSpeed all at once: metrics of the members or of their mean
             theirs = {name: x for name, x in theirs.items() if name.startswith("eval") or name in ("loss", "epoch")}
+        if trl_version < Version("1.9"):  # RLOO's own, a mean of each process's mean
+            theirs = {name: x for name, x in theirs.items() if name not in ("kl", "eval_kl")}
         for name, value in theirs.items():
             # of rewards, TRL's mean over batches, of which the last is small
             if not name.endswith(LOCAL if "reward" not in training else (*LOCAL, "eval_loss")):
