@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
 
@@ -47,22 +49,23 @@ TRAINERS = ("ppo", "gdc", "reward")
 NOT_COMPARED = ("loss", "_runtime", "_per_second", "step_time", "total_flos")
 
 
-def make(kind: str, folder: Path):
-    """A trainer that draws on all that a checkpoint must hold."""
+def make(kind: str, folder: Path, reward: Callable[..., list[float]], **changes: Any):
+    """A trainer that draws on all that a checkpoint must hold; `changes` to its configuration."""
     toy = EnumerableLM(vocab_size=4, max_completion_length=3)
     if kind == "reward":
-        return make_reward(toy, folder)
+        return make_reward(toy, folder, changes)
+    settings = ROLLOUTS | changes
     data = {"train_dataset": Dataset.from_dict({"prompt": toy.prompts}), "processing_class": toy.tokenizer}
     if kind == "ppo":
-        args = PPOConfig(str(folder), beta=0.5, target_kl=0.05, kl_horizon=100, critic="separate", **ROLLOUTS)
-        return PPOTrainer(toy.random_policy(noise=0.0), toy_reward, args, **data)
+        args = PPOConfig(str(folder), beta=0.5, target_kl=0.05, kl_horizon=100, critic="separate", **settings)
+        return PPOTrainer(toy.random_policy(noise=0.0), reward, args, **data)
     args = GDCConfig(
-        str(folder), beta=0.5, divergence="log_variance", replay_batches=3, proposal="adaptive", **ROLLOUTS
+        str(folder), beta=0.5, divergence="log_variance", replay_batches=3, proposal="adaptive", **settings
     )
-    return GDCTrainer(toy.random_policy(noise=0.0), toy_reward, args, **data)
+    return GDCTrainer(toy.random_policy(noise=0.0), reward, args, **data)
 
 
-def make_reward(toy: EnumerableLM, folder: Path) -> RewardTrainer:
+def make_reward(toy: EnumerableLM, folder: Path, changes: dict[str, Any]) -> RewardTrainer:
     texts = [text for text in dict.fromkeys(toy.completions) if text]
     pairs = Dataset.from_dict(
         {
@@ -73,16 +76,30 @@ def make_reward(toy: EnumerableLM, folder: Path) -> RewardTrainer:
         }
     )
     args = RewardConfig(
-        str(folder), num_members=3, annotator_reliability=True, per_device_train_batch_size=4, **COMMON
+        str(folder), num_members=3, annotator_reliability=True, per_device_train_batch_size=4, **COMMON | changes
     )
     return RewardTrainer(toy.save(folder / "base"), args, train_dataset=pairs, processing_class=toy.tokenizer)
 
 
-def run(kind: str, folder: Path) -> None:
-    """Train to the end, from wherever the folder's checkpoints are, and leave what came out in result.pt."""
+def run(
+    kind: str,
+    folder: Path,
+    prepare: Callable[[Any], None] | None = None,
+    reward: Callable[..., list[float]] = toy_reward,
+    **changes: Any,
+) -> None:
+    """
+    Train to the end, from wherever the folder's checkpoints are, and leave what came out in result.pt.
+
+    Args:
+        prepare (`Callable`, *optional*): Done to the trainer before it trains.
+        changes: To the configuration.
+    """
     quiet()
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    trainer = make(kind, folder)
+    trainer = make(kind, folder, reward, **changes)
+    if prepare is not None:
+        prepare(trainer)
     trainer.train(resume_from_checkpoint="auto")
     metrics = [
         {name: value for name, value in entry.items() if not name.endswith(NOT_COMPARED)}

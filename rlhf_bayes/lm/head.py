@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -67,7 +66,8 @@ class LMHead:
     @property
     def parted(self) -> bool:
         """Whether ZeRO-3 or FSDP keeps a part of the weights in each process."""
-        return isinstance(self.projection, FSDPModule) or any(
+        # by what FSDP2 adds to a module: torch 2.5 does not export its class
+        return hasattr(self.projection, "unshard") or any(
             hasattr(weight, "ds_id") for weight in self.projection.parameters()
         )
 

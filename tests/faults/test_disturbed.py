@@ -92,3 +92,18 @@ def test_killed_at_random_moments_a_run_ends_like_one_that_was_not(tmp_path):
     printed = run_script(script, "--kills", 3, cwd=tmp_path)
     rows = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
     assert [(row[0], row[1], row[-1]) for row in rows[-3:]] == [(kind, "3", "0") for kind in ("ppo", "gdc", "reward")]
+
+
+def test_disturbed_in_other_ways_too(tmp_path):
+    faults = ("sigterm", "cut", "nan", "reward-fails")
+    printed = run_script(
+        BENCHMARKS / "other_faults.py", "--trainers", "gdc", "--faults", *faults, cwd=tmp_path, columns=300
+    )
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
+    assert [(row[2], row[4]) for row in rows] == [
+        ("[0]", "yes"), ("[0]", "yes"), ("[0]", "no, steps were left out"), ("[1]", "yes"),
+    ]  # fmt: skip
+    for row, words in zip(
+        rows, ("SIGTERM: saved at step", "has 100 bytes", "(1 in a row", "go on from it"), strict=True
+    ):
+        assert words in row[3]

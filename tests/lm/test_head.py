@@ -4,6 +4,7 @@ import pytest
 import torch
 from scipy.stats import entropy as scipy_entropy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -149,6 +150,21 @@ def test_the_whole_vocabulary_is_held_for_a_chunk_only(frozen, passes, monkeypat
     assert seen == [4, 3]
     log_probs.sum().backward()
     assert sorted(seen) == sorted([4, 3] * passes)  # a head that learns is run again: nothing is kept
+
+
+def test_processes_that_share_a_head_use_it_equally_often_and_never_run_backward_within_a_forward(monkeypatch):
+    weight, plain = projection(), states(requires_grad=True)
+    (token_log_probs_and_entropy(plain, TARGETS, LMHead(weight, V))[0] * torch.arange(1.0, N + 1)).sum().backward()
+    weight.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})  # as `fully_shard` does
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda count, op: count.fill_(3))  # some other has so many
+    used = []
+    weight.register_forward_hook(lambda module, inputs, output: used.append(torch.is_grad_enabled() and len(output)))
+    hidden = states(requires_grad=True)
+    log_probs, _ = token_log_probs_and_entropy(hidden, TARGETS, LMHead(weight.requires_grad_(False), V))
+    assert used == [3, 2, 2]
+    assert "UnderFrozenHead" not in log_probs.grad_fn.name()
+    (log_probs * torch.arange(1.0, N + 1)).sum().backward()
+    assert_close(hidden.grad, plain.grad)
 
 
 class Allocations(TorchDispatchMode):

@@ -4,7 +4,7 @@ Every trainer, with all weights and with adapters, on every engine that a CPU ca
 Each engine is launched once, by the configuration that is shipped, and goes through all trainings and recipes. FSDP2
 is not among them: accelerate runs DDP in its place on a CPU. Forced to it by hand (`PartialState._prepare_backend`
 patched to give gloo), three launches of two processes went through all of `TRAININGS`, logits two tokens at a time:
-weights as of one process to 5e-7, resumed ones too. On GPUs nothing was run.
+weights as of one process to 1e-6, resumed ones too. On GPUs nothing was run.
 """
 
 import json
