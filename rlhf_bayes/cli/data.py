@@ -36,7 +36,8 @@ def load_prompts(
 
     Raises:
         FileNotFoundError: if a local path does not exist.
-        ValueError: if the column or the split does not, or `max_prompts` is not positive.
+        ValueError: if the column or the split does not, `max_prompts` is not positive, or there are no prompts.
+        TypeError: if one is neither a text nor a chat.
     """
     if max_prompts is not None and max_prompts < 1:
         raise ValueError(f"`max_prompts` must be at least 1, got {max_prompts}. Leave it out to keep all prompts.")
@@ -52,6 +53,12 @@ def load_prompts(
         dataset = dataset.rename_column(prompt_column, "prompt")
     if max_prompts is not None and max_prompts < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_prompts))
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str | list):
+            raise TypeError(
+                f"`prompt_column` must hold texts or chats, got {prompt!r} in row {row} of {prompt_column!r}. Name "
+                "another column, or drop the row."
+            )
     return dataset
 
 
@@ -193,6 +200,8 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
                 f"`dataset_name` must end in one of {sorted(_BUILDERS)} (and .gz) where it is a file, got {name!r}. "
                 "Convert it, or use `Dataset.save_to_disk`."
             )
+        if path.stat().st_size == 0:  # `datasets` stumbles over it
+            raise ValueError(f"`dataset_name` must hold at least one row, got the empty file {name!r}. Name another.")
         # a file is one split, which `datasets` calls train
         return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train")
     if not path.is_dir() and (suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):

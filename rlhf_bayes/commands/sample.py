@@ -1,6 +1,7 @@
 """`rlhf-bayes sample`: draws from a posterior by one or more samplers, whether they agree, and what other β give."""
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported
 from .. import cli, toy
 from ..diagnostics import evaluate
 from ..likelihoods import RewardLikelihood
-from ..lm import LanguageModel
+from ..lm import LanguageModel, VLLMLanguageModel
 from ..posterior import Posterior
 from ..report import betas_around, what_if_of, write_report, write_sampling
 from ..rewards.loading import whole_weights
@@ -31,6 +32,8 @@ from .sampling import (
 )
 
 DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
+ENGINE_MEMORY = 0.5
+"""Share of the GPU that vLLM may take: the transformers model scores on the same."""
 
 
 @dataclass
@@ -87,7 +90,15 @@ class Arguments:
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the prior."})
     batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights."})
+    dtype: str = field(
+        default="float32",
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Of the weights."},
+    )
+    vllm: bool = field(
+        default=False,
+        metadata={"help": "Draw the prior's completions by vLLM. SMC steps through transformers as ever, and so do "
+                  "the proposal and the policies."},
+    )  # fmt: skip
     seed: int = field(default=0, metadata={"help": "Of all that is drawn."})
     output_dir: str = field(default="runs/sample", metadata={"help": "A folder for each sampler, and the report."})
 
@@ -96,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the arguments after `rlhf-bayes sample`, draws, prints tables and writes the report."""
     (args,) = TrlParser(cast(Any, Arguments), prog="rlhf-bayes sample").parse_args_and_config(args=arguments)
     _check(args)
+    _check_policies(args)
     prompts, columns = load_prompts(args)
     reward_funcs, predicate = load_evidence(args)
     prior = load_model(args, args.model_name_or_path or toy.model_path())
@@ -132,16 +144,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders.append(_save(output_dir / name, method, {**about, "settings": settings, "info": method.draws.info}))
     console.print(agreement_table(methods), checks_table(methods), sep="\n")
 
-    # policies: how far they are from it
+    # policies: how far they are from it, all by the same draws of the prior
+    scored = None
     for number, path in enumerate(args.policy or [], start=1):
         with console.status(f"{path}: {doing}"):
             policy = load_model(args, path, prior)
-            judged = evaluate(policy, posterior, prompts, args.num_samples, generator, columns)
+            judged = evaluate(policy, posterior, prompts, args.num_samples, generator, columns, from_prior=scored)
+        scored = judged.from_prior
         console.print(f"\n{path}", judged, sep="\n")
+        rewards = None if beta is None else beta * judged.from_policy.log_likelihood
         rows = [
-            {"prompt": prompt, "completion": text}
-            for prompt, texts in zip(prompts, judged.from_policy.texts, strict=True)
-            for text in texts
+            {"prompt": prompt, "completion": text, "reward": None if rewards is None else rewards[p, column].item()}
+            for p, prompt in enumerate(prompts)
+            for column, text in enumerate(judged.from_policy.texts[p])
         ]
         folders.append(output_dir / "policies" / f"{number}_{Path(path).name}")
         write_sampling(folders[-1], rows, {**about, "settings": {"policy": path}}, judged.as_dict())
@@ -178,14 +193,15 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
     """A model or an adapter; a policy gets the tokenizer and the completions of its prior."""
     with whole_weights():
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype)
-    default = 32 if args.model_name_or_path is None else 64
-    return LanguageModel(
-        model.to(_device()),
-        AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer,
-        max_completion_length=args.max_completion_length or default,
-        temperature=args.temperature,
-        batch_size=args.batch_size,
-    )
+    length = args.max_completion_length or (32 if args.model_name_or_path is None else 64)
+    tokenizer = AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer
+    options = tokenizer, length, args.temperature, args.batch_size
+    if args.vllm and prior is None:
+        from vllm import LLM
+
+        engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
+        return VLLMLanguageModel(model.to(_device()), engine, *options)
+    return LanguageModel(model.to(_device()), *options)
 
 
 def make_posterior(
@@ -219,12 +235,55 @@ def _check(args: Arguments) -> None:
     wrong = [beta for beta in args.what_if_beta or [] if not 0 < beta < math.inf]
     if wrong:
         raise ValueError(f"`--what_if_beta` must be positive and finite, got {wrong[0]}: β = 0 has no posterior.")
+    if not 0 < args.beta < math.inf:
+        raise ValueError(
+            f"`--beta` must be positive and finite, got {args.beta}: it is the reward that one nat of evidence is "
+            "worth, and β = 0 has no posterior. Take a small one in its place."
+        )
+    for name in ("max_prompts", "max_completion_length", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {value}.")
+    if not 0 < args.temperature < math.inf:
+        raise ValueError(
+            f"`--temperature` must be positive and finite, got {args.temperature}: it divides the logits."
+        )
     if args.num_samples < 2:
         raise ValueError(f"`--num_samples` must be at least 2, got {args.num_samples}: one completion has no spread.")
-    if args.max_prompts < 1:
-        raise ValueError(f"`--max_prompts` must be at least 1, got {args.max_prompts}.")
     if args.reward_clip_range is not None and len(args.reward_clip_range) != 2:
         raise ValueError(f"`--reward_clip_range` must be two numbers, low and high, got {args.reward_clip_range}.")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
+    if args.vllm:
+        try:
+            import vllm  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`."
+            ) from error
+
+
+def _check_policies(args: Arguments) -> None:
+    """Before anything is drawn: they are there, and have the prior's tokens."""
+    named = [("--proposal", args.proposal), *(("--policy", path) for path in args.policy or [])]
+    for flag, path in named:
+        if path is None:
+            continue
+        try:
+            tokens = AutoTokenizer.from_pretrained(path).get_vocab()
+        except (OSError, ValueError) as error:
+            if any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
+                continue  # saved without a tokenizer: it is taken on trust
+            raise ValueError(
+                f"`{flag}` must be the folder of a trained policy, or a name on the hub, got {path!r}, which is not "
+                f"there when read from {os.getcwd()}. Correct the path."
+            ) from error
+        prior = args.model_name_or_path or toy.model_path()
+        if tokens != AutoTokenizer.from_pretrained(prior).get_vocab():
+            raise ValueError(
+                f"`{flag}` must have the tokens of the prior, got {path!r}, whose vocabulary is not that of "
+                f"{prior!r}. Name a policy trained from this prior, or its prior as `--model_name_or_path`."
+            )
 
 
 def _save(folder: Path, method: Method, sampling: dict[str, Any]) -> Path:

@@ -170,7 +170,10 @@ def agreement_table(methods: Sequence[Method]) -> Table:
 
 def checks_table(methods: Sequence[Method]) -> Table:
     """A row for each sampler: what its draws cost, and what it says of them."""
-    table = Table(title="How they were drawn", caption="Checks of the worst prompt", box=SIMPLE_HEAD, pad_edge=False)
+    caption = "Checks of the worst prompt"
+    if any("rhat" in method.draws.info for method in methods):
+        caption += ". R-hat of short chains is high; ESS allows for it"
+    table = Table(title="How they were drawn", caption=caption, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("rows", "distinct", "tokens"):
         table.add_column(column, justify="right")

@@ -112,7 +112,10 @@ class LogZEstimate:
             none = int((self.log_z == -torch.inf).sum())
             text += f" For {none} prompts, no draw is possible under the posterior: its support was not found."
         if not self.trustworthy:
-            text += " Draw more completions a prompt, or pass a policy that is closer to the posterior, or raise β."
+            text += (
+                " Draw more completions a prompt, or pass a policy that is closer to the posterior, or weaken the "
+                "evidence (raise β)."
+            )
         return text
 
 

@@ -12,7 +12,7 @@ from .critic import (
     set_trainable,
     split_critic,
 )
-from .decoding import CachedTrunk, Decoding, Past, PrefixReader, draw_tokens, generator_on, joined
+from .decoding import CachedTrunk, Decoding, Past, PrefixReader, cache_name, draw_tokens, generator_on, joined
 from .forward import (
     CompletionScores,
     base_causal_lm,
@@ -51,6 +51,7 @@ __all__ = [
     "active_adapter",
     "as_completion",
     "base_causal_lm",
+    "cache_name",
     "check_prompt_fits",
     "critic_config",
     "detached_critic",

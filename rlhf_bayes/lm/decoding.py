@@ -1,16 +1,23 @@
 """One generation loop on transformers' cache: step, reorder, stop. For samplers that look at each token as it comes;
 plain sampling stays with `generate`."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from .forward import base_causal_lm
 from .head import LMHead
 from .language_model import Completions, LanguageModel, Prompt, as_completion
+
+
+def cache_name(trunk: Callable[..., Any]) -> str:
+    """What a trunk calls the cache that it takes and returns: `cache`, or in older transformers `past_key_values`."""
+    forward = trunk.forward if isinstance(trunk, nn.Module) else trunk
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 @final
@@ -20,8 +27,8 @@ class CachedTrunk:
 
     Args:
         trunk (`Callable`):
-            A transformer without its head: `input_ids`, `attention_mask`, `position_ids`, `past_key_values` and
-            `use_cache` to `last_hidden_state` and `past_key_values`.
+            A transformer without its head: `input_ids`, `attention_mask`, `position_ids`, a cache by its
+            [`cache_name`] and `use_cache` to `last_hidden_state` and the cache.
         token_ids (`Sequence[Sequence[int]]`):
             B sequences of at least one token; padded left here.
         device (`torch.device`):
@@ -41,6 +48,7 @@ class CachedTrunk:
         padded = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in token_ids], device=device)  # (B, C)
         lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
         self._trunk = trunk
+        self._cache_name = cache_name(trunk)
         self._cache: Any = None
         self.tokens_evaluated = sum(len(ids) for ids in token_ids)
         self._mask = torch.arange(width, device=device) >= width - lengths[:, None]  # (B, C)
@@ -74,10 +82,10 @@ class CachedTrunk:
             input_ids=input_ids,
             attention_mask=self._mask.long(),
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._cache_name: self._cache},
         )
-        self._cache, self.hidden = outputs.past_key_values, outputs.last_hidden_state[:, -1]
+        self._cache, self.hidden = getattr(outputs, self._cache_name), outputs.last_hidden_state[:, -1]
 
 
 @final

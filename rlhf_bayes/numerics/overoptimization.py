@@ -35,15 +35,14 @@ class RewardLaw(NamedTuple):
 
 
 def fit_reward_law(
-    root_kl: Sequence[float], reward: Sequence[float], law: Literal["rl", "best_of_n"]
+    root_kl: Sequence[float], reward: Sequence[float], law: Literal["rl", "best_of_n"], start: float | None = None
 ) -> RewardLaw | None:
     r"""
     Least squares of reward on d = √KL.
 
         R_RL(d) = R_0 + d·(α − β·log d),    R_BoN(d) = R_0 + d·(α − β·d)
 
-    R_0 is fitted along: the paper measures reward from that of the prior. The points of one training run are not
-    independent, so no standard error is given.
+    The points of one training run are not independent, so no standard error is given.
 
     Args:
         root_kl (`Sequence[float]`):
@@ -52,6 +51,9 @@ def fit_reward_law(
             Reward of each point.
         law (`"rl"` or `"best_of_n"`):
             Which of the two.
+        start (`float`, *optional*):
+            R_0, the reward of the prior, from which the paper measures. Default: fitted along, which says little where
+            no point is near d = 0.
 
     Returns:
         [`RewardLaw`], or None where fewer than 5 different d, or all the same reward, leave the law open.
@@ -78,10 +80,11 @@ def fit_reward_law(
         return None
     # d·log d goes to 0 with d
     curved = d * np.log(np.where(d > 0, d, 1.0)) if law == "rl" else d * d
-    design = np.stack([np.ones_like(d), d, -curved], axis=1)  # (N, 3)
-    coefficients, _, rank, _ = np.linalg.lstsq(design, r, rcond=None)
+    design = np.stack([d, -curved, np.ones_like(d)][: 3 if start is None else 2], axis=1)  # (N, 3 or 2)
+    target = r if start is None else r - start
+    coefficients, _, rank, _ = np.linalg.lstsq(design, target, rcond=None)
     if rank < design.shape[1]:
         return None
-    residual = float(np.sqrt(np.mean((design @ coefficients - r) ** 2)))
-    start, alpha, beta = (float(coefficient) for coefficient in coefficients)
-    return RewardLaw(law, start, alpha, beta, residual)
+    residual = float(np.sqrt(np.mean((design @ coefficients - target) ** 2)))
+    alpha, beta, *fitted = (float(coefficient) for coefficient in coefficients)
+    return RewardLaw(law, fitted[0] if start is None else start, alpha, beta, residual)

@@ -11,6 +11,7 @@ from .run import Estimate, Run
 
 _PANEL = (5.2, 3.1)
 _MOMENT = "posterior/moments/"
+_OF_THE_PRIOR = ("what_if", "best_of_n")
 
 
 def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
@@ -59,7 +60,7 @@ def elbo_figure(runs: Sequence[Run]) -> Any | None:
             if len(log_z) == len(steps):
                 _draw_curve(axes, steps, log_z, "0.4", "log Z, each batch alone: too low", linestyle=":")
         axes.set(title=run.name, xlabel="optimizer step", ylabel="nats per sequence")
-        axes.legend(loc="lower right", frameon=False, fontsize=7.5)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=7.5)
     return figure
 
 
@@ -113,19 +114,31 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
     Reward against √KL(policy‖prior): runs, the best of n, the posteriors of all β (no policy lies above them), and the
     laws of Gao et al. 2023 fitted to runs and to the best of n. With the laws, by name. None without data.
     """
-    curves = {run.name: _root_kl_and_reward(run) for run in runs}
-    curves = {name: points for name, points in curves.items() if points[0]}
-    sampled = [run for run in runs if run.sampling.get("what_if") or run.sampling.get("best_of_n")]
-    if not curves and not sampled:
+    trained = [run for run in runs if _root_kl_and_reward(run)[0]]
+    judged = [run for run in runs if {"policy/reward", "policy/kl_to_prior"} <= run.estimates.keys()]
+    sampled: list[Run] = []
+    for run in runs:
+        curves = [run.sampling.get(name) for name in _OF_THE_PRIOR]
+        # runs of one seed have drawn the same from the prior
+        if any(curves) and curves not in [[other.sampling.get(name) for name in _OF_THE_PRIOR] for other in sampled]:
+            sampled.append(run)
+    if not trained and not judged and not sampled:
         return None
     figure, (axes,) = _panels(1, size=(7.4, 4.6))
     laws = {}
-    for name, (d, reward) in curves.items():
-        axes.plot(d, reward, ".", color=_color(runs, name), alpha=0.35, markersize=4)
-        _draw_law(axes, d, reward, "rl", _color(runs, name), name, laws)
-    for run in sampled:
+    for run in trained:
+        d, reward = _root_kl_and_reward(run)
+        axes.plot(d, reward, ".", color=_color(runs, run.name), alpha=0.35, markersize=4)
+        _draw_law(axes, d, reward, "rl", _color(runs, run.name), run.name, laws, _reward_of_the_prior(run))
+    for run in judged:
+        reward, kl = (run.estimates[f"policy/{name}"].value for name in ("reward", "kl_to_prior"))
+        label = None if run in trained else run.name
+        axes.plot(math.sqrt(max(kl, 0.0)), reward, "D", color=_color(runs, run.name), markersize=6, label=label)
+    for index, run in enumerate(sampled):
         suffix = "" if len(sampled) == 1 else f", {run.name}"
-        _draw_sampled(axes, run, suffix, laws)
+        # posteriors of the same rewards lie close: one set of labels for all
+        named = all(other.reward_names != run.reward_names for other in sampled[:index])
+        _draw_sampled(axes, run, suffix, laws, named)
     axes.set(xlabel="√KL(policy‖prior)  (√nats)", ylabel="reward")
     axes.set_xlim(left=0)
     _legend(figure, [axes], 3)
@@ -141,16 +154,21 @@ def _with_error(value: float, error: float, reason: str = "") -> Estimate:
     return Estimate(value, value - 1.96 * error, value + 1.96 * error, reason=reason)
 
 
-def _draw_sampled(axes: Any, run: Run, suffix: str, laws: dict[str, RewardLaw]) -> None:
+def _reward_of_the_prior(run: Run) -> float | None:
+    known = run.estimates.get("prior/reward")
+    return None if known is None else known.value
+
+
+def _draw_sampled(axes: Any, run: Run, suffix: str, laws: dict[str, RewardLaw], named: bool) -> None:
     posterior = [row for row in run.sampling.get("what_if", []) if row.get("trustworthy")]
     if posterior:
         posterior = sorted(posterior, key=lambda row: row["kl_to_prior"])
         d = [math.sqrt(max(row["kl_to_prior"], 0.0)) for row in posterior]
         reward = [row["reward"] for row in posterior]
         axes.plot(d, reward, color="0.15", linewidth=1.4, marker="o", markersize=4, label=f"posteriors of β{suffix}")
-        for x, y, row in zip(d, reward, posterior, strict=True):
+        for x, y, row in zip(d, reward, posterior if named else [], strict=named):
             axes.annotate(
-                f"{row['beta']:g}", (x, y), xytext=(0, 6), textcoords="offset points", fontsize=7, ha="center"
+                f"β {row['beta']:g}", (x, y), xytext=(-3, 5), textcoords="offset points", fontsize=7, ha="right"
             )
     best = run.sampling.get("best_of_n", [])
     if best:
@@ -167,13 +185,15 @@ def _draw_law(
     color: str,
     name: str,
     laws: dict[str, RewardLaw],
+    start: float | None = None,
 ) -> None:
-    law = fit_reward_law(d, reward, form)
+    law = fit_reward_law(d, reward, form, start)
     if law is None:
         axes.plot([], [], color=color, label=name)
         return
     laws[name] = law
-    grid = np.linspace(0.0, max(d), 100)
+    # where the prior's reward is a guess too, no line towards it
+    grid = np.linspace(min(d) if start is None else 0.0, max(d), 100)
     style = "-" if form == "rl" else "--"
     axes.plot(
         grid, [law(float(x)) for x in grid], color=color, linestyle=style, linewidth=1.8, label=f"{name}, fitted"
@@ -204,9 +224,9 @@ def _draw_curve(
     axes: Any, steps: Sequence[float], values: Sequence[float], color: str, label: str, linestyle: str = "-"
 ) -> list[float]:
     """The values, faint, and their running mean, which is returned."""
-    width = max(len(values) // 40, 1)
+    width = len(values) // 40
     smooth = [float(np.mean(values[max(0, i - width) : i + width + 1])) for i in range(len(values))]
-    if width > 1:
+    if width > 0:
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
     marker = "." if len(values) < 3 else None
     axes.plot(steps, smooth, color=color, linestyle=linestyle, linewidth=1.6, marker=marker, label=label)

@@ -63,20 +63,33 @@ def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
             "ELBO under its ceiling",
             "elbo",
             elbo_figure(runs),
-            "What training maximises is the ELBO, E[r]/β − KL(π‖π0). It cannot pass log Z; what is missing is the "
-            "distance to the posterior, KL(π‖π*). Nats compare within one posterior only.",
+            "The ELBO is the expected evidence, E[r]/β for a reward, less KL(π‖π0). It cannot pass log Z; what is "
+            "missing is the distance to the posterior, KL(π‖π*). Nats compare within one posterior only.",
             "",
         ),
         (
             "Reward against the distance from the prior",
             "reward_kl",
             against_kl and against_kl[0],
-            "Each point is a logging step. Reward that is bought with more KL than the posteriors pay, the dark line, "
-            "comes from an inference that is not finished.",
+            "Dots of a run: its logging steps; diamond: how it was judged. Dark line: posteriors, each with its β; "
+            "crosses: best of n. Reward that is bought with more KL than the posteriors pay comes from an inference "
+            "that is not finished.",
             laws,
         ),
-        ("Over training", "training", training_figure(runs), "Faint: each logging step. Line: running mean.", ""),
-        ("Moments", "moments", moments_figure(runs), "Mean of each reward function or feature.", ""),
+        (
+            "Over training",
+            "training",
+            training_figure(runs),
+            "Where steps are many: their running mean, and each of them faint.",
+            "",
+        ),
+        (
+            "Moments",
+            "moments",
+            moments_figure(runs),
+            "Mean of each reward function or feature. Dashed: what was asked for.",
+            "",
+        ),
         (
             "Diversity",
             "diversity",
@@ -100,7 +113,8 @@ def _figure(figure: Any, path: Path, title: str, caption: str) -> str:
     image = base64.b64encode(buffer.getvalue()).decode("ascii")
     width = round(figure.get_figwidth() * 100)
     return (
-        f'<figure><img alt="{escape(title)}" style="width:{width}px" src="data:image/png;base64,{image}">'
+        f'<figure><div class="scroll"><img alt="{escape(title)}" style="width:{width}px" '
+        f'src="data:image/png;base64,{image}"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
@@ -155,7 +169,7 @@ th, td { padding: 5px 14px 5px 0; text-align: right; vertical-align: top; border
 th, td { white-space: nowrap; }
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
-tbody th { font-weight: 400; }
+tbody th { font-weight: 400; position: sticky; left: 0; background: #fff; }
 td.bad { color: var(--bad); }
 table.texts { width: 100%; table-layout: fixed; }
 table.texts th, table.texts td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -167,5 +181,7 @@ table.texts p { margin: 0 0 8px; }
 td code { font-size: 13px; overflow-wrap: anywhere; }
 details { margin: 10px 0; }
 summary { cursor: pointer; color: var(--accent); }
+@media (max-width: 640px) { tbody th { white-space: normal; min-width: 12ch; }
+  figure img { max-width: none; } }
 @media print { nav { display: none; } section { break-inside: avoid; } }
 """

@@ -50,11 +50,14 @@ class Estimate:
     def __str__(self) -> str:
         if not self.trustworthy:
             return _NOT_FINITE if self.reason == _WHY_NOT_FINITE else "not trustworthy"
-        shown = f"{self.value:.2g}" if abs(self.value) < 0.1 else f"{self.value:.2f}"
-        if self.low is not None and self.high is not None:
-            low, high = (round(end, 2) + 0.0 for end in (self.low, self.high))  # no −0.00
-            shown += f" [{low:.2f}, {high:.2f}]"
-        return shown.replace("-", "−")
+        if self.low is None or self.high is None:
+            return (f"{self.value:.2g}" if abs(self.value) < 0.1 else f"{self.value:.2f}").replace("-", "−")
+        width = self.high - self.low
+        if width == 0:
+            return f"{self.value:.3g}".replace("-", "−")
+        digits = 2 if width > 0.02 else min(1 - math.floor(math.log10(width)), 4)  # two of the interval's own
+        value, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]".replace("-", "−")  # + 0.0: no −0.00
 
 
 @final

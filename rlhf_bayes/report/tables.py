@@ -23,6 +23,7 @@ _LOGGED = {
 # of `evaluation.json`; others are shown by the names that they have there
 _QUANTITIES = {
     "reward": "E[r]",
+    "length": "length (tokens)",
     "kl_to_prior": "KL to the prior (nats)",
     "elbo": "ELBO (nats)",
     "log_z": "log Z (nats)",
@@ -58,7 +59,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") 
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    opening = f'<table class="{kind}">' if kind else "<table>"
+    # texts want room: where there is none, one scrolls
+    style = f' style="min-width:{150 * len(header)}px"' if kind == "texts" else ""
+    opening = f'<table class="{kind}"{style}>' if kind else "<table>"
     return f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -91,25 +94,34 @@ def summary_table(runs: Sequence[Run]) -> str:
 def evaluation_table(runs: Sequence[Run]) -> str:
     """
     What each run's `evaluation.json` says of policy and prior, with intervals, or why a number cannot be trusted; and
-    the verdict in words. A column for each run and part of it, a row for each quantity.
+    the verdict in words. A column for each run and part of it, a row for each quantity; what samplers found, which is
+    less, in a table of its own.
     """
-    columns: dict[str, dict[str, Estimate]] = {}
+    sampled: dict[str, dict[str, Estimate]] = {}
+    judged: dict[str, dict[str, Estimate]] = {}
     for run in runs:
+        parts: dict[str, dict[str, Estimate]] = {}
         for path, estimate in run.estimates.items():
             part, _, name = path.rpartition("/")
             if name not in _NO_QUANTITIES:
-                title = " ".join(filter(None, (run.name if len(runs) > 1 else "", part))) or run.name
-                columns.setdefault(title, {})[name] = estimate
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[_QUANTITIES.get(name, name), *(column.get(name, "–") for column in columns.values())] for name in names]
+                parts.setdefault(part, {})[name] = estimate
+        for part, column in parts.items():
+            # runs of one seed have drawn the same from the prior
+            if part == "prior" and any(_same_draws(column, other) for other in judged.values()):
+                continue
+            title = " ".join(filter(None, (run.name if len(runs) > 1 else "", part))) or run.name
+            (judged if part else sampled)[title] = column
     verdicts = [f"<b>{escape(run.name)}</b>: {escape(run.verdict)}" for run in runs if run.verdict]
-    return table(["", *columns], rows) + "".join(f"<p>{verdict}</p>" for verdict in verdicts)
+    return _quantities(sampled) + _quantities(judged) + "".join(f"<p>{verdict}</p>" for verdict in verdicts)
 
 
 def what_if_tables(runs: Sequence[Run]) -> str:
     """Of each sampled run: the posteriors of other β, from the same draws of the prior."""
-    parts = []
+    parts, shown = [], []
     for run in runs:
+        if run.sampling.get("what_if") in shown:  # runs of one seed have drawn the same
+            continue
+        shown.append(run.sampling.get("what_if"))
         rows = [
             [
                 f"{row['beta']:g}",
@@ -118,12 +130,13 @@ def what_if_tables(runs: Sequence[Run]) -> str:
                     for key in ("reward", "kl_to_prior", "log_z")
                 ),
                 f"{row['importance_ess']:.0f}",
-                "–" if row["khat"] is None else f"{row['khat']:.2f}",
+                "–" if row["khat"] is None else f"{row['khat']:.2f}".replace("-", "−"),
             ]
             for row in run.sampling.get("what_if", [])
         ]
         if rows:
-            title = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
+            alike = [other.name for other in runs if other.sampling.get("what_if") == run.sampling["what_if"]]
+            title = f"<h3>{escape(', '.join(alike))}</h3>" if len(runs) > 1 else ""
             header = ["β", "E[r]", "KL(π*‖π0) (nats)", "log Z (nats)", "lowest ESS", "highest k̂"]
             parts.append(title + table(header, rows))
     if not parts:
@@ -159,13 +172,29 @@ def settings_tables(runs: Sequence[Run]) -> str:
     known = [run for run in runs if run.settings]
     names = list(dict.fromkeys(name for run in known for name in run.settings))
     main = [name for name in _MAIN_SETTINGS if name in names]
-    differing = [name for name in names if name not in main and len({_shown(run, name) for run in known}) > 1]
+    differing = [
+        name
+        for name in names
+        if name not in main and len({_shown(run, name) for run in known if name in run.settings}) > 1
+    ]
     others = [name for name in names if name not in main and name not in differing]
     header = ["", *(run.name for run in known)]
     parts = [_settings(header, known, main + differing)]
     if others:
         parts.append(f"<details><summary>{len(others)} more</summary>{_settings(header, known, others)}</details>")
     return "".join(parts) if names else ""
+
+
+def _quantities(columns: Mapping[str, Mapping[str, Estimate]]) -> str:
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[_QUANTITIES.get(name, name), *(column.get(name, "–") for column in columns.values())] for name in names]
+    return table(["", *columns], rows)
+
+
+def _same_draws(column: Mapping[str, Estimate], other: Mapping[str, Estimate]) -> bool:
+    """Whether two columns rest on the same completions: what needs no log Z is equal to the last digit."""
+    names = ("reward", "entropy", "prior_perplexity")
+    return all(column.get(name) == other.get(name) for name in names) and "entropy" in column
 
 
 class _Texts(list):

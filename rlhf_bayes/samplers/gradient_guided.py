@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..lm import Completions, LanguageModel, LMHead, Past, PrefixReader, Prompt, base_causal_lm
+from ..lm import Completions, LanguageModel, LMHead, Past, PrefixReader, Prompt, base_causal_lm, cache_name
 from ..numerics import exact_token_kl
 from .guided import sample_stepwise, score_stepwise
 
@@ -133,8 +133,8 @@ class GradientGuidedProposal:
             input_ids=tokens[:, None],
             attention_mask=past.mask.long(),
             position_ids=past.mask.sum(-1, keepdim=True) - 1,
-            past_key_values=DynamicCache(ddp_cache_data=moved),
             use_cache=True,
+            **{cache_name(trunk): DynamicCache(ddp_cache_data=moved)},
         ).last_hidden_state[:, -1]
 
     def _head(self) -> LMHead:

@@ -64,6 +64,16 @@ def test_splits(tmp_path):
         load_prompts(str(tmp_path / "rows"), "text", split="test")
 
 
+def test_prompts_that_are_none_are_refused(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": null}\n')
+    with pytest.raises(TypeError, match=r"must hold texts or chats, got None in row 1 of 'prompt'"):
+        load_prompts(str(path))
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"must hold at least one row, got the empty file"):
+        load_prompts(str(path))
+
+
 PAIRS = [
     {"better": f"kind {row}", "worse": f"rude {row}", "chosen": "not this", "topic": row % 3, "counts": [2, 1, 0]}
     for row in range(12)

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from io import StringIO
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -143,7 +144,15 @@ def test_a_condition_alone(toy, tmp_path, monkeypatch, capsys):
         (["--num_samples", "3"], "`--num_samples` must be at least 4 for metropolis_hastings, got 3"),
         (["--max_prompts", "0"], "`--max_prompts` must be at least 1, got 0"),
         (["--reward_clip_range", "1"], "must be two numbers"),
-        (["--beta", "0"], "`beta` must be positive, got 0.0"),
+        (["--max_completion_length", "0"], "`--max_completion_length` must be at least 1, got 0"),
+        (["--batch_size", "-1"], "`--batch_size` must be at least 1, got -1"),
+        (["--temperature", "0"], "`--temperature` must be positive and finite, got 0.0"),
+        (["--beta", "0"], "`--beta` must be positive and finite, got 0.0"),
+        (["--dtype", "float17"], "invalid choice: 'float17'"),
+        (["--vllm"], "`--vllm` must be left out where vLLM is not installed"),
+        (["--policy", "./nowhere"], "`--policy` must be the folder of a trained policy"),
+        (["--policy", "."], "`--policy` must be the folder of a trained policy"),
+        (["--output_dir", __file__], "`--output_dir` must be a folder, or not exist yet, got the file"),
         (["--reward_func", "nothing"], "must have the form `module:function`"),
         (["--what_if_beta", "-1"], "`--what_if_beta` must be positive"),
         (["--dataset_name", "nowhere.jsonl"], "`dataset_name` must be a file or folder that exists"),
@@ -153,12 +162,52 @@ def test_wrong_flags_end_with_a_line_before_anything_is_drawn(flags, message, mo
     from rlhf_bayes.lm import LanguageModel
 
     monkeypatch.setattr(LanguageModel, "sample", lambda *args: pytest.fail("drawn"))
+    monkeypatch.setitem(sys.modules, "vllm", None)  # not installed, wherever this runs
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         commands.main(["sample", *flags])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--policy", "--proposal"])
+def test_policies_with_other_tokens_are_refused_before_anything_is_drawn(flag, toy, tmp_path, monkeypatch, capsys):
+    toy.save(tmp_path / "policy")
+    monkeypatch.setattr(LanguageModel, "sample", lambda *args: pytest.fail("drawn"))
+    with pytest.raises(SystemExit):
+        commands.main(["sample", flag, str(tmp_path / "policy"), "--output_dir", str(tmp_path / "out")])
+    assert f"`{flag}` must have the tokens of the prior" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_vllm_draws_from_the_prior(toy, tmp_path, monkeypatch):
+    toy.save(tmp_path / "model")
+    asked = []
+
+    class LLM:
+        def __init__(self, model, **options):
+            assert (model, options) == (str(tmp_path / "model"), {"dtype": "float32", "gpu_memory_utilization": 0.5})
+
+        def generate(self, prompts, sampling_params, use_tqdm):
+            asked.extend(sampling_params)
+            ended = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[toy.tokenizer.eos_token_id])])
+            return [ended] * len(prompts)
+
+    vllm = ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    commands.main(
+        [
+            *("sample", "--vllm", "--model_name_or_path", str(tmp_path / "model"), "--prompt", toy.prompts[0]),
+            *("--reward_func", "rlhf_bayes.testing.enumerable:toy_reward", "--sampler", "importance"),
+            *("--num_samples", "16", "--max_completion_length", "3", "--output_dir", str(tmp_path / "out")),
+            *("--policy", str(tmp_path / "model")),
+        ]
+    )
+    assert len(asked) == 3 * 16  # for the table over β, by the sampler, and beside the policy, which draws by itself
+    rows = [json.loads(line) for line in (tmp_path / "out" / "importance" / "draws.jsonl").read_text().splitlines()]
+    assert {tuple(row["completion_ids"]) for row in rows} == {(toy.tokenizer.eos_token_id,)}
 
 
 @pytest.mark.parametrize("n", [5, 30, 48, 128])

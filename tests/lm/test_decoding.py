@@ -1,12 +1,23 @@
 """The generation loop: its densities against a teacher-forced pass, its draws against enumeration, reordering."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from torch.testing import assert_close
 
-from rlhf_bayes.lm import CachedTrunk, Decoding, LanguageModel, PrefixReader, draw_tokens, generator_on, joined
+from rlhf_bayes.lm import (
+    CachedTrunk,
+    Decoding,
+    LanguageModel,
+    PrefixReader,
+    cache_name,
+    draw_tokens,
+    generator_on,
+    joined,
+)
 
 from .families import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -157,6 +168,23 @@ def test_models_without_a_cache_are_refused():
 
     with pytest.raises(ValueError, match=r"must keep a cache of keys and values.*got NoneType"):
         CachedTrunk(NoCache(), [[1, 2]], torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_by_the_name_that_transformers_gives_it(toy):
+    class Older:
+        def __call__(self, input_ids, past_key_values, **kwargs):
+            outputs = toy.model.base_model(input_ids, **{cache_name(toy.model.base_model): past_key_values}, **kwargs)
+            return SimpleNamespace(
+                past_key_values=getattr(outputs, cache_name(toy.model.base_model)),
+                last_hidden_state=outputs.last_hidden_state,
+            )
+
+    for trunk in (toy.model.base_model, Older()):
+        cached = CachedTrunk(trunk, [[1, 2], [3]], torch.device("cpu"))
+        cached.append(torch.tensor([2, 1]))
+        for row, ids in enumerate(([1, 2, 2], [3, 1])):
+            assert_close(cached.hidden[row], toy.model.base_model(torch.tensor([ids])).last_hidden_state[0, -1])
 
 
 def test_a_generator_stays_where_the_model_is():

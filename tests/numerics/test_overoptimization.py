@@ -27,6 +27,14 @@ def test_coefficients_are_recovered(law, reward_at):
     assert other.residual > 0.01
 
 
+def test_a_known_start_is_kept():
+    d = [0.8 + step / 50 for step in range(10)]  # far from 0: three coefficients would be a guess
+    reward = [0.1 + x * (1.2 - 0.4 * math.log(x)) + 0.02 * (-1) ** step for step, x in enumerate(d)]
+    fit = fit_reward_law(d, reward, "rl", start=0.1)
+    assert fit(0.0) == fit.start == 0.1
+    assert (fit.alpha, fit.beta) == pytest.approx((1.2, 0.4), abs=0.15)
+
+
 def test_noise_moves_the_fit_within_its_error():
     random.seed(0)
     d = [0.05 * index for index in range(1, 81)]

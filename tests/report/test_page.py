@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rlhf_bayes.report import read_runs, write_report
+from rlhf_bayes.report import read_runs, write_report, write_sampling
 from rlhf_bayes.report.diversity import diversity_over_training
 from rlhf_bayes.report.figures import ceiling, moments_figure, reward_kl_figure
 from rlhf_bayes.report.run import Estimate, Run, Sample
-from rlhf_bayes.report.tables import evaluation_table, samples_tables
+from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, what_if_tables
 
 from .conftest import HOSTILE, elbo
 
@@ -141,11 +141,50 @@ def test_evaluations_have_a_column_for_each_part(training_run, sampled_run):
     (run,) = read_runs([training_run])
     page = Page(evaluation_table([run]))
     cells = [text for text in page.text if text]
-    assert cells[:5] == ["prior", "policy", "KL to the prior (nats)", "0 [−0.20, 0.20]", "1.25 [1.05, 1.45]"]
+    assert cells[:5] == ["prior", "policy", "KL to the prior (nats)", "0.00 [−0.20, 0.20]", "1.25 [1.05, 1.45]"]
     assert cells[5:8] == ["total variation", "not trustworthy", "not trustworthy"]
     assert cells[-1] == ": far <off>"
     both = Page(evaluation_table([*read_runs([sampled_run]), run]))
     assert "ppo policy" in both.text
+
+
+def test_what_runs_of_one_seed_share_is_shown_once(sampled_run, tmp_path):
+    def fit(kl, entropy):
+        return {name: {"mean": mean, "standard_error": 0.1} for name, mean in (("gap", kl), ("entropy", entropy))}
+
+    (what_if := json.loads((sampled_run / "sampling.json").read_text()))["what_if"][0]["reward"] = 0.7
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for index, folder in enumerate(folders):
+        # the third has drawn others from the prior
+        sampling = json.loads((sampled_run / "sampling.json").read_text()) if index < 2 else what_if
+        evaluation = {"prior": fit(2.0 + index / 10, 47.0 + (index == 2)), "policy": fit(1.0 + index, 40.0)}
+        write_sampling(folder, [], sampling, evaluation)
+    runs = read_runs(folders)
+    cells = [text for text in Page(evaluation_table(runs)).text if text]
+    assert cells[:5] == ["a prior", "a policy", "b policy", "c prior", "c policy"]
+    assert [text for text in Page(what_if_tables(runs)).text if text in ("a, b", "a", "b", "c")] == ["a, b", "c"]
+    figure, _ = reward_kl_figure(runs)
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert [label for label in labels if label.startswith("posteriors")] == [
+        "posteriors of β, a",
+        "posteriors of β, c",
+    ]
+
+
+def test_policies_that_were_judged_only_are_in_the_figure(sampled_run, tmp_path):
+    evaluation = {"policy": {"reward": {"mean": 0.5}, "kl_to_prior": {"mean": 0.64}}}
+    write_sampling(tmp_path / "judged", [], {}, evaluation)
+    figure, laws = reward_kl_figure(read_runs([sampled_run, tmp_path / "judged"]))
+    (point,) = [line for line in figure.axes[0].lines if line.get_label() == "judged"]
+    assert point.get_xydata().tolist() == [[0.8, 0.5]]  # √0.64
+    assert laws == {}
+
+
+def test_intervals_have_as_many_digits_as_they_tell():
+    assert str(Estimate(0.0006, -0.0003, 0.0015)) == "0.0006 [−0.0003, 0.0015]"
+    assert str(Estimate(-0.001, -0.004, 0.002)) == "−0.0010 [−0.0040, 0.0020]"
+    assert str(Estimate(1.234, 1.0, 1.5)) == "1.23 [1.00, 1.50]"
+    assert str(Estimate(32.0, 32.0, 32.0)) == "32"
 
 
 def test_the_callback_is_read_where_the_trainer_says_nothing(training_run):
@@ -171,6 +210,12 @@ def test_reward_against_root_kl(training_run, sampled_run):
     posteriors = next(line for line in axes.lines if line.get_label() == "posteriors of β")
     assert posteriors.get_xydata().tolist() == [[1.2, 0.6]]  # √1.44, and not the β that cannot be trusted
     assert {"ppo, fitted", "best of n", "posteriors of β"} <= {line.get_label() for line in axes.lines}
+
+
+def test_settings_that_a_run_does_not_have_are_no_difference(tmp_path):
+    runs = [Run("a", tmp_path, settings={"one": 1, "two": 2}), Run("b", tmp_path, settings={"one": 3})]
+    page = settings_tables(runs)
+    assert page.index(">one<") < page.index("<details>") < page.index(">two<")
 
 
 def test_diversity_of_logged_completions(training_run):
