@@ -15,6 +15,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import torch
 import trainings
 from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from rlhf_bayes import LanguageModel
@@ -42,12 +45,22 @@ def without_compiling() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def sharding_without_a_gpu() -> None:
+    """accelerate runs DDP where FSDP is asked for on a CPU: it is told of a GPU, and given tensors on the CPU."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    trainings.SETTINGS["use_cpu"] = False
+
+
 def check_launch(trainer: Trainer, distributed_type: str, zero_stage: int) -> None:
     # several obvious ways to launch end with one process, or without what the configuration asks for, and no error
     state = trainer.accelerator.state
     assert (state.num_processes, state.distributed_type.name) == (2, distributed_type), state
     assert zero_stage == (state.deepspeed_plugin.zero_stage if distributed_type == "DEEPSPEED" else 0), state
-    whole = [parameter.numel() > 0 for parameter in trainer.model.parameters()]
+    parameters = list(trainer.model.parameters())
+    sharded = [isinstance(parameter, DTensor) for parameter in parameters]
+    assert all(sharded) if distributed_type == "FSDP" else not any(sharded), "FSDP shards all weights"
+    whole = [parameter.numel() > 0 or shard for parameter, shard in zip(parameters, sharded, strict=True)]
     assert any(whole) != (zero_stage == 3), "ZeRO-3 parts all weights, and nothing else does"
 
 
@@ -80,6 +93,8 @@ def run_recipes(folder: Path) -> None:
 def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> None:
     if zero_stage:
         without_compiling()
+    if distributed_type == "FSDP":
+        sharding_without_a_gpu()
     # two tokens at a time: one process has more chunks of the vocabulary than the other
     usual, head.MAX_CHUNK_ELEMENTS = head.MAX_CHUNK_ELEMENTS, 2 * trainings.TOY.vocab_size
     for training in trainings.TRAININGS:
@@ -91,7 +106,8 @@ def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> 
     if trainer.accelerator.is_main_process:
         (folder / "ragged.json").write_text(json.dumps(found))
     head.MAX_CHUNK_ELEMENTS = usual
-    run_recipes(folder / "recipes")
+    if distributed_type != "FSDP":  # they run on the CPU where there is no GPU, which FSDP refuses
+        run_recipes(folder / "recipes")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """
 Every trainer, with all weights and with adapters, on every engine that a CPU can start: the result of one process.
 
-Each engine is launched once, by the configuration that is shipped, and goes through all trainings and recipes. FSDP2
-is not among them: accelerate runs DDP in its place on a CPU. Forced to it by hand (`PartialState._prepare_backend`
-patched to give gloo), three launches of two processes went through all of `TRAININGS`, logits two tokens at a time:
-weights as of one process to 1e-6, resumed ones too. On GPUs nothing was run.
+Each engine is launched once, by the configuration that is shipped, and goes through all trainings and recipes. Where
+there is no GPU accelerate runs DDP in place of FSDP2: it is told of one here (`launched.py`), and recipes are left
+out. On GPUs nothing was run.
 """
 
 import json
@@ -33,7 +32,7 @@ from .trainings import TOY, TRAININGS, resume, run, save_models, saved_weights, 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SCRIPT = Path(__file__).with_name("launched.py")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
-ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3)}
+ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", 0)}
 EACH_ENGINE = [pytest.param(name, marks=needs_deepspeed if ENGINES[name][1] else ()) for name in ENGINES]
 trl_version = Version(trl.__version__)
 # clocks; operations, which are counted in whole weights
@@ -102,6 +101,8 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
 def test_takes_the_steps_of_one_process(workplace, engine, training):
     one, two = by_one_process(workplace, training), launched(workplace, engine) / training
     assert_same_weights(two / "final", one / "final")
+    if engine == "fsdp2":
+        return  # KLs are of log-ratios there, and what rests on them is another estimate
     logs = [json.loads((folder / "log.json").read_text()) for folder in (two, one)]
     for ours, theirs in zip(*logs, strict=True):
         if training == "reward-lora":
@@ -180,7 +181,7 @@ def test_what_is_saved_is_read_by_others(workplace, engine):
 def test_the_callback_tells_all_processes_what_one_would_find(workplace, engine):
     folder = launched(workplace, engine) / "ppo"
     said = [json.loads((folder / f"criticism-{rank}.json").read_text()) for rank in range(2)]
-    if engine == "zero3":
+    if engine in ("zero3", "fsdp2"):
         assert all("must hold whole weights on each process" in each["works"] for each in said)
         return
     assert said[0]["works"] == said[1]["works"]
@@ -197,7 +198,7 @@ def test_the_callback_tells_all_processes_what_one_would_find(workplace, engine)
     assert abs(found.policy.gap.mean - exact) < 5 * found.policy.gap.draws_standard_error
 
 
-@pytest.mark.parametrize("engine", EACH_ENGINE)
+@pytest.mark.parametrize("engine", EACH_ENGINE[:-1])
 def test_recipes_end_well(workplace, engine):
     folder = launched(workplace, engine) / "recipes"
     left = {"trainer_state.json", "evaluation.json", "sampling.json", "draws.jsonl", "prior.jsonl"}
