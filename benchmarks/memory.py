@@ -32,9 +32,8 @@ from peft import LoraConfig, get_peft_model
 from quiet import quiet
 from rich.console import Console
 from rich.table import Table
-from speed_worker import Shape, build_model, build_prompts, resident_mib
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from speed_worker import Shape, build_model, build_prompts, build_tokenizer, resident_mib
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 from trl import SFTConfig, SFTTrainer
 
 from rlhf_bayes import PPOConfig, PPOTrainer
@@ -63,18 +62,9 @@ GROWTH = {
     "vocabulary": (8192, 32768, 131072),
 }
 GROWING = replace(BASE, layers=4, hidden=128, batch=8)
+WORDS = 1  # of the tokenizer: words take memory that is not the model's
 LORA_RANK, STEPS = 16, 2  # the first makes the optimizer's state, the second has it all
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_steps": STEPS}
-
-
-def build_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """Of one word, since words take memory that is not the model's; EOS and padding lie outside its vocabulary."""
-    vocabulary = {"w0": 0, "<eos>": shape.vocabulary, "<pad>": shape.vocabulary + 1}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", bos_token="w0", padding_side="left"
-    )
 
 
 def lora_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
@@ -90,7 +80,7 @@ def reward_of(row: dict, base: str, folder: Path, shape: Shape):
     else:
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
         model = get_peft_model(model, lora_config("SEQ_CLS"))
-    tokenizer = build_tokenizer(shape)
+    tokenizer = build_tokenizer(shape, WORDS)
     tokenizer.pad_token = tokenizer.eos_token = "w0"
     RewardModel(model, tokenizer).save_pretrained(folder / "reward")
     return str(folder / "reward")
@@ -105,7 +95,7 @@ def sft_trainer(row: dict, shape: Shape, folder: Path, base: str) -> SFTTrainer:
     )  # fmt: skip
     dataset = Dataset.from_dict({"input_ids": ids.tolist()})
     return SFTTrainer(
-        base, args, train_dataset=dataset, processing_class=build_tokenizer(shape), peft_config=lora_config()
+        base, args, train_dataset=dataset, processing_class=build_tokenizer(shape, WORDS), peft_config=lora_config()
     )
 
 
@@ -120,7 +110,7 @@ def ppo_trainer(row: dict, shape: Shape, folder: Path, base: str) -> PPOTrainer:
         reward_of(row, base, folder, shape),
         args,
         train_dataset=Dataset.from_dict({"prompt": build_prompts(shape)}),
-        processing_class=build_tokenizer(shape),
+        processing_class=build_tokenizer(shape, WORDS),
         peft_config=lora_config() if row.get("lora", True) else None,
     )
 

@@ -120,8 +120,9 @@ def build_model(shape: Shape, cls=LlamaForCausalLM):
     return cls(config)
 
 
-def build_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    vocabulary = {f"w{i}": i for i in range(shape.vocabulary)} | {
+def build_tokenizer(shape: Shape, words: int | None = None) -> PreTrainedTokenizerFast:
+    """Of as many words as the vocabulary, or fewer; EOS and padding lie outside of it."""
+    vocabulary = {f"w{i}": i for i in range(words or shape.vocabulary)} | {
         "<eos>": shape.vocabulary,
         "<pad>": shape.vocabulary + 1,
     }

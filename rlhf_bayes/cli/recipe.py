@@ -16,7 +16,6 @@ from .. import toy
 from ..diagnostics import (
     Evaluation,
     PosteriorProgress,
-    ScoredDraws,
     evaluate,
     fit_table,
     plot_history,
@@ -181,21 +180,8 @@ def save_evaluation(
     if reward_scale is not None:
         betas = betas_around(evaluation.beta) if evaluation.beta else []
         sampling |= what_if_of(reward_scale * evaluation.from_prior.log_likelihood, betas)
-    after, before = (_rows(draws, reward_scale) for draws in (evaluation.from_policy, evaluation.from_prior))
+    after, before = (draws.rows(reward_scale) for draws in (evaluation.from_policy, evaluation.from_prior))
     write_sampling(trainer.args.output_dir, after, sampling, evaluation.as_dict(), before)
-
-
-def _rows(draws: ScoredDraws, reward_scale: float | None) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": prompt,
-            "completion": text,
-            "reward": None if reward_scale is None else reward_scale * draws.log_likelihood[row, column].item(),
-            "features": {name: values[row, column].item() for name, values in draws.features.items()},
-        }
-        for row, prompt in enumerate(draws.prompts)
-        for column, text in enumerate(draws.texts[row])
-    ]
 
 
 def print_samples(evaluation: Evaluation, console: Console) -> None:
@@ -230,8 +216,9 @@ def reward_report(
     evaluation = evaluate_saved(trainer, args, model_path, posterior_of, dataset)
     title = f"Distance to the posterior π0·exp(r/β)/Z, β = {beta:g}"
     if not beta:
-        fits, title = (fit.without_posterior() for fit in (evaluation.prior, evaluation.policy)), "β = 0: no posterior"
-        evaluation = replace(evaluation, beta=None, **dict(zip(("prior", "policy"), fits, strict=True)))
+        title = "β = 0: no posterior"
+        prior, policy = evaluation.prior.without_posterior(), evaluation.policy.without_posterior()
+        evaluation = replace(evaluation, beta=None, prior=prior, policy=policy)
     save_evaluation(evaluation, trainer, args, model_path, beta or 1.0, reward_names=trainer.reward_func_names)
     fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
     print_samples(evaluation, console)

@@ -152,14 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             judged = evaluate(policy, posterior, prompts, args.num_samples, generator, columns, from_prior=scored)
         scored = judged.from_prior
         console.print(f"\n{path}", judged, sep="\n")
-        rewards = None if beta is None else beta * judged.from_policy.log_likelihood
-        rows = [
-            {"prompt": prompt, "completion": text, "reward": None if rewards is None else rewards[p, column].item()}
-            for p, prompt in enumerate(prompts)
-            for column, text in enumerate(judged.from_policy.texts[p])
-        ]
         folders.append(output_dir / "policies" / f"{number}_{Path(path).name}")
-        write_sampling(folders[-1], rows, {**about, "settings": {"policy": path}}, judged.as_dict())
+        write_sampling(
+            folders[-1], judged.from_policy.rows(beta), {**about, "settings": {"policy": path}}, judged.as_dict()
+        )
 
     page = write_report(folders, output_dir / "report")
     console.print(f"Draws in {output_dir}, report in {page}.", highlight=False, markup=False)
@@ -265,10 +261,12 @@ def _check(args: Arguments) -> None:
 
 def _check_policies(args: Arguments) -> None:
     """Before anything is drawn: they are there, and have the prior's tokens."""
-    named = [("--proposal", args.proposal), *(("--policy", path) for path in args.policy or [])]
+    named = [("--policy", path) for path in args.policy or []]
+    if args.proposal is not None:
+        named.insert(0, ("--proposal", args.proposal))
+    prior = args.model_name_or_path or toy.model_path()
+    expected = AutoTokenizer.from_pretrained(prior).get_vocab() if named else None
     for flag, path in named:
-        if path is None:
-            continue
         try:
             tokens = AutoTokenizer.from_pretrained(path).get_vocab()
         except (OSError, ValueError) as error:
@@ -278,8 +276,7 @@ def _check_policies(args: Arguments) -> None:
                 f"`{flag}` must be the folder of a trained policy, or a name on the hub, got {path!r}, which is not "
                 f"there when read from {os.getcwd()}. Correct the path."
             ) from error
-        prior = args.model_name_or_path or toy.model_path()
-        if tokens != AutoTokenizer.from_pretrained(prior).get_vocab():
+        if tokens != expected:
             raise ValueError(
                 f"`{flag}` must have the tokens of the prior, got {path!r}, whose vocabulary is not that of "
                 f"{prior!r}. Name a policy trained from this prior, or its prior as `--model_name_or_path`."

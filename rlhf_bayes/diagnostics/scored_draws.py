@@ -22,7 +22,7 @@ from ..lm import (
 )
 from ..posterior import Posterior
 from ..samplers import Proposal
-from ..samplers.scored import check_prompts, check_proposal
+from ..samplers.scored import check_columns, check_prompts, check_proposal
 
 _ROWS_AT_ONCE = 1024  # between two movements of the progress bar
 
@@ -63,6 +63,25 @@ class ScoredDraws:
     def log_weights(self) -> Tensor:
         """(P, n) fp64, nats: log of the unnormalised posterior over q."""
         return self.log_prior.double() + self.log_likelihood.double() - self.log_prob.double()
+
+    def rows(self, reward_scale: float | None) -> list[dict[str, Any]]:
+        """
+        One for each completion, as a file of JSON lines holds them: `prompt`, `completion`, `reward` and `features`.
+
+        Args:
+            reward_scale (`float`, *optional*):
+                Units of reward per nat of evidence, where the evidence is a reward.
+        """
+        return [
+            {
+                "prompt": prompt,
+                "completion": text,
+                "reward": None if reward_scale is None else reward_scale * self.log_likelihood[row, column].item(),
+                "features": {name: values[row, column].item() for name, values in self.features.items()},
+            }
+            for row, prompt in enumerate(self.prompts)
+            for column, text in enumerate(self.texts[row])
+        ]
 
     def log_prob_under(self, other: Proposal) -> Tensor:
         """log π(x | c) of the same completions under another distribution: (P, n), nats."""
@@ -139,12 +158,7 @@ def _check(
 ) -> None:
     check_proposal("policy", source)
     check_prompts(prompts)
-    for name, values in (columns or {}).items():
-        if len(values) != len(prompts):
-            raise ValueError(
-                f"`columns['{name}']` must have one entry a prompt, {len(prompts)}, got {len(values)}. Take both from "
-                "the same rows of the dataset."
-            )
+    check_columns(columns, prompts)
     if not isinstance(source, LanguageModel):
         return
     wanted, got = (

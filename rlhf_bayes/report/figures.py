@@ -114,7 +114,8 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
     Reward against √KL(policy‖prior): runs, the best of n, the posteriors of all β (no policy lies above them), and the
     laws of Gao et al. 2023 fitted to runs and to the best of n. With the laws, by name. None without data.
     """
-    trained = [run for run in runs if _root_kl_and_reward(run)[0]]
+    points = {run.name: _root_kl_and_reward(run) for run in runs}
+    trained = [run for run in runs if points[run.name][0]]
     judged = [run for run in runs if {"policy/reward", "policy/kl_to_prior"} <= run.estimates.keys()]
     sampled: list[Run] = []
     for run in runs:
@@ -127,7 +128,7 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
     figure, (axes,) = _panels(1, size=(7.4, 4.6))
     laws = {}
     for run in trained:
-        d, reward = _root_kl_and_reward(run)
+        d, reward = points[run.name]
         axes.plot(d, reward, ".", color=_color(runs, run.name), alpha=0.35, markersize=4)
         _draw_law(axes, d, reward, "rl", _color(runs, run.name), run.name, laws, _reward_of_the_prior(run))
     for run in judged:

@@ -166,12 +166,7 @@ def checked_request(
         )
     check_prompts(prompts)
     check_count("n", n)
-    for name, values in (columns or {}).items():
-        if len(values) != len(prompts):
-            raise ValueError(
-                f"`columns['{name}']` must have one entry a prompt, {len(prompts)}, got {len(values)}. They are "
-                "repeated for the completions of a prompt."
-            )
+    check_columns(columns, prompts)
     if proposal is None or proposal is posterior.prior:
         return posterior.prior
     _check_support(posterior, proposal, prompts, generator, columns)
@@ -185,6 +180,16 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str | list):
             raise TypeError(f"`prompts` must hold texts or chats, row {row} is {prompt!r}. Pass text, or messages.")
+
+
+def check_columns(columns: Mapping[str, Sequence] | None, prompts: Sequence[Prompt]) -> None:
+    """Refuse columns of the dataset that are not those of the prompts: ValueError."""
+    for name, values in (columns or {}).items():
+        if len(values) != len(prompts):
+            raise ValueError(
+                f"`columns['{name}']` must have one entry a prompt, {len(prompts)}, got {len(values)}. Take both from "
+                "the same rows of the dataset: entries are repeated for the completions of a prompt."
+            )
 
 
 def check_proposal(name: str, proposal: Any) -> None:

@@ -22,7 +22,7 @@ from ._trl import Rollout, RolloutTrainer
 from .checks import check_datasets, check_enough_prompts, config_of
 from .gdc_config import LOG_VARIANCE, GDCConfig
 from .gdc_evidence import beta_of, check_evidence, check_same_beta, power_of_evidence
-from .metrics import posterior_metrics, satisfaction, target_metrics
+from .metrics import feature_moments, posterior_metrics, satisfaction, target_metrics
 from .normalizers import Normalizers
 from .prior_samples import PriorSamples, check_prior_samples
 from .proposal import Comparison, Snapshot, check_proposal
@@ -357,10 +357,7 @@ class GDCTrainer(RolloutTrainer):
             return {}
         features = self.evidence.features
         local = torch.stack([values.to(self.accelerator.device) for values in features.values()], dim=-1)  # (B, F)
-        everyones = self.accelerator.gather(local).double()  # (B_global, F)
-        weights = torch.ones_like(everyones[:, 0]) if weights is None else weights
-        means = (weights @ everyones / weights.sum().clamp(min=1e-30)).tolist()  # (F,)
-        return {f"posterior/moments/{name}": mean for name, mean in zip(features, means, strict=True)}
+        return feature_moments(self.accelerator.gather(local).double(), features, weights)
 
     def _report_step(self, scores: CompletionScores, batch: dict[str, Tensor], *pseudo_rewards: Tensor) -> None:
         # the last: what was clipped of them, and what was kept

@@ -1,5 +1,7 @@
 """What a batch of completions says of the policy's distance to the posterior."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -128,6 +130,24 @@ def satisfaction(log_likelihood: Tensor, weights: Tensor | None = None) -> float
         return 1.0
     weights = torch.ones_like(log_likelihood) if weights is None else weights
     return _mean((log_likelihood[scored] > -torch.inf).to(weights), weights[scored])
+
+
+def feature_moments(features: Tensor, names: Iterable[str], weights: Tensor | None = None) -> dict[str, float]:
+    """
+    Means of the features of completions.
+
+    Args:
+        features (`Tensor` (B, F)):
+            Their values.
+        names (`Iterable[str]`):
+            F names.
+        weights (`Tensor` (B,), *optional*):
+            π/q, where the completions were drawn from q.
+    """
+    weights = torch.ones_like(features[:, 0]) if weights is None else weights
+    return {
+        f"posterior/moments/{name}": _mean(column, weights) for name, column in zip(names, features.T, strict=True)
+    }
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def columns_of_rows(batch: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors of a batch that have a row for each completion."""
+    rows = len(batch["completion_mask"])
+    return [name for name, tensor in batch.items() if tensor is not None and tensor.dim() > 0 and len(tensor) == rows]
+
+
 def by_length(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """
     The same rows in micro-batches of the same sizes, shortest first.
@@ -21,9 +27,7 @@ def by_length(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     lengths = torch.cat([batch["prompt_mask"].sum(-1) + batch["completion_mask"].sum(-1) for batch in batches])
     order = lengths.argsort(stable=True)
     dealt = [dict(batch) for batch in batches]
-    for name, column in batches[0].items():
-        if column is None or column.dim() == 0 or len(column) != sizes[0]:
-            continue
+    for name in columns_of_rows(batches[0]):
         parts = torch.cat([batch[name] for batch in batches])[order].split(sizes)
         for batch, part in zip(dealt, parts, strict=True):
             batch[name] = part

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .micro_batches import by_length
+from .micro_batches import by_length, columns_of_rows
 
 _PADDED_LEFT = ("prompt_ids", "prompt_mask")
 
@@ -34,8 +34,7 @@ class ReplayBuffer:
         """
         A rollout, as micro-batches. Of their tensors, those with a row for each completion are kept.
         """
-        rows = len(batches[0]["prompt_keys"])
-        names = [name for name, tensor in batches[0].items() if tensor.dim() > 0 and len(tensor) == rows]
+        names = columns_of_rows(batches[0])
         self.rollouts.append({name: torch.cat([batch[name] for batch in batches]) for name in names})
 
     def sample(self, sizes: list[int]) -> list[dict[str, Tensor]]:
