@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from .forward import base_causal_lm
 from .head import LMHead
-from .language_model import Completions, LanguageModel, Prompt, as_completion
+from .language_model import Completions, LanguageModel, Prompt, as_completion, pad_ids
 
 
 def cache_name(trunk: Callable[..., Any]) -> str:
@@ -44,14 +44,11 @@ class CachedTrunk:
     """Tokens run so far, padding left out."""
 
     def __init__(self, trunk: Callable[..., Any], token_ids: Sequence[Sequence[int]], device: torch.device):
-        width = max(len(ids) for ids in token_ids)
-        padded = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in token_ids], device=device)  # (B, C)
-        lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
         self._trunk = trunk
         self._cache_name = cache_name(trunk)
         self._cache: Any = None
         self.tokens_evaluated = sum(len(ids) for ids in token_ids)
-        self._mask = torch.arange(width, device=device) >= width - lengths[:, None]  # (B, C)
+        padded, self._mask = pad_ids(token_ids, "left", device)  # (B, C)
         self._run(padded)
         if not hasattr(self._cache, "batch_select_indices"):
             raise ValueError(

@@ -80,10 +80,11 @@ class ParticleRun:
         The upper end reaches further, since log Ẑ is too low by V/2, and a run that saw little of the posterior saw
         little of the variance too. 2 is what it took on an enumerable toy, not a theorem.
         """
-        half_width = float(norm.ppf((1 + confidence) / 2)) * self.variance.sqrt()
+        variance = self.variance
+        half_width = float(norm.ppf((1 + confidence) / 2)) * variance.sqrt()
         nothing = self.log_z == -torch.inf
         low = torch.where(nothing, -torch.inf, self.log_z - half_width)
-        high = torch.where(nothing, torch.inf, self.log_z + half_width + 2 * self.variance)
+        high = torch.where(nothing, torch.inf, self.log_z + half_width + 2 * variance)
         return LogZ(self.log_z, low, high, confidence)
 
 

@@ -100,7 +100,7 @@ class SMC:
         run = self._run(posterior, prompts, n, generator, columns, None)
         nothing = (run.log_weights == -torch.inf).all(1)  # (P,)
         check_supported(nothing, f"{n} particles", prompts, stacklevel=4)  # no_grad is a frame
-        ess = importance_ess(run.log_weights)
+        ess, effective = importance_ess(run.log_weights), run.effective_particles
         return Draws.of(
             run.drawn,
             len(prompts),
@@ -109,8 +109,8 @@ class SMC:
             log_z=run.interval(0.95),
             info={
                 "importance_ess": ess.tolist(),
-                "effective_particles": run.effective_particles.tolist(),
-                "trustworthy": (run.effective_particles >= MIN_EFFECTIVE_PARTICLES).tolist(),
+                "effective_particles": effective.tolist(),
+                "trustworthy": (effective >= MIN_EFFECTIVE_PARTICLES).tolist(),
                 "resamplings": run.resamplings.tolist(),
                 "ancestors": [len(set(row)) for row in run.ancestor.tolist()],
                 "ancestor": run.ancestor.flatten().tolist(),
