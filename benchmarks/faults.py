@@ -31,7 +31,7 @@ from rich.table import Table
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
-from rlhf_bayes.trainers.whole_checkpoints import checkpoints, defect
+from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints, defect
 
 STEPS = 24
 COMMON = {

@@ -32,15 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from rlhf_bayes.numerics import (
-    BASELINES,
-    dpg_advantages,
-    dpg_baselines,
-    f_divergence,
-    forward_kl,
-    log_variance_centres,
-    log_variance_loss,
-)
+from rlhf_bayes.numerics import f_divergence, forward_kl
+from rlhf_bayes.numerics.dpg import BASELINES, dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.log_variance import log_variance_centres, log_variance_loss
 from rlhf_bayes.testing import EnumerableLM
 
 PROMPT, DRAWS, BLOCKS = 2, 4, 50

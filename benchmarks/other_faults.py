@@ -32,7 +32,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers.whole_checkpoints import checkpoints
+from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints
 
 fork = multiprocessing.get_context("fork")
 SAYS = ("SIGTERM: saved", "go on from it", "is passed over", "step is skipped", "called again")

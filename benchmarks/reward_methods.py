@@ -52,7 +52,9 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from rlhf_bayes import RewardConfig, RewardTrainer
 from rlhf_bayes.diagnostics import plot_reliability
 from rlhf_bayes.diagnostics.bag_of_words import BagOfWords
-from rlhf_bayes.numerics import agreement, noise_from_agreement, preference_metrics, reliability_bins
+from rlhf_bayes.numerics import agreement, noise_from_agreement
+from rlhf_bayes.numerics.bradley_terry import preference_metrics
+from rlhf_bayes.numerics.calibration import reliability_bins
 
 NOTHING, LENGTH, WORDS, LABEL = "no model (Δ = 0)", "number of words", "bag of words", "label"
 VOTES, RELIABILITY, OF_A_VOTE = "share of votes", "votes, reliability", "  as a vote that may err"

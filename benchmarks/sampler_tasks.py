@@ -10,7 +10,8 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from rlhf_bayes import LanguageModel, Posterior, cli
-from rlhf_bayes.lm import pad_ids, score_completions
+from rlhf_bayes.lm import score_completions
+from rlhf_bayes.lm.language_model import pad_ids
 from rlhf_bayes.samplers import (
     SMC,
     BestOfN,

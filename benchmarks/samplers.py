@@ -44,7 +44,8 @@ from sampler_tasks import Task, condition_task, log_z_error_bar, methods_of, mod
 
 from rlhf_bayes import LanguageModel
 from rlhf_bayes import toy as bundled
-from rlhf_bayes.lm import Decoding, base_causal_lm, draw_tokens
+from rlhf_bayes.lm.decoding import Decoding, draw_tokens
+from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.lm.generation import raw_generation_config
 from rlhf_bayes.samplers import SMC, Sampler, expectation
 

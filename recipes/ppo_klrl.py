@@ -26,7 +26,8 @@ import torch
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import PPOConfig, PPOTrainer, cli, toy
-from rlhf_bayes.numerics import POOLING_RULES, uses_beta
+from rlhf_bayes.numerics import POOLING_RULES
+from rlhf_bayes.numerics.pooling import uses_beta
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 ON_CPU = not torch.cuda.is_available()

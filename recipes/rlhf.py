@@ -30,7 +30,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from rlhf_bayes import Completions, LanguageModel, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, toy
-from rlhf_bayes.cli import load_pooled_reward
+from rlhf_bayes.commands.flags import load_pooled_reward
 from rlhf_bayes.diagnostics import plot_overoptimization
 from rlhf_bayes.numerics import POOLING_RULES
 from rlhf_bayes.toy.annotate import ERROR_RATES

@@ -25,11 +25,12 @@ from torch import Tensor
 from trl import TrlParser
 
 from rlhf_bayes import LanguageModel, toy
-from rlhf_bayes.cli import load_preferences, load_reward_func, prompts_of_pairs
+from rlhf_bayes.commands.flags import load_preferences, load_reward_func, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, preference_table
-from rlhf_bayes.diagnostics.held_out import BestOfN, best_of_n, held_out_rewards
-from rlhf_bayes.numerics import pool, pool_centered
+from rlhf_bayes.numerics import pool
+from rlhf_bayes.numerics.pooling import pool_centered
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, RewardScorer, load_reward
+from rlhf_bayes.trainers.reward.held_out import BestOfN, best_of_n, held_out_rewards
 
 TOY_GOLD = "rlhf_bayes.toy.rewards:sentiment_reward"
 

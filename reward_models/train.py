@@ -29,10 +29,10 @@ from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config, maybe_extract_prompt
 
 from rlhf_bayes import LanguageModel, RewardConfig, RewardTrainer, toy
-from rlhf_bayes.cli import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
+from rlhf_bayes.commands.flags import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_reliability, preference_table
-from rlhf_bayes.diagnostics.held_out import HeldOutRewards
-from rlhf_bayes.trainers.reward_card import RELIABILITY_PLOT
+from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
+from rlhf_bayes.trainers.reward.reward_card import RELIABILITY_PLOT
 
 ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {

@@ -3,33 +3,77 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .lm import Completions, LanguageModel
-    from .posterior import Posterior
-    from .trainers import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+    from rlhf_bayes.diagnostics import PosteriorCallback, evaluate
+    from rlhf_bayes.likelihoods import (
+        ClassifierLikelihood,
+        Constraint,
+        EnsembleLikelihood,
+        Likelihood,
+        MomentLikelihood,
+        ProductLikelihood,
+        RewardLikelihood,
+    )
+    from rlhf_bayes.lm import Completions, LanguageModel, VLLMLanguageModel
+    from rlhf_bayes.posterior import Posterior
+    from rlhf_bayes.rewards import load_reward
+    from rlhf_bayes.samplers import SMC, BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
+    from rlhf_bayes.trainers import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
 # trl takes seconds to import: the layers below it do not wait for it
 _HOMES = {
+    "BestOfN": "samplers",
+    "ClassifierLikelihood": "likelihoods",
     "Completions": "lm",
+    "Constraint": "likelihoods",
+    "EnsembleLikelihood": "likelihoods",
     "GDCConfig": "trainers",
     "GDCTrainer": "trainers",
+    "ImportanceSampler": "samplers",
     "LanguageModel": "lm",
+    "Likelihood": "likelihoods",
+    "MetropolisHastings": "samplers",
+    "MomentLikelihood": "likelihoods",
     "PPOConfig": "trainers",
     "PPOTrainer": "trainers",
     "Posterior": "posterior",
+    "PosteriorCallback": "diagnostics",
+    "ProductLikelihood": "likelihoods",
+    "RejectionSampler": "samplers",
     "RewardConfig": "trainers",
+    "RewardLikelihood": "likelihoods",
     "RewardTrainer": "trainers",
+    "SMC": "samplers",
+    "VLLMLanguageModel": "lm",
+    "evaluate": "diagnostics",
+    "load_reward": "rewards",
 }
 
 __all__ = [
+    "SMC",
+    "BestOfN",
+    "ClassifierLikelihood",
     "Completions",
+    "Constraint",
+    "EnsembleLikelihood",
     "GDCConfig",
     "GDCTrainer",
+    "ImportanceSampler",
     "LanguageModel",
+    "Likelihood",
+    "MetropolisHastings",
+    "MomentLikelihood",
     "PPOConfig",
     "PPOTrainer",
     "Posterior",
+    "PosteriorCallback",
+    "ProductLikelihood",
+    "RejectionSampler",
     "RewardConfig",
+    "RewardLikelihood",
     "RewardTrainer",
+    "VLLMLanguageModel",
+    "evaluate",
+    "load_reward",
 ]
 
 
@@ -38,4 +82,4 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'rlhf_bayes' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f"rlhf_bayes.{_HOMES[name]}"), name)

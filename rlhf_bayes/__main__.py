@@ -1,5 +1,5 @@
 """`python -m rlhf_bayes`: the same as `rlhf-bayes`."""
 
-from .commands import main
+from rlhf_bayes.commands import main
 
 main()

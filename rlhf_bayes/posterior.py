@@ -16,7 +16,7 @@ from rlhf_bayes.likelihoods import (
     checked_log_likelihood,
     known_bound,
 )
-from rlhf_bayes.lm import as_completion
+from rlhf_bayes.lm.language_model import as_completion
 from rlhf_bayes.rewards import RewardFunc, check_rows
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from ..lm.head import chunk_rows
+from rlhf_bayes.lm.head import chunk_rows
 
 FLOAT = 4  # bytes
 # (rows, V) tensors in fp32 at once: log-softmax, and its two gradients or, in scoring, the reference's and p

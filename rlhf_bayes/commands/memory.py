@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from ..toy import model_path
-from .footprint import FOUR_MODELS, Footprint, Roles, Run, footprint
+from rlhf_bayes.commands.footprint import FOUR_MODELS, Footprint, Roles, Run, footprint
+from rlhf_bayes.toy import model_path
 
 GIB, MIB = 2**30, 2**20
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from rich.console import Console
 
-from ..lm import CRITIC, critic_config, is_critic_folder
-from ..rewards.index import RewardIndex
-from ..rewards.loading import (
+from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder
+from rlhf_bayes.rewards.index import RewardIndex
+from rlhf_bayes.rewards.loading import (
     DEFAULT_ADAPTER,
     adapter_folders,
     found_index,

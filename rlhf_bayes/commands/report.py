@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..report import write_report
+from rlhf_bayes.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,15 +13,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported lazily
 
-from .. import cli, toy
-from ..diagnostics import evaluate
-from ..likelihoods import RewardLikelihood
-from ..lm import LanguageModel, VLLMLanguageModel
-from ..posterior import Posterior
-from ..report import betas_around, what_if_of, write_report, write_sampling
-from ..rewards.loading import whole_weights
-from ..toy.rewards import sentiment_reward
-from .sampling import (
+from rlhf_bayes import cli, toy
+from rlhf_bayes.commands.sampling import (
     SAMPLERS,
     Method,
     agreement_table,
@@ -30,6 +23,13 @@ from .sampling import (
     draw_from_prior,
     what_if_table,
 )
+from rlhf_bayes.diagnostics import evaluate
+from rlhf_bayes.likelihoods import RewardLikelihood
+from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
+from rlhf_bayes.posterior import Posterior
+from rlhf_bayes.report import betas_around, what_if_of, write_report, write_sampling
+from rlhf_bayes.rewards.loading import whole_weights
+from rlhf_bayes.toy.rewards import sentiment_reward
 
 DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
 ENGINE_MEMORY = 0.5

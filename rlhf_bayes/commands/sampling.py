@@ -11,10 +11,10 @@ from rich.table import Table
 from scipy.stats import chi2, norm
 from torch import Tensor
 
-from ..lm import Prompt
-from ..numerics import MIN_IMPORTANCE_ESS
-from ..posterior import Posterior
-from ..samplers import (
+from rlhf_bayes.lm import Prompt
+from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
+from rlhf_bayes.posterior import Posterior
+from rlhf_bayes.samplers import (
     SMC,
     BestOfN,
     Draws,

@@ -1,16 +1,16 @@
 """Criticism: how far a policy is from the posterior, in nats."""
 
-from .callback import PosteriorCallback
-from .control import control_table, feature_means, guarded_forward_kl, plot_control
-from .diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
-from .estimates import Estimate, LogZEstimate, PosteriorFit, posterior_fits
-from .evaluate import Evaluation, evaluate
-from .model_card import PreferenceSummary, reward_model_card
-from .preferences import plot_overoptimization, plot_reliability, preference_table
-from .progress import PosteriorProgress
-from .report import fit_table, plot_history, samples_table
-from .sandwich import LogZSandwich, log_z_sandwich
-from .scored_draws import ScoredDraws, draw
+from rlhf_bayes.diagnostics.callback import PosteriorCallback
+from rlhf_bayes.diagnostics.control import control_table, feature_means, guarded_forward_kl, plot_control
+from rlhf_bayes.diagnostics.diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
+from rlhf_bayes.diagnostics.estimates import Estimate, LogZEstimate, PosteriorFit, posterior_fits
+from rlhf_bayes.diagnostics.evaluate import Evaluation, evaluate
+from rlhf_bayes.diagnostics.fit_tables import fit_table, plot_history, samples_table
+from rlhf_bayes.diagnostics.model_card import PreferenceSummary, reward_model_card
+from rlhf_bayes.diagnostics.progress import PosteriorProgress
+from rlhf_bayes.diagnostics.reward_model_tables import plot_overoptimization, plot_reliability, preference_table
+from rlhf_bayes.diagnostics.sandwich import LogZSandwich, log_z_sandwich
+from rlhf_bayes.diagnostics.scored_draws import ScoredDraws, draw
 
 __all__ = [
     "Estimate",

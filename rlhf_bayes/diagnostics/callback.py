@@ -8,11 +8,11 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from ..lm import LanguageModel, Prompt
-from ..posterior import Posterior
-from .estimates import Estimate, PosteriorFit
-from .evaluate import Evaluation, evaluate
-from .scored_draws import ScoredDraws
+from rlhf_bayes.diagnostics.estimates import Estimate, PosteriorFit
+from rlhf_bayes.diagnostics.evaluate import Evaluation, evaluate
+from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
+from rlhf_bayes.lm import LanguageModel, Prompt
+from rlhf_bayes.posterior import Posterior
 
 PREFIX = "eval_posterior_fit/"
 _WITH_ERROR = (

@@ -8,10 +8,10 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from .estimates import Estimate, over_prompts
-from .evaluate import Evaluation
-from .report import fit_table
-from .scored_draws import ScoredDraws
+from rlhf_bayes.diagnostics.estimates import Estimate, over_prompts
+from rlhf_bayes.diagnostics.evaluate import Evaluation
+from rlhf_bayes.diagnostics.fit_tables import fit_table
+from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 
 
 def feature_means(draws: ScoredDraws) -> dict[str, Estimate]:

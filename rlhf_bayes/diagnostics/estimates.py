@@ -9,18 +9,13 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from ..numerics import (
-    MIN_IMPORTANCE_ESS,
-    importance_ess,
-    jackknife,
-    khat,
-    khat_threshold,
-    log_fitted_mixture,
-)
-from ..numerics import log_z as importance_log_z
-from ..numerics.jackknife import NUM_GROUPS
-from .diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
-from .scored_draws import ScoredDraws
+from rlhf_bayes.diagnostics.diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
+from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
+from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
+from rlhf_bayes.numerics import log_z as importance_log_z
+from rlhf_bayes.numerics.jackknife import NUM_GROUPS, jackknife
+from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
+from rlhf_bayes.numerics.mixture import log_fitted_mixture
 
 NOT_TRUSTWORTHY = "not trustworthy"
 CONFIDENCE = 0.95

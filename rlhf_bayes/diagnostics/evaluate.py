@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..lm import Prompt
-from ..posterior import Posterior
-from ..samplers import Draws, Proposal
-from .estimates import LogZEstimate, PosteriorFit, posterior_fits
-from .report import fit_table
-from .sandwich import LogZSandwich, exact_log_weights, log_z_sandwich
-from .scored_draws import ScoredDraws, draw
+from rlhf_bayes.diagnostics.estimates import LogZEstimate, PosteriorFit, posterior_fits
+from rlhf_bayes.diagnostics.fit_tables import fit_table
+from rlhf_bayes.diagnostics.sandwich import LogZSandwich, exact_log_weights, log_z_sandwich
+from rlhf_bayes.diagnostics.scored_draws import ScoredDraws, draw
+from rlhf_bayes.lm import Prompt
+from rlhf_bayes.posterior import Posterior
+from rlhf_bayes.samplers import Draws, Proposal
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCardData
 
-from ..numerics import ReliabilityBins, noise_from_agreement
-from ..rewards import RewardIndex
+from rlhf_bayes.numerics import noise_from_agreement
+from rlhf_bayes.numerics.calibration import ReliabilityBins
+from rlhf_bayes.rewards import RewardIndex
 
 MAX_ANNOTATORS_LISTED = 12
 

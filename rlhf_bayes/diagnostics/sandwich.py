@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lm import Prompt
-from ..posterior import Posterior
-from ..samplers import Draws, Proposal
-from .estimates import Estimate, over_prompts
+from rlhf_bayes.diagnostics.estimates import Estimate, over_prompts
+from rlhf_bayes.lm import Prompt
+from rlhf_bayes.posterior import Posterior
+from rlhf_bayes.samplers import Draws, Proposal
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..likelihoods import checked_evidence
-from ..lm import (
-    Completions,
-    LanguageModel,
-    LMHead,
-    Prompt,
-    base_causal_lm,
-    pad_ids,
-    scatter,
-    score_completions,
-    token_log_probs_and_exact_kl,
-)
-from ..posterior import Posterior
-from ..samplers import Proposal
-from ..samplers.scored import check_columns, check_prompts, check_proposal
+from rlhf_bayes.likelihoods import checked_evidence
+from rlhf_bayes.lm import Completions, LanguageModel, Prompt, score_completions
+from rlhf_bayes.lm.forward import base_causal_lm, scatter
+from rlhf_bayes.lm.head import LMHead, token_log_probs_and_exact_kl
+from rlhf_bayes.lm.language_model import pad_ids
+from rlhf_bayes.posterior import Posterior
+from rlhf_bayes.samplers import Proposal
+from rlhf_bayes.samplers.scored import check_columns, check_prompts, check_proposal
 
 _ROWS_AT_ONCE = 1024  # between two movements of the progress bar
 

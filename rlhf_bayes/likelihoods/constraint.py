@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from rlhf_bayes.likelihoods.protocol import Evidence, EvidenceLikelihood
+from rlhf_bayes.likelihoods.likelihood import Evidence, EvidenceLikelihood
 from rlhf_bayes.rewards import RewardScorer
 
 

@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from rlhf_bayes.numerics import MIN_IMPORTANCE_ESS, khat_threshold
+from rlhf_bayes.numerics import khat_threshold
+from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 
 MIN_SAMPLES = 25
 

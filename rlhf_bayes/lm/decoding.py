@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from .forward import base_causal_lm
-from .head import LMHead
-from .language_model import Completions, LanguageModel, Prompt, as_completion, pad_ids
+from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.head import LMHead
+from rlhf_bayes.lm.language_model import Completions, LanguageModel, Prompt, as_completion, pad_ids
 
 
 def cache_name(trunk: Callable[..., Any]) -> str:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .critic import CRITIC, Critic, states_before
-from .head import LMHead, token_log_probs_and_entropy
+from rlhf_bayes.lm.critic import CRITIC, Critic, states_before
+from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy
 
 _AGREEMENT = 1e-3  # nats, of log-probs from hidden states with those from the model's own logits in fp32
 

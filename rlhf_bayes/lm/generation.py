@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .forward import base_causal_lm
+from rlhf_bayes.lm.forward import base_causal_lm
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..numerics import masked_sum
-from .forward import base_causal_lm, enable_completion_scoring, score_completions
-from .generation import first_eos_mask, raw_generation_config, sampling_config
+from rlhf_bayes.lm.forward import base_causal_lm, enable_completion_scoring, score_completions
+from rlhf_bayes.lm.generation import first_eos_mask, raw_generation_config, sampling_config
+from rlhf_bayes.numerics.masked import masked_sum
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 Prompt = str | list[dict[str, Any]]
 Completion = str | list[dict[str, Any]]
@@ -190,13 +190,13 @@ class LanguageModel:
     def tilt(self, reward_funcs: Any, beta: float, **options: Any) -> "Posterior":
         """π*(x | c) ∝ π(x | c)·exp(r(c, x)/β): see [`~rlhf_bayes.posterior.tilt`], which takes the options."""
         # upwards on purpose, and only when called: a prior is where a user starts
-        from ..posterior import tilt
+        from rlhf_bayes.posterior import tilt
 
         return tilt(self, reward_funcs, beta, **options)
 
     def condition(self, predicate: Any) -> "Posterior":
         """π*(x | c) ∝ π(x | c)·b(c, x), b in {0, 1}: see [`~rlhf_bayes.posterior.condition`]."""
-        from ..posterior import condition
+        from rlhf_bayes.posterior import condition
 
         return condition(self, predicate)
 
@@ -206,7 +206,7 @@ class LanguageModel:
         `constrain({"animal": (mentions_animal, 0.5)}, prompts)`. See [`~rlhf_bayes.posterior.constrain`], which takes
         the options.
         """
-        from ..posterior import constrain
+        from rlhf_bayes.posterior import constrain
 
         return constrain(self, constraints, prompts, **options)
 

@@ -6,8 +6,8 @@ from typing import Any, final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .generation import first_eos_mask
-from .language_model import LanguageModel, pad_ids
+from rlhf_bayes.lm.generation import first_eos_mask
+from rlhf_bayes.lm.language_model import LanguageModel, pad_ids
 
 
 @final

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kl import exact_token_kl
+from rlhf_bayes.numerics.kl import exact_token_kl
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

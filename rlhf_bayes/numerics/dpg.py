@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .f_divergence import pseudo_rewards
-from .groups import leave_one_out_baseline
+from rlhf_bayes.numerics.f_divergence import pseudo_rewards
+from rlhf_bayes.numerics.groups import leave_one_out_baseline
 
 BASELINES = ("leave_one_out", "constant", "none")
 """Names of the baselines of `dpg_advantages`."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .divergences import check_normalised, forward_kl, js, reverse_kl, tv
+from rlhf_bayes.numerics.divergences import check_normalised, forward_kl, js, reverse_kl, tv
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv", "alpha")
 """Names of the f-divergences. All are 0 only where policy and target agree."""

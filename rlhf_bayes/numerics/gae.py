@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .masked import zero_padding
+from rlhf_bayes.numerics.masked import zero_padding
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .groups import grouped, huber_centre
+from rlhf_bayes.numerics.groups import grouped, huber_centre
 
 
 class LogVarianceCentres(NamedTuple):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .log_weights import importance_ess, khat, log_z
-from .moment_support import check_each_supported, check_together_supported
+from rlhf_bayes.numerics.log_weights import importance_ess, khat, log_z
+from rlhf_bayes.numerics.moment_support import check_each_supported, check_together_supported
 
 MAX_ITERATIONS = 200
 CONVERGED = 1e-9  # standard deviations of a feature

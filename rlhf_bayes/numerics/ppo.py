@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .gae import check_right_padded, gae
-from .masked import masked_var, zero_padding
+from rlhf_bayes.numerics.gae import check_right_padded, gae
+from rlhf_bayes.numerics.masked import masked_var, zero_padding
 
 
 def clipped_policy_loss(log_ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:

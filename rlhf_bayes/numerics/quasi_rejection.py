@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .log_weights import log_z
+from rlhf_bayes.numerics.log_weights import log_z
 
 
 class QuasiRejectionCurve(NamedTuple):

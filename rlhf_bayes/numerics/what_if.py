@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .log_weights import (
+from rlhf_bayes.numerics.log_weights import (
     MIN_IMPORTANCE_ESS,
     importance_ess,
     khat,

@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .log_weights import importance_ess
+from rlhf_bayes.numerics.log_weights import importance_ess
 
 
 @final

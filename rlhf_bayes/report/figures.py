@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..numerics import RewardLaw, fit_reward_law
-from .run import Estimate, Run
+from rlhf_bayes.numerics import RewardLaw, fit_reward_law
+from rlhf_bayes.report.run import Estimate, Run
 
 _PANEL = (5.2, 3.1)
 _MOMENT = "posterior/moments/"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .run import DRAWS_FILE, EVALUATION_FILE, PRIOR_FILE, SAMPLING_FILE
+from rlhf_bayes.report.run import DRAWS_FILE, EVALUATION_FILE, PRIOR_FILE, SAMPLING_FILE
 
 
 def write_sampling(

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .diversity import diversity_over_training
-from .figures import diversity_figure, elbo_figure, moments_figure, reward_kl_figure, training_figure
-from .run import Run, read_runs
-from .tables import evaluation_table, samples_tables, settings_tables, summary_table, what_if_tables
+from rlhf_bayes.report.diversity_curves import diversity_over_training
+from rlhf_bayes.report.figures import diversity_figure, elbo_figure, moments_figure, reward_kl_figure, training_figure
+from rlhf_bayes.report.run import Run, read_runs
+from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, summary_table, what_if_tables
 
 PAGE = "index.html"
 

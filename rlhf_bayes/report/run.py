@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from .settings import read_settings
+from rlhf_bayes.report.settings import read_settings
 
 EVALUATION_FILE = "evaluation.json"
 SAMPLING_FILE = "sampling.json"

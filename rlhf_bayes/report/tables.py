@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .figures import ceiling
-from .run import Estimate, Run, Sample
+from rlhf_bayes.report.figures import ceiling
+from rlhf_bayes.report.run import Estimate, Run, Sample
 
 MAX_PROMPTS = 12
 MAX_SAMPLES = 2

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 
-from rlhf_bayes.numerics import votes_to_prob
+from rlhf_bayes.numerics.bradley_terry import votes_to_prob
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rlhf_bayes.rewards.ensemble import load_reward
-from rlhf_bayes.rewards.model import RewardModel
+from rlhf_bayes.rewards.reward_ensemble import load_reward
+from rlhf_bayes.rewards.reward_model import RewardModel
 from rlhf_bayes.rewards.validation import callable_name, checked, is_async_callable
 
 RewardFunc = Callable | nn.Module | str

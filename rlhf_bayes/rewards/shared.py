@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from rlhf_bayes.lm import active_adapter, base_causal_lm
+from rlhf_bayes.lm.critic import active_adapter
+from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_adapter, is_head
 

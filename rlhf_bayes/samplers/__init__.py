@@ -1,16 +1,16 @@
 """Layer 3: draws from the posterior without training."""
 
-from .best_of_n import BestOfN
-from .draws import Draws, Guarantee, LogZ
-from .expectation import Expectation, expectation
-from .gradient_guided import GradientGuidedProposal
-from .guided import GuidedProposal
-from .importance import ImportanceSampler
-from .metropolis_hastings import MetropolisHastings
-from .protocol import Proposal, Sampler
-from .rejection import RejectionSampler
-from .smc import SMC
-from .values import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
+from rlhf_bayes.samplers.best_of_n import BestOfN
+from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
+from rlhf_bayes.samplers.expectation import Expectation, expectation
+from rlhf_bayes.samplers.gradient_guided import GradientGuidedProposal
+from rlhf_bayes.samplers.guided import GuidedProposal
+from rlhf_bayes.samplers.importance import ImportanceSampler
+from rlhf_bayes.samplers.metropolis_hastings import MetropolisHastings
+from rlhf_bayes.samplers.protocol import Proposal, Sampler
+from rlhf_bayes.samplers.rejection import RejectionSampler
+from rlhf_bayes.samplers.smc import SMC
+from rlhf_bayes.samplers.values import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
 
 __all__ = [
     "SMC",

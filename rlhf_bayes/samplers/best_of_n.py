@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from ..lm import Prompt
-from ..numerics import best_of_n_kl, best_of_n_kl_bound
-from .draws import Draws, Guarantee
-from .protocol import Proposal
-from .scored import as_draws, check_count, check_supported, checked_request, draw_scored
+from rlhf_bayes.lm import Prompt
+from rlhf_bayes.numerics import best_of_n_kl, best_of_n_kl_bound
+from rlhf_bayes.samplers.draws import Draws, Guarantee
+from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.scored import as_draws, check_count, check_supported, checked_request, draw_scored
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 @final

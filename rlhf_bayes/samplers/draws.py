@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..lm import Completion, Completions, Prompt
+from rlhf_bayes.lm import Completion, Completions, Prompt
 
 Guarantee = Literal["exact", "consistent", "bounded", "none"]
 """

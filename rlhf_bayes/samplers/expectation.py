@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..numerics import effective_sample_size
-from .draws import Draws
+from rlhf_bayes.numerics import effective_sample_size
+from rlhf_bayes.samplers.draws import Draws
 
 
 class Expectation(NamedTuple):

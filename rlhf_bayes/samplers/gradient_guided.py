@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ..lm import Completions, LanguageModel, LMHead, Past, PrefixReader, Prompt, base_causal_lm, cache_name
-from ..numerics import exact_token_kl
-from .guided import sample_stepwise, score_stepwise
+from rlhf_bayes.lm import Completions, LanguageModel, Prompt
+from rlhf_bayes.lm.decoding import Past, PrefixReader, cache_name
+from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.head import LMHead
+from rlhf_bayes.numerics import exact_token_kl
+from rlhf_bayes.samplers.guided import sample_stepwise, score_stepwise
 
 
 @final

@@ -6,9 +6,10 @@ from typing import Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..lm import Completions, Decoding, LanguageModel, Prompt, draw_tokens, generator_on, joined
-from .scored import check_count, check_prompts
-from .values import Value, checked_log_value, checked_next_log_values
+from rlhf_bayes.lm import Completions, LanguageModel, Prompt
+from rlhf_bayes.lm.decoding import Decoding, draw_tokens, generator_on, joined
+from rlhf_bayes.samplers.scored import check_count, check_prompts
+from rlhf_bayes.samplers.values import Value, checked_log_value, checked_next_log_values
 
 
 @runtime_checkable

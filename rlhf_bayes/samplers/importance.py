@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from ..lm import Prompt
-from ..numerics import MIN_IMPORTANCE_ESS, importance_ess, khat, khat_threshold
-from .draws import Draws, Guarantee
-from .protocol import Proposal
-from .scored import (
+from rlhf_bayes.lm import Prompt
+from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
+from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
+from rlhf_bayes.samplers.draws import Draws, Guarantee
+from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.scored import (
     as_draws,
     check_confidence,
     check_count,
@@ -21,7 +22,7 @@ from .scored import (
 )
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 @final

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..lm import LanguageModel, Prompt, as_completion, regrow
-from ..numerics import effective_sample_size, rhat
-from .draws import Draws, Guarantee
-from .protocol import Proposal
-from .rejection import RejectionSampler
-from .scored import (
+from rlhf_bayes.lm import LanguageModel, Prompt
+from rlhf_bayes.lm.continuation import regrow
+from rlhf_bayes.lm.language_model import as_completion
+from rlhf_bayes.numerics import effective_sample_size, rhat
+from rlhf_bayes.samplers.draws import Draws, Guarantee
+from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.rejection import RejectionSampler
+from rlhf_bayes.samplers.scored import (
     Row,
     as_draws,
     check_confidence,
@@ -26,7 +28,7 @@ from .scored import (
 )
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 @final

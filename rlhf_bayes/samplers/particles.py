@@ -8,14 +8,15 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from ..lm import Completions, Decoding, LanguageModel, PrefixReader, Prompt, draw_tokens, joined
-from ..numerics import importance_ess, log_z
-from .draws import LogZ
-from .guided import StepwiseProposal, next_tokens
-from .values import Value, checked_log_value, rows_of
+from rlhf_bayes.lm import Completions, LanguageModel, Prompt
+from rlhf_bayes.lm.decoding import Decoding, PrefixReader, draw_tokens, joined
+from rlhf_bayes.numerics import importance_ess, log_z
+from rlhf_bayes.samplers.draws import LogZ
+from rlhf_bayes.samplers.guided import StepwiseProposal, next_tokens
+from rlhf_bayes.samplers.values import Value, checked_log_value, rows_of
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 MIN_EFFECTIVE_PARTICLES = 5

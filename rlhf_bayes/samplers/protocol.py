@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..lm import Completions, Prompt
-from .draws import Draws
+from rlhf_bayes.lm import Completions, Prompt
+from rlhf_bayes.samplers.draws import Draws
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 @runtime_checkable

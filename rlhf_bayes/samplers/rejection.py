@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..lm import Prompt
-from ..numerics import clopper_pearson, quasi_rejection_curve
-from .draws import Draws, Guarantee, LogZ
-from .protocol import Proposal
-from .scored import (
+from rlhf_bayes.lm import Prompt
+from rlhf_bayes.numerics import clopper_pearson, quasi_rejection_curve
+from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
+from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.scored import (
     Row,
     as_draws,
     check_confidence,
@@ -25,7 +25,7 @@ from .scored import (
 )
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 _ROUND = 4096
 """Completions drawn at once, at most: they are held until they are weighed."""

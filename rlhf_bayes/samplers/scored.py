@@ -10,13 +10,13 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from ..lm import Completion, Completions, LanguageModel, Prompt
-from ..numerics import log_z, log_z_standard_error
-from .draws import Draws, Guarantee, LogZ
-from .protocol import Proposal
+from rlhf_bayes.lm import Completion, Completions, LanguageModel, Prompt
+from rlhf_bayes.numerics import log_z, log_z_standard_error
+from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
+from rlhf_bayes.samplers.protocol import Proposal
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 class Row(NamedTuple):

@@ -8,16 +8,17 @@ import torch
 from rich.progress import track
 from scipy.stats import t
 
-from ..lm import LanguageModel, Prompt, generator_on
-from ..numerics import importance_ess
-from .draws import Draws, Guarantee, LogZ
-from .guided import StepwiseProposal
-from .particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
-from .scored import check_supported, checked_request
-from .values import Value, rows_of
+from rlhf_bayes.lm import LanguageModel, Prompt
+from rlhf_bayes.lm.decoding import generator_on
+from rlhf_bayes.numerics import importance_ess
+from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
+from rlhf_bayes.samplers.guided import StepwiseProposal
+from rlhf_bayes.samplers.particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
+from rlhf_bayes.samplers.scored import check_supported, checked_request
+from rlhf_bayes.samplers.values import Value, rows_of
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 
 @final

@@ -6,9 +6,13 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..likelihoods import Likelihood, checked_log_likelihood
-from ..likelihoods.reward import check_beta
-from ..lm import CRITIC, Critic, LanguageModel, PrefixReader, Prompt, active_adapter, as_completion, base_causal_lm
+from rlhf_bayes.likelihoods import Likelihood, checked_log_likelihood
+from rlhf_bayes.likelihoods.reward_likelihood import check_beta
+from rlhf_bayes.lm import Critic, LanguageModel, Prompt
+from rlhf_bayes.lm.critic import CRITIC, active_adapter
+from rlhf_bayes.lm.decoding import PrefixReader
+from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.language_model import as_completion
 
 
 @runtime_checkable

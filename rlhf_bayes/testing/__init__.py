@@ -10,7 +10,7 @@ The truths are found by another route than the rest of the package: enumeration 
 log-softmax of `model(...).logits`, one prompt at a time without padding.
 """
 
-from .contract import check_posterior
-from .enumerable import EnumerableLM, toy_reward
+from rlhf_bayes.testing.contract import check_posterior
+from rlhf_bayes.testing.enumerable import EnumerableLM, toy_reward
 
 __all__ = ["EnumerableLM", "check_posterior", "toy_reward"]

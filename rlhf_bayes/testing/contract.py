@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..lm.language_model import Completion, Prompt
-from .enumerable import EnumerableLM
+from rlhf_bayes.lm.language_model import Completion, Prompt
+from rlhf_bayes.testing.enumerable import EnumerableLM
 
 if TYPE_CHECKING:
-    from ..posterior import Posterior
+    from rlhf_bayes.posterior import Posterior
 
 _Batch = tuple[list[Prompt], list[Completion], list[list[int]], dict[str, list[Any]]]
 

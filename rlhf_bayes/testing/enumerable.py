@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from .. import numerics
-from ..lm.language_model import Completion, Prompt
+from rlhf_bayes import numerics
+from rlhf_bayes.lm.language_model import Completion, Prompt
 
 _EOS, _PAD = "<eos>", "<pad>"
 # contents only: a chat prompt has the tokens of the same words as plain text

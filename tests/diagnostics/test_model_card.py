@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 import rlhf_bayes
 from rlhf_bayes import rewards
 from rlhf_bayes.diagnostics import PreferenceSummary, reward_model_card
-from rlhf_bayes.numerics import reliability_bins
+from rlhf_bayes.numerics.calibration import reliability_bins
 from rlhf_bayes.rewards import Normalization, RewardIndex
 
 DATA = PreferenceSummary(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from rlhf_bayes.lm import LanguageModel, regrow
+from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.lm.continuation import regrow
 
 from .families import tiny_model, tiny_tokenizer
 

@@ -5,11 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from rlhf_bayes.lm import (
+from rlhf_bayes.lm import Critic
+from rlhf_bayes.lm.critic import (
     CRITIC,
-    Critic,
     active_adapter,
-    base_causal_lm,
     critic_config,
     detached_critic,
     is_critic_folder,
@@ -17,6 +16,7 @@ from rlhf_bayes.lm import (
     set_trainable,
     split_critic,
 )
+from rlhf_bayes.lm.forward import base_causal_lm
 
 from .families import tiny_model
 

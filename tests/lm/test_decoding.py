@@ -8,16 +8,8 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import chisquare
 from torch.testing import assert_close
 
-from rlhf_bayes.lm import (
-    CachedTrunk,
-    Decoding,
-    LanguageModel,
-    PrefixReader,
-    cache_name,
-    draw_tokens,
-    generator_on,
-    joined,
-)
+from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.lm.decoding import CachedTrunk, Decoding, PrefixReader, cache_name, draw_tokens, generator_on, joined
 
 from .families import FAMILIES, tiny_model, tiny_tokenizer
 

@@ -7,14 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
-from rlhf_bayes.lm import (
-    CRITIC,
-    Critic,
-    base_causal_lm,
-    enable_completion_scoring,
-    scatter,
-    score_completions,
-)
+from rlhf_bayes.lm import Critic, enable_completion_scoring, score_completions
+from rlhf_bayes.lm.critic import CRITIC
+from rlhf_bayes.lm.forward import base_causal_lm, scatter
 
 from .families import FAMILIES, tiny_model
 

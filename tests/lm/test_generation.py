@@ -2,7 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlhf_bayes.lm import first_eos_mask, raw_generation_config, sampling_config
+from rlhf_bayes.lm.generation import first_eos_mask, raw_generation_config, sampling_config
 
 from .families import tiny_model
 

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from rlhf_bayes.lm import LMHead, head, token_log_probs_and_entropy, token_log_probs_and_exact_kl
+from rlhf_bayes.lm import head
+from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy, token_log_probs_and_exact_kl
 
 from .families import FAMILIES, tiny_model
 

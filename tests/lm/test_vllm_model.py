@@ -9,7 +9,8 @@ import torch
 from scipy.stats import chi2
 from torch.testing import assert_close
 
-from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel, regrow
+from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
+from rlhf_bayes.lm.continuation import regrow
 from rlhf_bayes.samplers import BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
 from rlhf_bayes.testing import toy_reward
 

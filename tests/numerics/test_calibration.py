@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import brier_score, expected_calibration_error, reliability_bins
+from rlhf_bayes.numerics import brier_score, expected_calibration_error
+from rlhf_bayes.numerics.calibration import reliability_bins
 
 
 def drawn_pairs(num_pairs, seed):

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import dpg_advantages, dpg_baselines, f_divergence, leave_one_out_baseline
+from rlhf_bayes.numerics import f_divergence
+from rlhf_bayes.numerics.dpg import dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.groups import leave_one_out_baseline
 
 CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5)]
 # four completions: a target, a policy and a proposal without symmetry

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import DIVERGENCES, f_divergence, f_divergence_terms, js, pseudo_rewards, tv
+from rlhf_bayes.numerics import DIVERGENCES, f_divergence, js, tv
+from rlhf_bayes.numerics.f_divergence import f_divergence_terms, pseudo_rewards
 
 CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5), ("alpha", 0.2)]
 INFINITE = [("reverse_kl", None), ("alpha", 1.0)]  # where something is forbidden

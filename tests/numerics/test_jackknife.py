@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import jackknife
+from rlhf_bayes.numerics.jackknife import jackknife
 
 
 def test_the_mean_keeps_its_value_and_gets_its_variance():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import log_variance_centres, log_variance_loss
+from rlhf_bayes.numerics.log_variance import log_variance_centres, log_variance_loss
 
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1])
 DRAWN = torch.tensor([3, 17, 5, 3, 30, 8])

@@ -5,14 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import (
-    importance_ess,
-    khat,
-    khat_threshold,
-    log_importance_ess,
-    log_z,
-    log_z_standard_error,
-)
+from rlhf_bayes.numerics import importance_ess, khat, khat_threshold, log_z, log_z_standard_error
+from rlhf_bayes.numerics.log_weights import log_importance_ess
 
 # an unnormalised target and a proposal on five states, one of them forbidden
 LOG_DENSITY = torch.tensor([0.3, -1.2, -torch.inf, 1.7, -0.4], dtype=torch.float64)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf_bayes.numerics.masked import masked_mean, masked_sum, masked_var, masked_whiten
 
 MASK = torch.tensor([[True, True, False, False], [True, True, True, False]])
 POISON = torch.tensor([[3.0, -1.0, torch.nan, torch.inf], [0.5, 2.5, 4.0, -torch.inf]])

@@ -7,7 +7,8 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import log_fitted_mixture, log_z
+from rlhf_bayes.numerics import log_z
+from rlhf_bayes.numerics.mixture import log_fitted_mixture
 
 # skewed, and of different shapes; the density is in neither's direction
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import (
+from rlhf_bayes.numerics.ppo import (
     adapted_beta,
     clipped_policy_loss,
     clipped_value_loss,

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from rlhf_bayes.numerics import ZPool, importance_ess, log_z
+from rlhf_bayes.numerics import importance_ess, log_z
+from rlhf_bayes.numerics.z_pool import ZPool
 
 BATCHES = 8
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_bayes import LanguageModel, toy
-from rlhf_bayes.cli import parse_features
+from rlhf_bayes.commands.flags import parse_features
 from rlhf_bayes.report import read_runs
 
 from ..scripts import loaded_script, run_script

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rlhf_bayes.report import read_runs, write_report, write_sampling
-from rlhf_bayes.report.diversity import diversity_over_training
+from rlhf_bayes.report.diversity_curves import diversity_over_training
 from rlhf_bayes.report.figures import ceiling, moments_figure, reward_kl_figure
 from rlhf_bayes.report.run import Estimate, Run, Sample
 from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, what_if_tables

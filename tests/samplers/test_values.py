@@ -9,7 +9,8 @@ from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from rlhf_bayes.likelihoods import RewardLikelihood
-from rlhf_bayes.lm import CRITIC, Critic, LanguageModel, score_completions
+from rlhf_bayes.lm import Critic, LanguageModel, score_completions
+from rlhf_bayes.lm.critic import CRITIC
 from rlhf_bayes.samplers import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
 from rlhf_bayes.samplers.values import checked_log_value, checked_next_log_values
 from rlhf_bayes.testing import toy_reward

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
-from rlhf_bayes.trainers._trl.rollout import prompt_key
+from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key
 
 QUIET = {
     "use_cpu": True,

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
-from ...lm import base_causal_lm, detached_critic
+from rlhf_bayes.lm.critic import detached_critic
+from rlhf_bayes.lm.forward import base_causal_lm
 
 
 def is_zero3(accelerator: Accelerator) -> bool:

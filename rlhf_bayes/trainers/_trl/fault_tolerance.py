@@ -17,10 +17,10 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from ..interruption import finished_before_signals
-from ..step_watch import StepWatch
-from ..whole_checkpoints import defect, remove, rotate, seal
-from .resuming import check_resumable, checkpoint_to_resume, where_to_go_on
+from rlhf_bayes.trainers.faults.interruption import finished_before_signals
+from rlhf_bayes.trainers.faults.resuming import check_resumable, checkpoint_to_resume, where_to_go_on
+from rlhf_bayes.trainers.faults.step_watch import StepWatch
+from rlhf_bayes.trainers.faults.whole_checkpoints import defect, remove, rotate, seal
 
 logger = logging.getLogger(__name__)
 

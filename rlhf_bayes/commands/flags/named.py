@@ -1,0 +1,136 @@
+"""Functions, models and rewards by name."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from trl import RLOOConfig
+
+from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.numerics import pool
+from rlhf_bayes.numerics.pooling import uses_beta
+from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel, load_reward, prompt_centers
+from rlhf_bayes.rewards.loading import whole_weights
+
+
+def load_reward_func(name: str) -> Callable[..., Any]:
+    """The reward function that `module:function` names: see [`load_function`]."""
+    return load_function(name, "reward_func")
+
+
+def load_function(name: str, flag: str) -> Callable[..., Any]:
+    """
+    The function that `module:function` names. Modules in the current folder are found too.
+
+    Args:
+        name (`str`):
+            `module:function`.
+        flag (`str`):
+            What it was given as, for the errors.
+
+    Raises:
+        ValueError: if the name has another form, the module cannot be imported, or has no such function.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise ValueError(
+            f"`{flag}` must have the form `module:function`, got {name!r}. For a module `rewards.py` in the "
+            f"current folder: `--{flag} rewards:my_reward`."
+        )
+    if os.getcwd() not in sys.path:  # `accelerate launch` puts the script's folder there, not the current one
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"`{flag}` must name a module that can be imported, got {name!r}: {error}. Modules are looked for "
+            f"among the installed packages and in {os.getcwd()}."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [
+            public for public in vars(module) if not public.startswith("_") and callable(vars(module)[public])
+        ]
+        close = difflib.get_close_matches(function_name, functions, n=1)
+        raise ValueError(
+            f"`{flag}` must name a function of {module_name!r}, got {function_name!r}. "
+            + (f"Is {close[0]!r} meant?" if close else f"It has {functions}.")
+        )
+    return function
+
+
+def load_language_model(
+    path: str, args: RLOOConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LanguageModel:
+    """
+    The language model in a folder or a repository of the hub, with the completions that a trainer would draw.
+
+    Args:
+        path (`str`):
+            Of a model or an adapter.
+        args ([`~trl.RLOOConfig`]):
+            Gives `model_init_kwargs`, device, `max_completion_length` and `temperature`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Default: the one saved beside the model.
+    """
+    with whole_weights():
+        model = AutoModelForCausalLM.from_pretrained(path, **(args.model_init_kwargs or {}))
+    return LanguageModel(
+        model.to(args.device),
+        tokenizer,
+        max_completion_length=args.max_completion_length,
+        temperature=args.temperature,
+    )
+
+
+def load_pooled_reward(
+    path: str,
+    rule: str,
+    prior: LanguageModel,
+    prompts: Sequence[Any],
+    beta: float | None = None,
+    penalty: float | None = None,
+    num_samples: int = 64,
+    seed: int = 0,
+) -> RewardModel | RewardEnsemble | PooledReward:
+    """
+    The reward in a folder; an ensemble with its members pooled by a rule, on a common zero for each prompt.
+
+    Args:
+        path (`str`):
+            Of a reward model or an ensemble; the rules but `"mean"` need an ensemble.
+        rule (`str`):
+            See [`~rlhf_bayes.numerics.pool`].
+        prior ([`~rlhf_bayes.LanguageModel`]):
+            Each member is centered on its completions. Not used by the mean.
+        prompts (`Sequence` of `str` or of chats):
+            All that will be scored.
+        beta (`float`, *optional*):
+            β of the posterior; the rules without one do not use it, nor does `"mean_minus_variance"` with a `penalty`.
+        penalty (`float`, *optional*):
+            Weight of the variance, for `"mean_minus_variance"`.
+        num_samples (`int`, *optional*, defaults to `64`):
+            Completions drawn for each prompt.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the draws.
+
+    Raises:
+        ValueError: if the rule is unknown, a parameter is of no use to it, or there is a single model only.
+    """
+    beta = beta if uses_beta(rule, penalty) else None
+    pool(torch.zeros(1, 1), rule, beta, penalty)  # refuses what the rule cannot use, before anything is loaded
+    reward = load_reward(path, device=prior.device)
+    if rule == "mean":
+        return reward
+    if not isinstance(reward, RewardEnsemble):
+        raise ValueError(
+            f"`reward_rule` must be 'mean' for a single reward model, which {path!r} is, got {rule!r}. Train an "
+            "ensemble: `reward_models/train.py --num_members 4`."
+        )
+    centers = prompt_centers(reward, prior, prompts, num_samples, torch.Generator().manual_seed(seed))
+    return reward.pooled(rule, beta, penalty, centers)

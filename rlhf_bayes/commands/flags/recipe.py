@@ -1,0 +1,225 @@
+"""What the recipes have in common: flags, prompts, a training run, and what was drawn before and after it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from transformers import ProgressCallback, Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
+from trl import ModelConfig, RLOOConfig, TrlParser
+
+from rlhf_bayes import toy
+from rlhf_bayes.commands.flags.data import load_prompts
+from rlhf_bayes.commands.flags.named import load_language_model
+from rlhf_bayes.diagnostics import Evaluation, PosteriorProgress, evaluate, fit_table, plot_history, samples_table
+from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.posterior import Posterior
+from rlhf_bayes.report import betas_around, what_if_of, write_sampling
+
+
+@dataclass
+class PromptArguments:
+    """Prompts to train on, and the report on the first of them."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: a name on the hub, a .json, .jsonl, .parquet, .csv or .txt file (.gz too), or a "
+                  "folder of `save_to_disk`. Default: openings of reviews, with the bundled model only."},
+    )  # fmt: skip
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split that holds the prompts."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts: texts or chats."})
+    max_prompts: int | None = field(default=None, metadata={"help": "Train on that many, chosen at random."})
+    report_prompts: int = field(default=16, metadata={"help": "Prompts in the report before and after; 0: none."})
+    report_samples: int = field(default=128, metadata={"help": "Completions a prompt in the report."})
+
+    def check(self, own_model: bool) -> None:
+        """
+        Refuse the bundled prompts for another model.
+
+        Raises:
+            ValueError: if a model of one's own comes without prompts.
+        """
+        if own_model and self.dataset_name is None:
+            raise ValueError(
+                "`--dataset_name` must be given with `--model_name_or_path`, got none: it holds the prompts."
+            )
+
+    def load(self, seed: int) -> Dataset:
+        """The prompts, in the column `prompt`: see [`load_prompts`]."""
+        if self.dataset_name is None:
+            return Dataset.from_dict({"prompt": toy.prompts()})
+        return load_prompts(
+            self.dataset_name, self.prompt_column, self.max_prompts, self.dataset_train_split, self.dataset_config,
+            seed,
+        )  # fmt: skip
+
+
+def parse_flags(
+    classes: Sequence[type], defaults: Mapping[str, Any], toy_defaults: Mapping[str, Any]
+) -> tuple[bool, tuple]:
+    """
+    The dataclasses of a script filled from its flags and `--config`, and whether a model of one's own is named.
+
+    Args:
+        classes (`Sequence[type]`):
+            Dataclasses, [`~trl.ModelConfig`] among them.
+        defaults (`Mapping[str, Any]`):
+            Defaults that differ from those of the dataclasses.
+        toy_defaults (`Mapping[str, Any]`):
+            More of them, where no `model_name_or_path` is named: the bundled model's.
+    """
+    # the bundled model has defaults of its own, so look first whether another is named
+    (model_args, *_) = TrlParser(ModelConfig, add_help=False, allow_abbrev=False).parse_args_and_config(
+        return_remaining_strings=True
+    )
+    own_model = model_args.model_name_or_path is not None
+    parser = TrlParser(tuple(classes))
+    parser.set_defaults_with_config(**({**defaults} if own_model else {**defaults, **toy_defaults}))
+    return own_model, parser.parse_args_and_config()
+
+
+def model_init_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, Any]:
+    """What `from_pretrained` gets: the model's flags, under the `model_init_kwargs` that the training's may hold."""
+    return {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(getattr(training_args, "model_init_kwargs", None) or {}),
+    }
+
+
+def train_and_report(trainer: Trainer, report: Callable[[], None] | None) -> None:
+    """Train, or go on where `resume_from_checkpoint` says, save the model, and report on one of the processes."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(PosteriorProgress())
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()  # the log, which the report reads, though no checkpoint was due
+    if report is not None and trainer.is_world_process_zero():
+        report()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
+
+
+def evaluate_saved(
+    trainer: Trainer,
+    args: PromptArguments,
+    model_path: str,
+    posterior_of: Callable[[LanguageModel], Posterior],
+    dataset: Dataset,
+) -> Evaluation:
+    """
+    Prior and trained policy against the posterior, on the first prompts: what was saved is what is judged.
+
+    Args:
+        trainer (`Trainer`):
+            It has saved its model in its `output_dir`.
+        args ([`PromptArguments`]):
+            How many of what.
+        model_path (`str`):
+            Of the prior.
+        posterior_of (`Callable`):
+            From the prior to the posterior.
+        dataset (`Dataset`):
+            Prompts, and the columns that rewards ask for.
+    """
+    training_args: RLOOConfig = trainer.args
+    unset_hf_deepspeed_config()  # under ZeRO-3 models would be loaded in shards, which waits for the other processes
+    prior, policy = (
+        load_language_model(path, training_args, trainer.processing_class)
+        for path in (model_path, training_args.output_dir)
+    )
+    chosen = dataset.select(range(min(args.report_prompts, len(dataset))))
+    return evaluate(
+        policy,
+        posterior_of(prior),
+        list(chosen["prompt"]),
+        args.report_samples,
+        torch.Generator().manual_seed(training_args.seed),
+        {name: chosen[name] for name in chosen.column_names if name != "prompt"},
+        show_progress=True,
+    )
+
+
+def save_evaluation(
+    evaluation: Evaluation,
+    trainer: Trainer,
+    args: PromptArguments,
+    model_path: str,
+    reward_scale: float | None = None,
+    **known: Any,
+) -> None:
+    """
+    Leave what `rlhf-bayes report` shows of a run beside its model, from the draws of its evaluation: completions
+    before and after, distances to the posterior, and of a reward the best of n and the posteriors of other β.
+
+    Args:
+        evaluation ([`Evaluation`]):
+            Of the trained policy.
+        trainer, args, model_path:
+            As for [`evaluate_saved`].
+        reward_scale (`float`, *optional*):
+            Units of reward per nat of evidence, where the evidence is a reward.
+        known (`Any`):
+            More of `sampling.json`: see [`~rlhf_bayes.report.write_sampling`].
+    """
+    settings = {name: value for name, value in asdict(args).items() if value not in (None, [])}
+    sampling = {"beta": evaluation.beta, "settings": {"model_name_or_path": model_path, **settings}, **known}
+    if reward_scale is not None:
+        betas = betas_around(evaluation.beta) if evaluation.beta else []
+        sampling |= what_if_of(reward_scale * evaluation.from_prior.log_likelihood, betas)
+    after, before = (draws.rows(reward_scale) for draws in (evaluation.from_policy, evaluation.from_prior))
+    write_sampling(trainer.args.output_dir, after, sampling, evaluation.as_dict(), before)
+
+
+def print_samples(evaluation: Evaluation, console: Console) -> None:
+    """A completion of each of some prompts, before and after."""
+    draws = {"prior (before)": evaluation.from_prior, "policy (after)": evaluation.from_policy}
+    console.print(samples_table(evaluation.from_policy.prompts[:4], draws, title="Samples"))
+
+
+def reward_report(
+    trainer: Trainer, args: PromptArguments, model_path: str, reward_funcs: list, dataset: Dataset
+) -> None:
+    """
+    Print prior and trained policy side by side, with their distance to the posterior of rewards, and plot the curves.
+
+    Args:
+        trainer, args, model_path, dataset:
+            As for [`evaluate_saved`].
+        reward_funcs (`list`):
+            What it was trained on, whatever the objective.
+    """
+    training_args, console, beta = trainer.args, Console(), trainer.beta
+
+    def posterior_of(prior: LanguageModel) -> Posterior:
+        return prior.tilt(
+            reward_funcs,
+            beta or 1.0,  # without a posterior (β = 0) the evidence is only read as a reward
+            reward_weights=training_args.reward_weights,
+            reward_clip_range=training_args.reward_clip_range,
+            missing_eos_penalty=getattr(training_args, "missing_eos_penalty", None),
+        )
+
+    evaluation = evaluate_saved(trainer, args, model_path, posterior_of, dataset)
+    title = f"Distance to the posterior π0·exp(r/β)/Z, β = {beta:g}"
+    if not beta:
+        title = "β = 0: no posterior"
+        prior, policy = evaluation.prior.without_posterior(), evaluation.policy.without_posterior()
+        evaluation = replace(evaluation, beta=None, prior=prior, policy=policy)
+    save_evaluation(evaluation, trainer, args, model_path, beta or 1.0, reward_names=trainer.reward_func_names)
+    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
+    print_samples(evaluation, console)
+    console.print(fit_table(fits, title=title))
+    if beta:
+        console.print(evaluation.verdict)
+        console.print(str(evaluation.log_z))
+    curves = Path(training_args.output_dir) / "curves.png"
+    plot_history(trainer.state.log_history, fits["policy (after)"].log_z, curves)
+    console.print(f"Model in {training_args.output_dir}, curves in {curves}.")
+    console.print(f"A page on all of it: rlhf-bayes report {training_args.output_dir}", highlight=False)

@@ -1,0 +1,95 @@
+"""Fits, samples and training curves as tables and images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from rlhf_bayes.diagnostics.estimates import Estimate, PosteriorFit
+from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
+
+_ROWS = {
+    "reward": "reward",
+    "posterior_reward": "reward of the posterior",
+    "kl_to_prior": "KL to prior (nats)",
+    "posterior_kl_to_prior": "KL of the posterior to prior (nats)",
+    "elbo": "ELBO (nats)",
+    "log_z": "log Z (nats)",
+    "gap": "gap = KL to posterior (nats)",
+    "forward_kl": "KL from posterior (nats)",
+    "jeffreys": "sum of both KLs (nats)",
+    "tv": "total variation",
+    "forbidden": "share forbidden",
+    "entropy": "entropy (nats)",
+    "prior_perplexity": "perplexity under the prior",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "self_bleu": "self-BLEU",
+    "repeated_4grams": "repeated 4-grams",
+    "duplicates": "share of duplicates",
+}
+
+
+def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Table:
+    """A column per distribution, a row per quantity, each with its standard error over prompts."""
+    table = Table(title=title)
+    table.add_column("")
+    for name in fits:
+        table.add_column(name, justify="right")
+    for field, label in _ROWS.items():
+        cells = [getattr(fit, field) for fit in fits.values()]
+        # rows that say nothing of any of them are left out
+        if field == "forbidden" and all(cell.mean == 0 for cell in cells):
+            continue
+        table.add_row(label, *("–" if cell is None else str(cell) for cell in cells))
+    return table
+
+
+def samples_table(prompts: Sequence[Any], draws: Mapping[str, ScoredDraws], title: str | None = None) -> Table:
+    """A row per prompt, a column per set of draws: the first completion of each."""
+    table = Table("prompt", *draws, title=title, show_lines=True)
+    for row, prompt in enumerate(prompts):
+        text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        table.add_row(*(escape(cell) for cell in (text, *(drawn.texts[row][0] for drawn in draws.values()))))
+    return table
+
+
+def plot_history(log_history: Sequence[Mapping[str, float]], log_z: Estimate | None, path: str | Path) -> None:
+    """
+    Curves of a training run as an image: reward, KL to the prior, ELBO below log Z, entropy.
+
+    Args:
+        log_history (`Sequence[Mapping[str, float]]`):
+            `trainer.state.log_history`; keys as PPOTrainer logs them. Panels without data stay empty.
+        log_z (`Estimate`, *optional*):
+            Best possible ELBO; drawn where trustworthy.
+        path (`str` or `Path`):
+            Where the image goes; the suffix gives its format.
+    """
+    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    panels = {
+        "reward": ("reward", "reward"),
+        "posterior/kl_to_prior": ("KL to prior", "nats per sequence"),
+        "posterior/elbo": ("ELBO", "nats per sequence"),
+        "entropy": ("entropy", "nats per token"),
+    }
+    for axes, (key, (title, unit)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), color="C0", label=title)
+        if key == "posterior/elbo" and log_z is not None and log_z.trustworthy:
+            low, high = log_z.mean - 2 * log_z.standard_error, log_z.mean + 2 * log_z.standard_error
+            axes.axhline(log_z.mean, color="C1", linestyle="--", label="log Z ± 2 standard errors")
+            axes.axhspan(low, high, color="C1", alpha=0.2, linewidth=0)
+            if points:
+                steps, elbos = zip(*points, strict=True)
+                axes.fill_between(steps, elbos, log_z.mean, color="C0", alpha=0.1, label="gap = KL to posterior")
+            axes.legend(loc="lower right", frameon=False)
+        axes.set(title=title, ylabel=unit, xlabel="optimizer step")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,37 @@
+"""What the prior's draws say of posteriors that nobody trained for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_bayes.numerics import best_of_n_kl, expected_best_of_n, what_if
+
+_FACTORS = (8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8)
+
+
+def betas_around(beta: float) -> list[float]:
+    """From 8·β down to β/8, each half of the one before."""
+    return [beta * factor for factor in _FACTORS]
+
+
+def what_if_of(rewards: Tensor, betas: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
+    """
+    `what_if`, the posterior at each β, and `best_of_n`, for `sampling.json`.
+
+    Args:
+        rewards (`torch.Tensor`):
+            (P, n): r of the prior's completions, in the reward's own unit.
+        betas (`Sequence[float]`):
+            Units of reward per nat of evidence, positive; none where there is no posterior.
+    """
+    rewards = rewards.double()
+    found: dict[str, list[dict[str, Any]]] = {"what_if": [row._asdict() for row in what_if(rewards, betas)]}
+    if bool(rewards.isfinite().all()):  # the best of n is not defined where some may not be taken
+        ns = [2**power for power in range(rewards.size(1).bit_length())]
+        means = expected_best_of_n(rewards, rewards, ns).tolist()
+        found["best_of_n"] = [
+            {"n": n, "kl_to_prior": sum(float(best_of_n_kl(row, n)) for row in rewards) / len(rewards), "reward": mean}
+            for n, mean in zip(ns, means, strict=True)
+        ]
+    return found

@@ -1,0 +1,399 @@
+"""
+Contact with `RLOOTrainer`: a trainer that generates and scores as `RLOOTrainer` does, and keeps what it saw.
+
+`RLOOTrainer` prepares data, generates and calls the reward functions; per-token log-probabilities and raw rewards stay
+local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], gives the two hooks that
+an objective needs (`rollout_batch`, `rollout_loss`), and adds what RLOO lacks: a reference copied from the weights as
+passed, exact KLs, means over the global token count, and a resume that continues in the middle of a rollout.
+
+`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rollout_trainer.py` fails by name when a TRL
+release moves one.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, set_seed
+from torch import Tensor, nn
+from trl import RLOOTrainer
+
+from rlhf_bayes.lm import enable_completion_scoring, score_completions
+from rlhf_bayes.lm.critic import kept_trainable
+from rlhf_bayes.lm.forward import CompletionScores, base_causal_lm
+from rlhf_bayes.lm.generation import raw_generation_config, remove_dropout
+from rlhf_bayes.lm.head import LMHead
+from rlhf_bayes.lm.language_model import check_prompt_fits
+from rlhf_bayes.objectives.micro_batches import by_length, scored_by_length
+from rlhf_bayes.objectives.proposal import Snapshot
+from rlhf_bayes.trainers._trl.engines import graph_kept, is_sharded, plain, prepare_frozen, whole_heads, without_critic
+from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
+from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
+from rlhf_bayes.trainers.rollout.checks import check_text_only, check_tokenizer
+from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
+from rlhf_bayes.trainers.rollout.reference import Reference
+from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
+    read_apart,
+    read_rollout_state,
+    save_rollout_state,
+    saved_apart,
+)
+from rlhf_bayes.trainers.rollout.scored_rollout import Rollout, prompt_key, score_under_both
+from rlhf_bayes.trainers.rollout.shared_rewards import share_base
+
+PRIVATE_NAMES = {
+    # overridden: called by RLOO with these parameters
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+    "_generate_and_score_completions": ("inputs",),
+    "_prepare_inputs": ("generation_batch",),
+    "_compute_loss": ("model", "inputs"),
+    "_get_train_sampler": ("dataset",),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+}
+PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
+
+
+class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
+    """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
+
+    def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
+        # RLOO reloads the reference from the hub path, which forgets what was done to an instance: with β = 0 it loads
+        # none, and we keep a copy of the weights as passed
+        beta, args.beta = args.beta, 0.0
+        if quantization_config is not None:  # the oldest releases have no such argument
+            trl_arguments["quantization_config"] = quantization_config
+        self._failures, self._step_end = RewardFailures(), None
+        set_seed(args.seed)  # adapters are drawn at random, and the oldest releases draw them before they do this
+        try:
+            super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
+        finally:
+            args.beta = beta
+        self.beta = beta
+        check_text_only(self.processing_class, type(self).__name__)
+        check_tokenizer(self._tokenizer)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"`router_aux_loss_coef` must be 0, got {self.router_aux_loss_coef}: {type(self).__name__} has no "
+                "load-balancing term, which would move the optimum off the posterior. Set `router_aux_loss_coef=0.0`."
+            )
+        self.reference = Reference.of(self.model, ref_model, loaded_from=model if isinstance(model, str) else None)
+        enable_completion_scoring(self.model)
+        remove_dropout(self.model)
+        if self.reference.module is not None:
+            self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
+        self.ref_model = self.reference.module
+        if self.use_vllm:
+            self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
+        self.proposal: str | Snapshot = "policy"
+        """What completions are drawn from in training: "policy", "prior", or the policy as it once was."""
+        self._step_batches: list[dict[str, Tensor]] = []
+        self._count_in_step = torch.tensor(1.0)
+        self._sums_in_step: Tensor | None = None
+        self._scored: dict[str, Tensor] | None = None
+        self._with_graph: CompletionScores | None = None
+        self._rewards_per_func: Tensor | None = None
+        self._ended: Tensor | None = None
+        share_base(self.reward_funcs, lambda: self.model)
+
+    # Hooks
+
+    def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Tensors (B, …) or () to add to the batch; rows are shuffled and split along. Defined by the objective."""
+        raise NotImplementedError(f"{type(self).__name__} must define `rollout_batch`.")
+
+    def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
+        """
+        Sum of the loss over this micro-batch's tokens or completions: (). Defined by the objective. `scores` is None
+        in evaluation, where the rollout's own say all there is to say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `rollout_loss`.")
+
+    def loss_count(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many tokens or completions `rollout_loss` sums over: (). Defined by the objective."""
+        raise NotImplementedError(f"{type(self).__name__} must define `loss_count`.")
+
+    def step_batches(
+        self, batches: list[dict[str, Tensor]], new_rollout: list[dict[str, Tensor]] | None
+    ) -> list[dict[str, Tensor]]:
+        """
+        What an optimizer step learns from: by default, the rollout's own micro-batches.
+
+        Args:
+            batches (`list[dict[str, Tensor]]`):
+                Micro-batches of the step, one for each accumulation step, with the tensors of `rollout_batch`.
+            new_rollout (`list[dict[str, Tensor]]`, *optional*):
+                All micro-batches of a rollout, at its first step.
+        """
+        return batches
+
+    def rollout_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the objective to continue where it was."""
+        return {"beta": self.beta}
+
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        """Take back what `rollout_state` returned."""
+        self.beta = state["beta"]
+
+    def step_totals(self, sums: Tensor) -> Tensor | None:
+        """
+        Sums over an optimizer step: a ratio of two says the same however the step is cut into micro-batches.
+
+        Args:
+            sums (`Tensor` (N,)):
+                Over this micro-batch.
+
+        Returns:
+            `Tensor` (N,): over all micro-batches and processes, at the last of them; before, `None`.
+        """
+        sums = sums.detach()
+        if self.mode == "train":
+            self._sums_in_step = sums if self._sums_in_step is None else self._sums_in_step + sums
+            if not self.accelerator.sync_gradients:
+                return None
+            sums, self._sums_in_step = self._sums_in_step, None
+        return self.accelerator.reduce(sums, reduction="sum")
+
+    def draw(self, rows: list[dict[str, Any]]) -> None:
+        """A rollout of these rows of the data, one completion each, that nothing is learnt from and nothing logged."""
+        metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
+        self._generate_and_score_completions(rows)
+        self._metrics["train"], self._with_graph = metrics, None
+
+    # Rollouts
+
+    def _get_train_sampler(self, dataset=None):
+        # a resumed run must meet the prompts in the order of one that was not interrupted
+        return SamplerByEpoch(super()._get_train_sampler(dataset), self)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
+        policy = base_causal_lm(self._plain_policy)
+        for row, ids in enumerate(prompt_ids):
+            check_prompt_fits(policy, len(ids), self.max_completion_length, row)
+        if self.is_fsdp_enabled:
+            # by this, `generate` knows that all must go on until the last process has its completions: transformers
+            # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
+            policy._is_fsdp_managed_module = True
+        with self._drawing() as module, raw_generation_config(plain(module, self.accelerator)):
+            wrapped, self.model_wrapped = self.model_wrapped, module
+            try:
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+            finally:
+                self.model_wrapped = wrapped
+
+    @contextmanager
+    def _drawing(self) -> Iterator[nn.Module]:
+        """Within: the module that completions are drawn from."""
+        if self.mode == "eval" or self.proposal == "policy":
+            yield self.model_wrapped
+        elif isinstance(self.proposal, Snapshot):
+            with self.proposal.active(self._plain_policy):
+                yield self.model_wrapped
+        else:
+            with self.reference.active(self.model) as module:
+                yield module
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
+    ):
+        # RLOO asks for the policy first, then, if β > 0, for the reference: both are scored at the first call, so that
+        # the exact KL costs no pass of its own
+        if self._scored is None:
+            prompt_ids, completion_ids = input_ids.split((input_ids.size(1) - logits_to_keep, logits_to_keep), dim=1)
+            prompt_mask, mask = attention_mask.bool().split((prompt_ids.size(1), logits_to_keep), dim=1)
+            sequences = (prompt_ids, prompt_mask, completion_ids, mask)
+            self._scored = scored_by_length(self._score_rows, sequences, batch_size or len(input_ids))
+            return self._scored["token_log_probs"], None, None
+        return self._scored["ref_token_log_probs"], None, None
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self._failures.errors.clear()
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_global, F)
+        self._failures.stop_all(self.accelerator.num_processes)
+        for column, (func, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
+            if isinstance(func, nn.Module) and not rewards[:, column].isfinite().all():
+                raise ValueError(
+                    f"Reward model `{name}` must return finite rewards, got {rewards[:, column].tolist()}. Its "
+                    "weights or its precision are broken; try it in float32 on the completions above."
+                )
+        first = self.accelerator.process_index * len(prompts)
+        self._rewards_per_func = rewards[first : first + len(prompts)]
+        # RLOO's own statistics are means: over what is not forbidden
+        rewards = torch.where(rewards == -torch.inf, torch.nan, rewards)
+        eos = set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))
+        self._ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
+        return rewards
+
+    @property
+    def step_is_rollout(self) -> bool:
+        """
+        Whether the first step after a rollout learns from all of it at once, and from nothing else: then the forward
+        that scores the rollout is that of the step too.
+        """
+        alone = self.accelerator.distributed_type == DistributedType.NO  # an engine wants its forward next to the loss
+        return alone and self.args.steps_per_generation == 1 and self.proposal == "policy"
+
+    def _generate_and_score_completions(self, inputs):
+        self._scored, self._with_graph = None, None
+        # both the reference pass and RLOO switch adapters, which would leave the critic's frozen
+        with kept_trainable(self.model):
+            output = super()._generate_and_score_completions(inputs)
+        rollout = Rollout(
+            mask=output["completion_mask"].bool(),
+            ended=self._ended,
+            prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=self._ended.device),
+            rewards_per_func=self._rewards_per_func,
+            num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
+            **self._scored,
+        )
+        self._scored = None
+        batch = output | self.rollout_batch(rollout)
+        if self._with_graph is not None:
+            batch["row"] = torch.arange(len(rollout.mask), device=rollout.mask.device)
+        return batch
+
+    def _log_proposal(self, sequences: tuple, scored: dict[str, Tensor | None]) -> Tensor:
+        if self.mode == "train" and self.proposal == "prior":
+            return scored["ref_token_log_probs"].sum(-1)
+        if self.mode == "train" and isinstance(self.proposal, Snapshot):
+            with self._drawing():
+                return score_completions(self.model, *sequences, with_values=False).log_probs.sum(-1)
+        return scored["token_log_probs"].sum(-1)
+
+    @torch.no_grad()
+    def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
+        # a head that FSDP shards, or that PEFT switches with the adapter, can be used inside its own forward only
+        switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
+        sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
+        learns = self.mode == "train" and self.step_is_rollout
+        with self.accelerator.autocast():
+            policy, ref_token_log_probs, token_kl = score_under_both(
+                self.model,
+                self.reference,
+                sequences,
+                heads=None if self.is_fsdp_enabled or switched else self._heads,
+                graph=graph_kept(self.model, self.args) if learns else None,
+            )
+            if learns:
+                self._with_graph = policy
+            scored = {
+                "token_log_probs": policy.log_probs.detach(),
+                "ref_token_log_probs": ref_token_log_probs,
+                "token_entropy": policy.entropy,
+                "token_kl": token_kl,
+                "values": None if policy.values is None else policy.values.detach(),
+            }
+            return scored | {"log_proposal": self._log_proposal(sequences, scored)}
+
+    @contextmanager
+    def _heads(self, ref_model: nn.Module) -> Iterator[list[LMHead]]:
+        """Within: the output projections of policy and prior."""
+        lms = [base_causal_lm(plain(module, self.accelerator)) for module in (self.model, ref_model)]
+        with whole_heads(lms, self.accelerator):
+            yield [LMHead.of(lm, self.temperature) for lm in lms]
+
+    # Loss
+
+    def _prepare_inputs(self, generation_batch):
+        generated = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.mode == "eval":
+            return inputs
+        if self._with_graph is not None:
+            rows = inputs.pop("row")  # RLOO has shuffled them
+            self._with_graph = CompletionScores(*(x if x is None else x[rows] for x in self._with_graph))
+        accumulation = self.args.gradient_accumulation_steps
+        if self._step % accumulation == 0:
+            first = self._step % self.args.steps_per_generation
+            batches = by_length(self._buffered_inputs[first : first + accumulation])
+            new_rollout = None if self._buffered_inputs is generated else self._buffered_inputs
+            self._step_batches = self.step_batches(batches, new_rollout)
+            # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
+            count = torch.stack([self.loss_count(batch).float() for batch in self._step_batches]).sum()
+            self._count_in_step = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
+            self._sums_in_step = None
+        return self._step_batches[self._step % accumulation]
+
+    def _compute_loss(self, model, inputs):
+        if self.mode == "eval":
+            sums = torch.stack([self.rollout_loss(None, inputs), self.loss_count(inputs).float()])
+            loss, count = self.accelerator.reduce(sums, reduction="sum")  # as one process would see it
+            return loss / count.clamp(min=1)
+        scores, self._with_graph = self._with_graph, None
+        if scores is None:
+            scores = self.score(model, inputs)
+        loss = self.rollout_loss(scores, inputs) / self._count_in_step
+        # Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over processes
+        return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
+
+    def score(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionScores:
+        """The batch's completions under a model, with gradient where it is enabled."""
+        sequences = (batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
+        return score_completions(model, *sequences, self.temperature)
+
+    # Checkpoints
+
+    @property
+    def _plain_policy(self) -> nn.Module:
+        return plain(self.model, self.accelerator)
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        with saved_apart(self._plain_policy, output_dir, state_dict, self.args.should_save) as policy_state:
+            super()._save(output_dir, policy_state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        whole = self.is_fsdp_enabled  # one state dict, critic included
+        with nullcontext() if whole else read_apart(self._plain_policy, resume_from_checkpoint, self.args.device):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        whole, best = self.is_fsdp_enabled or self.is_deepspeed_enabled, self.state.best_model_checkpoint
+        with nullcontext() if whole else read_apart(self._plain_policy, best, self.args.device):
+            super()._load_best_model()
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        state = {
+            "step": self._step,
+            "buffered_inputs": self._buffered_inputs,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "objective": self.rollout_state(),
+        }
+        save_rollout_state(output_dir, self.accelerator, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        self._buffered_inputs = None  # unless it is read, the rollout in flight is lost and drawn anew
+        state, in_flight = read_rollout_state(checkpoint, self.accelerator)
+        if state is not None:
+            self.load_rollout_state(state["objective"])
+        if in_flight:
+            self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
+            self._metrics["train"].update(state["metrics"])
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        self._step_end = StepEnd(self.state, self._metrics["train"])
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        # logging empties metrics, and an evaluation draws at random
+        self._step_end = StepEnd(self.state, self._metrics["train"])
+
+    def on_failure(self, error: Exception) -> None:
+        between_steps = self._step_end is not None and self._step_end.step == self.state.global_step
+        if error is self._failures.raised and between_steps:
+            # the rollout that failed has drawn at random and counted its tokens
+            self._step_end.restore(self.state, self._metrics["train"])
+            self.save_after(error)
+
+    # Engines
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no process holds all the weights."""
+        return is_sharded(self.accelerator)

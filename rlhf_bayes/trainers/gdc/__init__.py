@@ -1,0 +1,1 @@
+"""Generative distributional control: any f-divergence to any posterior."""

@@ -1,0 +1,66 @@
+"""Completions of the prior before training, for a first estimate of Z."""
+
+from typing import Any, final
+
+from datasets import IterableDataset
+from rich.progress import track
+from transformers import TrainerCallback
+
+from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
+
+
+@final
+class PriorSamples(TrainerCallback):
+    """
+    Draws `prior_samples` completions of each training prompt from the prior as training begins, unless it is resumed.
+
+    Args:
+        trainer (`RolloutTrainer`):
+            Scores them in `rollout_batch`, as it does its own rollouts.
+    """
+
+    def __init__(self, trainer: RolloutTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, processes = self.trainer, args.world_size
+        if state.global_step > 0:
+            return
+        drawing, trainer.proposal = trainer.proposal, "prior"
+        trainer.model.train()
+        rows = list({str(row): row for row in trainer.train_dataset}.values())
+        per_batch = args.generation_batch_size // args.num_generations  # prompts
+        starts = [
+            start
+            for _ in range(args.prior_samples // args.num_generations)
+            for start in range(0, len(rows), per_batch)
+        ]
+        local = args.generation_batch_size // processes
+        try:
+            for start in track(starts, "Draws from the prior", disable=args.disable_tqdm or args.process_index > 0):
+                # the last batch is filled from the first rows: all processes draw as many
+                batch = [rows[(start + index) % len(rows)] for index in range(per_batch)]
+                repeated = [row for row in batch for _ in range(args.num_generations)]
+                trainer.draw(repeated[args.process_index * local : (args.process_index + 1) * local])
+        finally:
+            trainer.proposal = drawing
+
+
+def check_prior_samples(prior_samples: int, train_dataset: Any) -> None:
+    """
+    Refuse draws from the prior where no one knows for which prompts.
+
+    Args:
+        prior_samples (`int`):
+            That of the configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            The prompts.
+
+    Raises:
+        ValueError: if they are a stream.
+    """
+    if prior_samples > 0 and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`prior_samples` must be 0 with a stream as `train_dataset`, got {prior_samples}: its prompts are not "
+            "known before training. Leave it out, or collect the rows: `Dataset.from_list(list(stream.take(1000)))`."
+        )

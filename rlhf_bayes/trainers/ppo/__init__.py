@@ -1,0 +1,1 @@
+"""PPO with an explicit KL penalty to the prior."""

@@ -1,0 +1,138 @@
+"""Preference data as a reward trainer needs it: columns, lengths, tensors."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, read_judgement
+
+logger = logging.getLogger(__name__)
+
+PAIR_COLUMNS = ("pair_prob", "pair_votes", "pair_annotators", "pair_labels", "pair_weights")
+
+
+@final
+@dataclass(frozen=True)
+class PairReader:
+    """Adds `PAIR_COLUMNS` to a row: its judgement as numbers, and how often the pair counts for each member."""
+
+    name: str
+    """The dataset's name in errors."""
+    annotators: dict[str, int] | None
+    """Index of each annotator, where their votes are told apart."""
+    num_members: int
+    """Members that resample the pairs; 1 for none."""
+    seed: int
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        judgement = read_judgement(row, f"`{self.name}` row {index}")
+        columns: dict[str, Any] = {"pair_prob": judgement.chosen_prob}
+        if judgement.votes is not None:
+            columns["pair_votes"] = judgement.votes
+        if self.annotators is not None and judgement.annotators is not None:
+            columns["pair_annotators"] = [self.annotators[name] for name in judgement.annotators]
+            columns["pair_labels"] = judgement.labels
+        if self.num_members > 1:
+            # by the row's place: no process, epoch or resume draws another sample (a stream may be shuffled anew)
+            weights = np.random.default_rng((self.seed, index)).poisson(1.0, self.num_members)
+            columns["pair_weights"] = weights.tolist()
+        return columns
+
+
+def fit_length(dataset: Any, name: str, max_length: int | None, overlong: str) -> Any:
+    """
+    Drop, truncate or refuse tokenised pairs of which a text has more than `max_length` tokens, and report how many.
+
+    Raises:
+        `ValueError`: `overlong="error"` and there is one, or none would be left.
+    """
+    if max_length is None:
+        return dataset
+    if not isinstance(dataset, Dataset):  # a stream: dealt with as the pairs come, so not counted
+        if overlong == "truncate":
+            return dataset.map(functools.partial(_truncated, max_length=max_length))
+        if overlong == "error":
+            return dataset.filter(functools.partial(_must_fit, name=name, max_length=max_length))
+        logger.warning(
+            f"`{name}` is a stream: pairs with a text of more than `max_length` = {max_length} tokens are dropped "
+            "without being counted. Set `overlong` to 'truncate' to keep them, or to 'error' to find them."
+        )
+        return dataset.filter(functools.partial(_fits, max_length=max_length))
+    ids = dataset.select_columns(["chosen_ids", "rejected_ids"])
+    fitting = [index for index, row in enumerate(ids) if _fits(row, max_length)]
+    too_long = len(dataset) - len(fitting)
+    if not too_long:
+        return dataset
+    found = (
+        f"{too_long} of {len(dataset)} pairs in `{name}` have a text of more than `max_length` = {max_length} tokens"
+    )
+    if overlong == "error":
+        raise ValueError(f"{found}. Raise `max_length`, or set `overlong` to 'drop' or 'truncate'.")
+    if overlong == "truncate":
+        logger.warning(f"{found}: the last {max_length} tokens are kept.")
+        return dataset.map(functools.partial(_truncated, max_length=max_length))
+    if not fitting:
+        raise ValueError(f"{found}: none is left. Raise `max_length`, or set `overlong='truncate'`.")
+    logger.warning(f"{found}: they are dropped. Raise `max_length`, or set `overlong='truncate'` to keep them.")
+    return dataset.select(fitting)
+
+
+def _fits(row: Mapping[str, Any], max_length: int) -> bool:
+    return len(row["chosen_ids"]) <= max_length and len(row["rejected_ids"]) <= max_length
+
+
+def _must_fit(row: Mapping[str, Any], name: str, max_length: int) -> bool:
+    if _fits(row, max_length):
+        return True
+    longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    raise ValueError(
+        f"A pair in `{name}` has a text of {longest} tokens, and `max_length` is {max_length}. Raise `max_length`, or "
+        "set `overlong` to 'drop' or 'truncate'."
+    )
+
+
+def _truncated(row: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    return {name: row[name][-max_length:] for name in ("chosen_ids", "rejected_ids")}
+
+
+def annotators_in(dataset: Dataset) -> tuple[list[str], int]:
+    """Ids of the annotators of a dataset, sorted, and the number of their votes."""
+    columns = [name for name in dataset.column_names if name in JUDGEMENT_COLUMNS]
+    names: set[str] = set()
+    num_votes = 0
+    for index, row in enumerate(dataset.select_columns(columns)):
+        voters = read_judgement(row, f"`train_dataset` row {index}").annotators or []
+        names.update(voters)
+        num_votes += len(voters)
+    return sorted(names), num_votes
+
+
+@final
+class PairCollator:
+    """Any collator of pairs, and the tensors of `PAIR_COLUMNS` beside its own."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = [dict(row) for row in rows]
+        columns = {name: [row.pop(name) for row in rows] for name in PAIR_COLUMNS if name in rows[0]}
+        batch = self.collate(rows)
+        for name in ("pair_prob", "pair_votes", "pair_weights"):
+            if name in columns:
+                batch[name] = torch.tensor(columns[name], dtype=torch.float)
+        if "pair_annotators" in columns:
+            batch["pair_annotators"] = _padded(columns["pair_annotators"], -1)  # (B, A)
+            batch["pair_labels"] = _padded(columns["pair_labels"], 0.5)  # (B, A)
+        return batch
+
+
+def _padded(rows: list[list], value: float) -> torch.Tensor:
+    length = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

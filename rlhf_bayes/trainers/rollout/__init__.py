@@ -1,0 +1,1 @@
+"""What trainers that draw completions share: prior, reward functions, checks, configuration, checkpoints."""

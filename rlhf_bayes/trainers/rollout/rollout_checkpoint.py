@@ -1,0 +1,108 @@
+"""
+What a checkpoint of a rollout trainer holds beside the policy: the critic, and the rollout in flight.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from rlhf_bayes.lm.critic import CRITIC, detached_critic, set_trainable, split_critic
+from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.rewards.shared import detached_rewards
+from rlhf_bayes.trainers.faults.resuming import load_device
+
+logger = logging.getLogger(__name__)
+
+_STATE = "rollout_state_{rank}.pt"
+
+
+@contextmanager
+def saved_apart(
+    policy: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None, writes: bool
+) -> Iterator[dict[str, Tensor] | None]:
+    """
+    Within: the policy is without its critic and without reward models, to be saved by others; then the critic is
+    saved beside it.
+
+    Args:
+        policy (`nn.Module`):
+            Unwrapped.
+        folder (`str` or `Path`):
+            Of the policy.
+        state_dict (`dict[str, Tensor]`, *optional*):
+            Whole weights of all of them, where an engine gathered them. What is yielded are the policy's.
+        writes (`bool`):
+            Whether this process does.
+    """
+    critic_state = None
+    if state_dict is not None:
+        state_dict, critic_state = split_critic(state_dict)
+    with detached_critic(base_causal_lm(policy)) as critic, detached_rewards(policy) as adapters:
+        if state_dict is not None:
+            parts = [f".{adapter}." for adapter in adapters]
+            state_dict = {key: w for key, w in state_dict.items() if not any(part in key for part in parts)}
+        yield state_dict
+    if critic is not None and writes:
+        critic.save_pretrained(Path(folder) / CRITIC, critic_state)
+
+
+@contextmanager
+def read_apart(policy: nn.Module, folder: str | Path, device: torch.device) -> Iterator[None]:
+    """
+    Within: the policy is without its critic, to be read from `folder` by others; then the critic is read.
+
+    Args:
+        policy (`nn.Module`):
+            Unwrapped.
+        folder (`str` or `Path`):
+            As `saved_apart` left it.
+        device (`torch.device`):
+            Of the process.
+    """
+    with detached_critic(base_causal_lm(policy)) as critic:
+        yield
+    if critic is None:
+        return
+    critic.load(Path(folder) / CRITIC)
+    if critic.adapter is not None:  # Trainer takes only the active adapter back from the best checkpoint
+        weights = load_peft_weights(str(Path(folder) / CRITIC), device=load_device(device))
+        set_peft_model_state_dict(policy, weights, adapter_name=critic.adapter)
+    # `load_adapter` freezes every adapter but the active one
+    set_trainable(base_causal_lm(policy), critic)
+
+
+def save_rollout_state(folder: str | Path, accelerator: Accelerator, state: dict[str, Any]) -> None:
+    """Write this process's state, of tensors and plain values, beside that of the others."""
+    state = state | {"num_processes": accelerator.num_processes}
+    torch.save(state, Path(folder) / _STATE.format(rank=accelerator.process_index))
+
+
+def read_rollout_state(folder: str | Path, accelerator: Accelerator) -> tuple[dict[str, Any] | None, bool]:
+    """
+    This process's state, and whether the rollout in flight is in it; `None` where there is none.
+
+    A process that is new reads that of the first, which has all that they share.
+    """
+    paths = [Path(folder) / _STATE.format(rank=rank) for rank in (accelerator.process_index, 0)]
+    path = paths[0] if paths[0].is_file() else paths[1]
+    if not path.is_file():
+        logger.warning(
+            f"`{path}` is missing: β and the rollout in flight start anew, so the run will differ from one "
+            "that was not interrupted."
+        )
+        return None, False
+    state = torch.load(path, map_location=load_device(accelerator.device), weights_only=True)
+    same_processes = state["num_processes"] == accelerator.num_processes
+    if not same_processes:
+        logger.warning(
+            f"The checkpoint was written by {state['num_processes']} processes, this run has "
+            f"{accelerator.num_processes}: the rollout in flight is drawn anew."
+        )
+    return state, same_processes

@@ -1,0 +1,62 @@
+"""Functions and rewards by name."""
+
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rlhf_bayes import LanguageModel, toy
+from rlhf_bayes.commands.flags import load_pooled_reward, load_reward_func
+from rlhf_bayes.rewards import RewardEnsemble, RewardModel
+from rlhf_bayes.toy.rewards import sentiment_reward
+
+
+def test_reward_functions(tmp_path, monkeypatch):
+    assert load_reward_func("rlhf_bayes.toy.rewards:sentiment_reward") is sentiment_reward
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards_of_test_cli.py").write_text(
+        "def one(completions, **columns):\n    return [1.0]\nnumber = 3\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_reward_func("rewards_of_test_cli:one")([]) == [1.0]
+    with pytest.raises(ValueError, match=r"got 'number'. It has \['one'\]"):
+        load_reward_func("rewards_of_test_cli:number")
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """An ensemble of three random heads, on disk."""
+    folder = tmp_path_factory.mktemp("rewards") / "heads"
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(toy.model_path(), num_labels=3)
+    RewardEnsemble(model, AutoTokenizer.from_pretrained(toy.model_path())).save_pretrained(folder)
+    return str(folder)
+
+
+def test_pooled_reward_is_centered_on_the_prior(heads):
+    prior = LanguageModel(toy.model_path(), max_completion_length=6)
+    texts = [" was good.", " was bad."]
+    pooled = load_pooled_reward(heads, "min", prior, ["The movie"], beta=0.1, num_samples=8, seed=3)
+    drawn = prior.sample(["The movie"], n=8, generator=torch.Generator().manual_seed(3))
+    ensemble = RewardEnsemble.from_pretrained(heads)
+    members = ensemble.member_rewards(["The movie"] * 2, texts)  # (K, 2)
+    means = ensemble.member_rewards(drawn.prompts, drawn.texts).mean(1, keepdim=True)  # (K, 1)
+    expected = (members - means).amin(0) + means.mean()
+    torch.testing.assert_close(torch.tensor(pooled(["The movie"] * 2, texts)), expected)
+
+
+def test_pooled_reward_of_the_mean_needs_no_draws(heads):
+    prior = LanguageModel(toy.model_path())
+    reward = load_pooled_reward(heads, "mean", prior, [], beta=0.1)
+    assert isinstance(reward, RewardEnsemble)
+    with pytest.raises(ValueError, match="`penalty` must be left out with the rule 'mean'"):
+        load_pooled_reward(heads, "mean", prior, [], penalty=1.0)
+
+
+def test_a_single_model_has_nothing_to_pool(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(toy.model_path(), num_labels=1)
+    RewardModel(model, AutoTokenizer.from_pretrained(toy.model_path())).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`reward_rule` must be 'mean' for a single reward model"):
+        load_pooled_reward(str(tmp_path), "pessimistic", LanguageModel(toy.model_path()), ["I"], beta=0.1)
