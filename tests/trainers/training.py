@@ -68,12 +68,19 @@ class Recording:
     batches: list
     modes: list[str]
 
-    def rollout_batch(self, rollout):
-        batch = super().rollout_batch(rollout)  # type: ignore[misc]
-        self.__dict__.setdefault("rollouts", []).append(rollout)
-        self.__dict__.setdefault("modes", []).append(self.mode)
-        self.__dict__.setdefault("batches", []).append({name: tensor.clone() for name, tensor in batch.items()})
-        return batch
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rollouts, self.modes, self.batches = [], [], []
+        make_batch = self.objective.batch
+
+        def recorded(rollout):
+            batch = make_batch(rollout)
+            self.rollouts.append(rollout)
+            self.modes.append(self.mode)
+            self.batches.append({name: tensor.clone() for name, tensor in batch.columns().items()})
+            return batch
+
+        self.objective.batch = recorded
 
 
 class RecordingPPO(Recording, PPOTrainer):
@@ -116,7 +123,8 @@ def keep_log_z(trained: GDCTrainer, log_zs: Tensor) -> None:
     """Give the trainer log Z of its prompts (P,), nats, beyond what any draw could change."""
     keys = [str(prompt_key({"prompt": prompt})) for prompt in trained.train_dataset.unique("prompt")]
     entries = {key: [log_z + 60.0, 60.0, 1e20, 10**20, 1.0] for key, log_z in zip(keys, log_zs.tolist(), strict=True)}
-    trained.normalizers.pool.load_state_dict({"log_z_bound": trained.normalizers.bound, "entries": entries})
+    normalizers = trained.objective.target.normalizers
+    normalizers.pool.load_state_dict({"log_z_bound": normalizers.bound, "entries": entries})
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

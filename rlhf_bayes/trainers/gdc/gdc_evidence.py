@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from transformers import TrainerState
-
 from rlhf_bayes.likelihoods import Likelihood
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
 from rlhf_bayes.trainers.rollout.reward_funcs import forbids
@@ -16,29 +14,6 @@ def beta_of(args: GDCConfig, likelihood: Likelihood | None) -> float:
     if likelihood is not None:
         return 1.0
     return _DEFAULT_BETA if args.beta is None else args.beta
-
-
-def power_of_evidence(args: GDCConfig, beta: float, state: TrainerState) -> float:
-    """β/β_t in (0, 1], where β_t goes geometrically from `beta_init` to β."""
-    if args.beta_init is None:
-        return 1.0
-    steps = args.beta_init_steps or max(1, state.max_steps // 2)
-    return (beta / args.beta_init) ** (1.0 - min(1.0, state.global_step / steps))
-
-
-def check_same_beta(beta: float, saved: float) -> None:
-    """
-    Refuse to go on from a checkpoint of another target.
-
-    Raises:
-        ValueError: if its β differs.
-    """
-    if beta != saved:
-        raise ValueError(
-            f"`beta` must be that of the checkpoint, {saved}, got {beta}: Z and what was drawn belong to the target "
-            "of before. Resume with it, or start from the weights of the checkpoint: pass the folder as the model, "
-            "and the prior as `ref_model`."
-        )
 
 
 def check_evidence(args: GDCConfig, reward_funcs: Any, likelihood: Any) -> None:

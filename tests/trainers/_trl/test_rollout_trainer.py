@@ -144,17 +144,6 @@ def test_a_moved_attribute_is_named(name, rloo, monkeypatch):
     assert lost(rloo, rollout_trainer.PRIVATE_ATTRIBUTES) == [f"RLOOTrainer has no `{name}`"]
 
 
-def test_an_objective_must_define_both_hooks(toy, tmp_path):
-    args = config(tmp_path)
-    base = rollout_trainer.RolloutTrainer(
-        toy.random_policy(0.0), [toy_reward], args, train_dataset=prompts_of(toy), processing_class=toy.tokenizer
-    )
-    with pytest.raises(NotImplementedError, match="RolloutTrainer must define `rollout_batch`"):
-        base.rollout_batch(None)
-    with pytest.raises(NotImplementedError, match="RolloutTrainer must define `rollout_loss`"):
-        base.rollout_loss(None, {})
-
-
 def test_a_balancing_loss_is_refused(toy, tmp_path, monkeypatch):
     initialise = RLOOTrainer.__init__
 

@@ -125,15 +125,15 @@ def test_replay_takes_the_z_that_is_known_now(toy, tmp_path):
     seen = []
     args = gdc_config(tmp_path, replay_batches=4, max_steps=4, beta_init=2.0, beta_init_steps=3, learning_rate=0.0)
     trained = trainer(toy, args)
-    step_batches = trained.step_batches
+    next_step = trained.objective.step
 
     def recorded(batches, new_rollout):
-        result = step_batches(batches, new_rollout)
-        known = trained.normalizers.log_z(result[0]["prompt_keys"]).float()
-        seen.append((len(trained.replay.rollouts), torch.equal(result[0]["log_z"], known)))
-        return result
+        step = next_step(batches, new_rollout)
+        known = trained.objective.target.log_z(step.batches[0].prompt_keys)
+        seen.append((len(trained.objective.replay.rollouts), torch.equal(step.batches[0].log_z, known)))
+        return step
 
-    trained.step_batches = recorded
+    trained.objective.step = recorded
     trained.train()
     assert seen == [(1, True), (2, True), (3, True), (4, True)]
 
@@ -151,7 +151,7 @@ def test_draws_from_the_prior_come_before_the_first_step(toy, tmp_path, proposal
 
     class Known(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            known.append(trained.normalizers.log_z(trained.rollouts[0].prompt_keys.unique()))
+            known.append(trained.objective.target.normalizers.log_z(trained.rollouts[0].prompt_keys.unique()))
 
     changes = {"prior_samples": 128, "max_steps": 2, "learning_rate": 0.01, "proposal": proposal}
     trained = trainer(

@@ -169,7 +169,7 @@ def test_completions_without_a_reward_have_no_influence(toy, tmp_path, divergenc
         weights_of_kept[kept & (rollout.prompt_keys == key)].mean().log() for key in rollout.prompt_keys.unique()
     ]
     for key, log_z in zip(rollout.prompt_keys.unique(), pooled, strict=True):
-        assert trained.normalizers.log_z(key[None]).item() == pytest.approx(log_z.item(), abs=1e-5)
+        assert trained.objective.target.normalizers.log_z(key[None]).item() == pytest.approx(log_z.item(), abs=1e-5)
     nothing = trainer(toy, gdc_config(tmp_path, divergence=divergence), None, lambda prompts, **kwargs: [None] * 24)
     before = weights(nothing.model)
     nothing.train()
@@ -220,7 +220,7 @@ def test_one_completion_a_prompt_is_enough_for_the_forward_kl(toy, tmp_path, pro
     before = exact_kl(toy, trained.model, None)
     trained.train()
     assert exact_kl(toy, trained.model, None) < 0.4 * before
-    assert len(trained.normalizers.pool) == 3
+    assert len(trained.objective.target.normalizers.pool) == 3
 
 
 def test_chats_are_the_prompts_they_spell(toy, tmp_path):
@@ -241,8 +241,10 @@ def test_chats_are_the_prompts_they_spell(toy, tmp_path):
     plain, chat = runs
     assert seen[0][0]["role"] == "assistant"
     assert_close(weights(chat.model), weights(plain.model))
-    assert len(chat.normalizers.pool) == 3
-    pools = [sorted(run.normalizers.log_z(run.rollouts[0].prompt_keys.unique()).tolist()) for run in runs]
+    assert len(chat.objective.target.normalizers.pool) == 3
+    pools = [
+        sorted(run.objective.target.normalizers.log_z(run.rollouts[0].prompt_keys.unique()).tolist()) for run in runs
+    ]
     assert_close(*map(torch.tensor, pools))
 
 
