@@ -112,7 +112,7 @@ def test_a_reward_that_forbids_is_refused_by_the_reverse_kl_as_it_comes(toy, tmp
         trainer(toy, gdc_config(tmp_path, divergence="reverse_kl"), None, reward).train()
     trained = trainer(toy, gdc_config(tmp_path, max_steps=2), None, reward)
     trained.train()
-    drawn = trained.rollouts[0].rewards_per_func[:, 0]
+    drawn = trained.rollouts[0].rewards
     assert logged(trained, "posterior/satisfaction")[0] == pytest.approx((drawn > -math.inf).float().mean().item())
     assert trained.state.log_history[0]["reward"] == pytest.approx(drawn[drawn > -math.inf].mean().item(), rel=1e-5)
     assert "posterior/elbo" not in trained.state.log_history[0]

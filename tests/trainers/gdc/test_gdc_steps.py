@@ -182,7 +182,7 @@ def test_draws_from_the_prior_come_before_the_first_step(toy, tmp_path, proposal
     torch.testing.assert_close(drew.log_proposal, drawn_by[proposal].sum(-1))
     for name in ("reward", "posterior/forward_kl", "gdc/beta", "num_tokens"):
         assert len(logged(trained, name)) == 2, name
-    rewards = drew.rewards_per_func[:, 0]
+    rewards = drew.rewards
     assert logged(trained, "reward")[0] == pytest.approx(rewards.mean().item(), rel=1e-4)
     assert all(len(values) <= 2 * 24 for values in (trained._logs["prompt"], trained._logs["completion"]))
     assert largest_change(before, weights(trained.model)) > 0

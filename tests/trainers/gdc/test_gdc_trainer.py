@@ -140,7 +140,7 @@ def test_micro_batches_do_not_matter(toy, tmp_path, divergence):
         args = gdc_config(tmp_path, max_steps=4, num_iterations=2, divergence=divergence, **changes)
         trained = trainer(toy, args, reward_funcs=reward)
         trained.train()
-        assert len({int(length) for length in trained.rollouts[0].mask.sum(-1)}) > 1
+        assert len({int(length) for length in trained.rollouts[0].completion_mask.sum(-1)}) > 1
         after.append((weights(trained.model), trained.state.log_history))
     for other, logs in after[1:]:
         assert_close(other, after[0][0], rtol=1e-4, atol=1e-6)
@@ -161,10 +161,10 @@ def test_completions_without_a_reward_have_no_influence(toy, tmp_path, divergenc
     trained = trainer(toy, gdc_config(tmp_path, divergence=divergence), None, reward)
     trained.train()
     rollout, batch = trained.rollouts[0], trained.batches[0]
-    kept = rollout.mask.sum(-1) == 3
+    kept = rollout.completion_mask.sum(-1) == 3
     assert 0 < kept.sum() < len(kept)
     assert torch.equal(batch["log_likelihood"].isnan(), ~kept)
-    weights_of_kept = (rollout.rewards_per_func[:, 0] / 0.5).exp()  # policy = prior
+    weights_of_kept = (rollout.rewards / 0.5).exp()  # policy = prior
     pooled = [
         weights_of_kept[kept & (rollout.prompt_keys == key)].mean().log() for key in rollout.prompt_keys.unique()
     ]

@@ -80,7 +80,7 @@ def test_the_reward_is_that_of_a_model_of_its_own(toy, tmp_path, base, kind):
         assert_close(reward.member_rewards(prompts, completions), expected, rtol=1e-4, atol=1e-4)
         assert_close(torch.tensor(reward(prompts, completions)), expected.mean(0), rtol=1e-4, atol=1e-4)
         made.train()
-    assert made.rollouts[0].rewards_per_func.std() > 0.01
+    assert made.rollouts[0].rewards.std() > 0.01
 
 
 def test_training_is_that_with_a_model_of_its_own(toy, tmp_path, base):
