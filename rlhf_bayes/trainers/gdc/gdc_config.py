@@ -3,12 +3,11 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf_bayes.numerics import DIVERGENCES
 from rlhf_bayes.numerics.dpg import BASELINES
-from rlhf_bayes.numerics.f_divergence import check_divergence
+from rlhf_bayes.numerics.f_divergence import divergence_of
+from rlhf_bayes.objectives.gdc_losses import GDC_LOSSES
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
-LOG_VARIANCE = "log_variance"
 _REPLAY_SAMPLING = ("uniform", "recency")
 _PROPOSALS = ("policy", "adaptive", "prior")
 
@@ -23,14 +22,16 @@ class GDCConfig(RolloutConfig):
             Units of reward per nat of evidence. Default: 0.05, TRL's, with `reward_funcs`; a `likelihood` is in nats
             already and takes none.
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            From the posterior p to the policy π: `"forward_kl"` KL(p‖π), `"reverse_kl"` KL(π‖p), `"js"`, `"tv"`,
-            `"alpha"`; or `"log_variance"`, the variance of log π − log π0 − log_likelihood over a prompt's
-            completions, which needs no importance weights, nor Z unless completions are forbidden.
+            What is minimised, one of [`~rlhf_bayes.objectives.gdc_losses.GDC_LOSSES`]: an f-divergence from the
+            posterior p to the policy π, one of [`~rlhf_bayes.numerics.DIVERGENCES`]; or `"log_variance"`, the variance
+            of log π − log π0 − log_likelihood over a prompt's completions, which needs no importance weights, nor Z
+            unless completions are forbidden.
         alpha (`float`, *optional*):
             α of `"alpha"`, between 0, the forward KL, and 1, the reverse KL.
         baseline (`str`, *optional*):
-            Of the pseudo-reward: `"constant"`, `"leave_one_out"` or `"none"`. Default: leave-one-out for the reverse
-            KL and TV, the constant −f′(1) for the others, where it has less noise, and for one completion a prompt.
+            Of the pseudo-reward: `"constant"`, which is −f′(1), `"leave_one_out"` or `"none"`. Default: the one with
+            the least noise for the divergence, leave-one-out for the reverse KL and TV; constant for one completion
+            a prompt.
         proposal (`str`, *optional*, defaults to `"policy"`):
             What completions are drawn from: the policy; `"adaptive"`, the policy as it was when its KL(p‖·) was last
             seen to be lower than that of the proposal before, beyond noise; or `"prior"`.
@@ -80,8 +81,10 @@ class GDCConfig(RolloutConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "What is minimised from the posterior to the policy.",
-            "choices": [*DIVERGENCES, LOG_VARIANCE],
+            "help": "What is minimised, for the posterior p and the policy π. "
+            + "; ".join(f"'{name}': {loss.help}" for name, loss in GDC_LOSSES.items())
+            + ".",
+            "choices": list(GDC_LOSSES),
         },
     )
     alpha: float | None = field(
@@ -90,7 +93,7 @@ class GDCConfig(RolloutConfig):
     baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Of the pseudo-reward. Default: 'leave_one_out' for the reverse KL and TV, else 'constant'.",
+            "help": "Of the pseudo-reward. Default: the one with the least noise for the divergence.",
             "choices": list(BASELINES),
         },
     )
@@ -141,10 +144,9 @@ class GDCConfig(RolloutConfig):
     )
 
     def _number_rules(self) -> NumberRules:
-        divergences = (*DIVERGENCES, LOG_VARIANCE)
         return super()._number_rules() | {
             "beta": (self.beta, lambda x: 0 < x < math.inf, "positive and finite: at 0 there is no posterior"),
-            "divergence": (self.divergence, divergences.__contains__, f"one of {', '.join(divergences)}"),
+            "divergence": (self.divergence, GDC_LOSSES.__contains__, f"one of {', '.join(GDC_LOSSES)}"),
             "baseline": (self.baseline, BASELINES.__contains__, f"one of {', '.join(BASELINES)}, or None"),
             "proposal": (self.proposal, _PROPOSALS.__contains__, f"one of {', '.join(_PROPOSALS)}"),
             "replay_batches": (self.replay_batches, lambda x: x >= 1, "at least 1 (rollouts)"),
@@ -164,11 +166,11 @@ class GDCConfig(RolloutConfig):
 
     def _check_posterior(self) -> None:
         super()._check_posterior()
-        if self.divergence == LOG_VARIANCE:
-            self._check_log_variance()
-        else:
-            check_divergence(self.divergence, self.alpha)
+        if GDC_LOSSES[self.divergence].has_pseudo_reward:
+            divergence_of(self.divergence, self.alpha)  # refuses an α that does not fit
             self._refuse_for_others("huber_delta", "forbidden_gap")
+        else:
+            self._check_log_variance()
         if self.baseline == "leave_one_out" and self.num_generations == 1:
             raise ValueError(
                 "`num_generations` must be at least 2 with `baseline`='leave_one_out', got 1: there are no others. "
