@@ -34,6 +34,7 @@ def test_the_tree_names_every_module():
     assert sorted(modules - tree_paths()) == [], "add a line to the README's tree"
 
 
+@pytest.mark.slow
 def test_the_python_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     scope = {}
