@@ -206,6 +206,11 @@ def divergence_cases() -> list[tuple[str, float | None]]:
     return [(name, getattr(record, "typical", None)) for name, record in DIVERGENCES.items()]
 
 
+def names_by_baseline(baseline: str) -> str:
+    """Names, quoted, of the divergences whose default baseline it is, of families by their typical α: for help."""
+    return " and ".join(f"'{name}'" for name, a in divergence_cases() if divergence_of(name, a).baseline == baseline)
+
+
 def finite_where_forbidden() -> list[str]:
     """Names, quoted, of the divergences that can take forbidden completions, with the α of a family: for messages."""
     names = []
