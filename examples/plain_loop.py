@@ -7,9 +7,9 @@ Trains a policy towards a posterior in a loop of plain torch and transformers: n
 
 An objective needs four things of a loop: a rollout (completions with log-probs under policy and prior, and rewards),
 the policy's scores of the batch that it makes of it, an optimizer step, and a `World` that tells it how far the
-training is. The model here is small enough to list all its completions, so that the distance to the posterior is exact.
-For a model of your own, replace `EnumerableLM` by a model and a tokenizer from transformers, and `toy_reward` by your
-reward.
+training is. The model here is small enough to list all its completions, so that the distance to the posterior is
+exact. For a model of your own, replace `EnumerableLM` by a model and a tokenizer from transformers, and `toy_reward`
+by your reward.
 """
 
 import argparse

@@ -12,8 +12,10 @@ from torch.nn.functional import pad
 @dataclass(frozen=True)
 class Batch:
     """
-    B completions. An objective adds the fields that it learns from: a tensor has a row for each completion, (B, …), or
-    one value for all of them, (). Along tokens, (B, T), it is padded on the right.
+    B completions, and in subclasses what an objective learns from.
+
+    A field is a tensor with a row for each completion, (B, …), or with one value for all of them, (). Along tokens,
+    (B, T), it is padded on the right.
     """
 
     prompt_ids: Tensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import CompletionScores
-from rlhf_bayes.numerics.dpg import dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.dpg import default_baseline, dpg_advantages, dpg_baselines
 from rlhf_bayes.numerics.f_divergence import f_divergence_terms
 from rlhf_bayes.objectives.gdc_objective import GatheredRollout, GDCBatch, GDCObjective
 from rlhf_bayes.objectives.objective import LossSums
@@ -41,8 +41,7 @@ class FDivergenceObjective(GDCObjective):
         alpha (`float`, *optional*):
             Of the divergence `"alpha"`.
         baseline (`str`, *optional*):
-            b, as in [`~rlhf_bayes.numerics.dpg.dpg_baselines`]. Default: leave-one-out for the reverse KL and TV where
-            prompts have several completions, else constant.
+            b, as in [`~rlhf_bayes.numerics.dpg.dpg_baselines`]. Default: that of the divergence's record.
         max_pseudo_reward (`float`, *optional*):
             Upper bound of −f′. The optimum moves where it takes effect.
 
@@ -72,8 +71,7 @@ class FDivergenceObjective(GDCObjective):
         """The baseline of each completion."""
         if not self.world.training:
             return {"baseline": torch.zeros_like(everyone.log_policy).float()}
-        siblings_help = self.divergence in ("reverse_kl", "tv") and rollout.num_generations > 1
-        kind = self.baseline or ("leave_one_out" if siblings_help else "constant")
+        kind = self.baseline or default_baseline(self.divergence, self.alpha, rollout.num_generations)
         columns = (estimate.log_target, everyone.log_policy, everyone.log_proposal, everyone.prompt_keys)
         return {"baseline": dpg_baselines(*columns, self.divergence, self.alpha, kind).float()}
 

@@ -34,8 +34,9 @@ class Step(Generic[B]):
 
 class Objective(Protocol[B]):
     """
-    What a gradient step minimises, apart from who draws, scores, and takes the step. `examples/plain_loop.py` is a
-    loop around it; [`PPOTrainer`] and [`GDCTrainer`] are others.
+    What a gradient step minimises, apart from who draws, scores, and takes the step.
+
+    `examples/plain_loop.py` is a loop around it; [`PPOTrainer`] and [`GDCTrainer`] are others.
 
     Attributes:
         beta (`float`): units of reward per nat of evidence, as it is now.

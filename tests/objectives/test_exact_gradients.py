@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from rlhf_bayes.lm import Critic
 from rlhf_bayes.numerics import f_divergence
+from rlhf_bayes.numerics.f_divergence import divergence_cases
 from rlhf_bayes.objectives import (
     FDivergenceObjective,
     LogVarianceObjective,
@@ -15,19 +16,14 @@ from rlhf_bayes.objectives import (
     PPOObjective,
     ReplayBuffer,
 )
+from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.testing import EnumerableLM
 
 from ..gradients import assert_mean_gradient
 from .drawing import drawn, gradient_of, know_log_z, rollout_of, world_of
 
-DIVERGENCES = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "js": {},
-    "tv": {},
-    "alpha": {"alpha": 0.5},
-    "log_variance": {},
-}
+DIVERGENCES = {name: {} if alpha is None else {"alpha": alpha} for name, alpha in divergence_cases()}
+DIVERGENCES |= {LOG_VARIANCE: {}}
 SIZE = 64  # completions a prompt
 
 
@@ -40,7 +36,7 @@ def exact_gradient(policy, value):
 def exact_divergence(toy, policy, prior, log_likelihood, divergence, alpha=None):
     """Mean over prompts, with gradient: ()."""
     log_target = (toy.log_probs(prior).detach() + log_likelihood).log_softmax(-1)  # (P, N)
-    name = "reverse_kl" if divergence == "log_variance" else divergence
+    name = "reverse_kl" if divergence == LOG_VARIANCE else divergence
     return f_divergence(log_target, toy.log_probs(policy), name, alpha).mean()
 
 
@@ -51,7 +47,7 @@ def gdc_objective(toy, policy, prior, log_likelihood, divergence, replay_batches
     with torch.no_grad():
         know_log_z(target, (toy.log_probs(prior) + log_likelihood).logsumexp(-1))
     replay = ReplayBuffer(replay_batches, "uniform", seed=0)
-    if divergence == "log_variance":
+    if divergence == LOG_VARIANCE:
         return LogVarianceObjective(world, target, replay, **options)
     return FDivergenceObjective(world, target, replay, divergence=divergence, **options)
 

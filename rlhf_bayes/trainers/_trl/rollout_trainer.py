@@ -191,8 +191,9 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
     @property
     def step_is_rollout(self) -> bool:
         """
-        Whether the first step after a rollout learns from all of it at once, and from nothing else: then the forward
-        that scores the rollout is that of the step too.
+        Whether the first step after a rollout learns from all of it at once, and from nothing else.
+
+        Then the forward that scores the rollout serves the step too.
         """
         alone = self.accelerator.distributed_type == DistributedType.NO  # an engine wants its forward next to the loss
         whole = self.args.steps_per_generation == 1 and not self.objective.replays

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 from rlhf_bayes.likelihoods import Likelihood, known_bound
 from rlhf_bayes.objectives import FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
+from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
-from rlhf_bayes.trainers.gdc.gdc_config import LOG_VARIANCE, GDCConfig
+from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
 from rlhf_bayes.trainers.gdc.gdc_evidence import beta_of, check_evidence
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 class GDCTrainer(RolloutTrainer):
     r"""
-    Distributional policy gradients towards a posterior p(x|c) = π0(x|c)·exp(log_likelihood(c, x))/Z(c), whatever the
-    evidence: a reward, a condition, features with given means.
+    Distributional policy gradients towards a posterior p(x|c) = π0(x|c)·exp(log_likelihood(c, x))/Z(c).
+
+    The evidence is a reward, a condition, or features with given means.
 
         ∇ D_f(π‖p) = −E_q[π/q · (−f′(π/p) − b) · ∇log π],    forward KL: −E_q[(P/(Z·q) − π/q) · ∇log π]
 

@@ -11,8 +11,10 @@ from rlhf_bayes.objectives import Batch
 @dataclass
 class RolloutInFlight:
     """
-    A rollout that is being made. TRL draws, scores and rewards completions by calls of its own; each of them leaves
-    its part here, and the objective's batch is made of them. Then only the graph is left, for the first step.
+    A rollout that is being made.
+
+    TRL draws, scores and rewards completions by calls of its own. Each of them leaves its part here, and the
+    objective's batch is made of them. After that only the graph is needed, for the first step.
     """
 
     scored: dict[str, Tensor | None] | None = None

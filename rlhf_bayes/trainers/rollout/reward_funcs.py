@@ -22,8 +22,10 @@ def checked_reward_funcs(
     allow_forbidden: bool = False,
 ) -> list:
     """
-    Reward functions whose results are checked, and those given by a path loaded: TRL would read the weights, and not
-    the normalization beside them. Adapters on the policy's base wait for it: see [`share_base`].
+    Reward functions whose results are checked; those given by a path are loaded.
+
+    They are loaded here since TRL would read the weights without the normalization beside them. Adapters on the
+    policy's base are loaded later, when the policy is: see [`share_base`].
 
     Args:
         reward_funcs, tokenizers:

@@ -5,6 +5,7 @@ The expected gradient of GDCTrainer is that of the exact divergence, by autograd
 adds: its draws, its iterations over a rollout, and its replay.
 """
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -59,6 +60,7 @@ def check(toy, tmp_path, policy, log_likelihood, divergence, prior=None, **chang
     assert_mean_gradient(gradient_samples(toy, tmp_path, policy, prior, log_likelihood, **options), expected)
 
 
+@pytest.mark.slow
 def test_on_policy(toy, tmp_path):
     check(toy, tmp_path, toy.random_policy(noise=0.05, seed=2), toy.log_likelihood, "js")
 
@@ -78,6 +80,7 @@ def test_of_the_second_iteration_over_a_rollout(toy, tmp_path):
     assert_mean_gradient(samples[1::2], expected)
 
 
+@pytest.mark.slow
 def test_log_variance_with_replay(toy, tmp_path):
     """Off policy it is half the variance over what was drawn, whatever drew it: no importance weights."""
     drew, policy, prior = (toy.random_policy(noise, seed) for noise, seed in ((0.05, 2), (0.05, 3), (0.0, 0)))
