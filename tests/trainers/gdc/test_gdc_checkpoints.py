@@ -73,8 +73,8 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
         resumed.objective.target.normalizers.state_dict()["pool"]
         == whole.objective.target.normalizers.state_dict()["pool"]
     )
-    assert torch.equal(resumed.objective.comparison.sums, whole.objective.comparison.sums)
     if name == "adaptive":
+        assert torch.equal(resumed.objective.comparison.sums, whole.objective.comparison.sums)
         assert sum(entry.get("gdc/proposal_replaced", 0) for entry in whole.state.log_history) > 0
         for parameter, weight in whole.proposal.weights.items():
             assert torch.equal(resumed.proposal.weights[parameter], weight)

@@ -108,14 +108,14 @@ def test_the_adaptive_proposal_is_replaced_when_the_policy_is_better(toy, tmp_pa
     trained = trainer(toy, args, peft_config=LORA if peft else None)
     start = Snapshot(trained._plain_policy).weights
     recorded = []
-    compare = trained._compare
+    compare = trained.after_rollout
 
-    def compared(*arguments):
+    def compared():
         proposal = trained.proposal
-        compare(*arguments)
+        compare()
         recorded.append(trained.proposal is not proposal)
 
-    trained._compare = compared
+    trained.after_rollout = compared
     trained.train()
     replaced = logged(trained, "gdc/proposal_replaced")
     assert recorded == [value == 1.0 for value in replaced]

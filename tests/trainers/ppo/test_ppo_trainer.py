@@ -170,7 +170,7 @@ def test_lora_at_zero_scores_as_full_fine_tuning(toy, tmp_path):
         rollouts.append(trained.rollouts[0])
     for other in rollouts[1:]:
         assert torch.equal(other.completion_mask, rollouts[0].completion_mask)
-        for name in ("token_log_probs", "ref_token_log_probs", "token_entropy", "token_kl", "rewards_per_func"):
+        for name in ("token_log_probs", "ref_token_log_probs", "token_entropy", "token_kl", "rewards"):
             assert_close(getattr(other, name), getattr(rollouts[0], name), rtol=1e-5, atol=1e-5)
 
 
