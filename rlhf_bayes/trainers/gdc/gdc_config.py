@@ -140,6 +140,13 @@ class GDCConfig(RolloutConfig):
         metadata={"help": "Completions of each training prompt from the prior, before training, to estimate Z."},
     )
 
+    @property
+    def infinite_where_forbidden(self) -> str | None:
+        """The divergence, if it is infinite where the evidence forbids what the policy can draw; else None."""
+        if self.divergence == "alpha" and self.alpha == 1:
+            return "`divergence`='alpha' and `alpha`=1, the reverse KL"
+        return "`divergence`='reverse_kl'" if self.divergence == "reverse_kl" else None
+
     def _number_rules(self) -> NumberRules:
         divergences = (*DIVERGENCES, LOG_VARIANCE)
         return super()._number_rules() | {

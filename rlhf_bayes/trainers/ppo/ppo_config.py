@@ -95,6 +95,11 @@ class PPOConfig(RolloutConfig):
     )
     kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which beta adapts to `target_kl`."})
 
+    @property
+    def infinite_where_forbidden(self) -> str | None:
+        """PPO minimises the reverse KL, which is infinite where the evidence forbids what the policy can draw."""
+        return "PPO, which minimises the reverse KL"
+
     def _number_rules(self) -> NumberRules:
         return super()._number_rules() | {
             "beta": (self.beta, lambda x: 0 <= x < math.inf, "at least 0 (0 is plain RL)"),
