@@ -1,6 +1,7 @@
 # make ppo          environment, install, PPO on the bundled model        make test         environment, install, tests
-# make rlhf         the same, from preferences to policies                make test-oldest  the tests on the oldest trl
-# make gdc          the same, towards given means of features             make lint         ruff and pyright
+# make rlhf         the same, from preferences to policies                make test-fast    two minutes of them
+# make gdc          the same, towards given means of features             make test-oldest  all on the oldest trl
+#                                                                         make lint         ruff and pyright
 #
 # Arguments of the recipe:   make ppo ARGS='--beta 0.2 --critic separate'
 # Another torch:             export TORCH='torch==2.12.1' TORCH_INDEX=https://download.pytorch.org/whl/cu128
@@ -42,7 +43,7 @@ unexport PYTHONPATH
 # An environment is up to date when its stamp is newer than pyproject.toml; the stamp's name holds the torch asked for.
 stamp = .installed-$(subst ==,-,$(notdir $(TORCH)))
 
-.PHONY: ppo rlhf gdc test test-oldest lint format clean
+.PHONY: ppo rlhf gdc test test-fast test-oldest lint format clean
 .DELETE_ON_ERROR:
 
 ppo: $(VENV)/$(stamp)
@@ -56,6 +57,10 @@ gdc: $(VENV)/$(stamp)
 
 test: $(VENV)/$(stamp)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 $(TESTS)
+
+# two minutes on two cores; whatever is among its slowest wants the marker `slow`
+test-fast: $(VENV)/$(stamp)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 -m 'not slow and not processes' --durations 5 $(TESTS)
 
 test-oldest: .venv-oldest/$(stamp)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 $(TESTS)

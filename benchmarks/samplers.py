@@ -1,9 +1,9 @@
-"""
+r"""
 What samplers cost: error of E[r] and of log Z under the posterior against tokens run through the model and seconds.
 
     python benchmarks/samplers.py                    about 15 minutes on one core
     python benchmarks/samplers.py --quick            a smoke run of everything
-    python benchmarks/samplers.py --model ../shared/models/stories260K --beta 0.25 \\
+    python benchmarks/samplers.py --model ../shared/models/stories260K --beta 0.25 \
         --reward rlhf_bayes.toy.rewards:vader_reward --prompt 'Once upon a time, there was a' --prompt 'Tom was sad.'
 
 On the toy of `rlhf_bayes.testing.EnumerableLM` (4,681 completions of each of 3 prompts, β = 0.5) the truth is known by
@@ -124,8 +124,9 @@ def measure(task: Task, method: str, sampler: Sampler, n: int, repetitions: int)
 
 def decoding_times(lm: LanguageModel, prompts: Sequence[str], n: int, repetitions: int) -> dict[str, list[float]]:
     """
-    CPU seconds a token of completions of the prior, turn by turn: by `generate`, by our loop on the same P · n rows,
-    and by our loop as samplers use it, which reads each prompt once.
+    CPU seconds per token of completions drawn from the prior, measured in turns in three ways.
+
+    By `generate`; by our loop on the same P · n rows; by our loop as samplers use it, which reads each prompt once.
     """
     rows = [prompt for prompt in prompts for _ in range(n)]
     prompt_ids = lm.prompt_token_ids(rows)

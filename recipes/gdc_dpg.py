@@ -1,4 +1,4 @@
-"""Distributional control: trains a language model so that features of its completions have given means, at least KL.
+r"""Distributional control: trains a language model so that features of its completions have given means, at least KL.
 
 The target is π0(x|c)·exp(λ·φ(c,x))/Z(c), of all distributions with these means the closest to the prior; a binary
 feature that must always hold, or never, makes it a condition, 0 where the feature is not as asked. Khalifa, Elsahar &
@@ -14,8 +14,8 @@ one thing against another ("but"), half of them with a "not":
 
 Any causal LM, prompts and features, by flags or `--config file.yaml`, as in TRL's scripts:
 
-    accelerate launch recipes/gdc_dpg.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 \\
-        --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 --max_completion_length 64 \\
+    accelerate launch recipes/gdc_dpg.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 \
+        --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 --max_completion_length 64 \
         --words women:she,her,woman,actress=0.5 --features my_features:is_kind=0.9 --features my_features:curses=0
 """
 

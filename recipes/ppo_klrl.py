@@ -1,4 +1,4 @@
-"""PPO with an explicit KL penalty to the prior: trains a language model towards π0(x|c)·exp(r(c,x)/β)/Z(c).
+r"""PPO with an explicit KL penalty to the prior: trains a language model towards π0(x|c)·exp(r(c,x)/β)/Z(c).
 
 The objective is that of Korbak, Perez & Buckley 2022 (arXiv 2205.11275, equations 3 and 4). Departures from the PPO
 of Ziegler et al. 2019: β is fixed unless `--target_kl` is given, because it says which posterior is meant; the critic
@@ -10,9 +10,9 @@ Without arguments, in about two minutes on two CPU cores, a bundled tiny model l
 
 Any causal LM, prompts and reward, by flags or `--config file.yaml`, as in TRL's scripts:
 
-    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/ppo_klrl.py \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 --beta 0.05 \\
-        --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 \\
+    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/ppo_klrl.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 --beta 0.05 \
+        --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 \
         --reward_func rlhf_bayes.toy.rewards:vader_reward --max_completion_length 64
 
 Against a reward model of reward_models/train.py, the members of an ensemble pooled with caution:

@@ -1,4 +1,4 @@
-"""Draws from a posterior without training, and judges policies by their distance to it; as `rlhf-bayes sample` does.
+r"""Draws from a posterior without training, and judges policies by their distance to it; as `rlhf-bayes sample` does.
 
 Korbak, Perez & Buckley 2022 (arXiv 2205.11275, section 4) point out that a posterior can be sampled by decoding, to
 see whether it is what one wants, before anything is trained. Three questions, in this order:
@@ -14,8 +14,8 @@ Without arguments, in about a minute on two CPU cores, the bundled model and its
 
 Any causal LM, prompts and reward, and policies trained with either:
 
-    python recipes/sample_posterior.py --model_name_or_path Qwen/Qwen2.5-0.5B --beta 0.1 \\
-        --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 16 \\
+    python recipes/sample_posterior.py --model_name_or_path Qwen/Qwen2.5-0.5B --beta 0.1 \
+        --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 16 \
         --reward_func rlhf_bayes.toy.rewards:vader_reward --reward_clip_range -1 1 --policy runs/ppo_klrl
 
 `--condition module:predicate` keeps what meets a predicate, with a reward or without one.

@@ -1,4 +1,4 @@
-"""One TRL script, five objectives: the same model, prompts, reward and flags towards the same posterior.
+r"""One TRL script, five objectives: the same model, prompts, reward and flags towards the same posterior.
 
 It is a script for TRL's RLOO. Against it stand PPO and distributional policy gradients with three divergences; what
 they differ in is the two class names in OBJECTIVES, as in the README. All of them train towards π0·exp(r/β)/Z, so that
@@ -11,8 +11,8 @@ one number compares them: the distance that is left, in nats.
 Any causal LM, prompts and reward, as in recipes/ppo_klrl.py; flags are those of RLOOConfig, and of PPOConfig or
 GDCConfig for the objectives that have more:
 
-    accelerate launch recipes/swap_objective.py --objective gdc-alpha --alpha 0.3 --num_iterations 4 \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 --beta 0.05 --dataset_name \\
+    accelerate launch recipes/swap_objective.py --objective gdc-alpha --alpha 0.3 --num_iterations 4 \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 --beta 0.05 --dataset_name \
         stanfordnlp/imdb --prompt_column text --max_prompts 2000 --reward_func rlhf_bayes.toy.rewards:vader_reward
 """
 

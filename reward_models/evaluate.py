@@ -1,5 +1,7 @@
-"""Judges reward models on pairs that they were not trained on: accuracy, log loss, calibration, and what is left of it
-when the best of n completions is taken (Gao, Schulman & Hilton 2023, arXiv 2210.10760).
+r"""Judges reward models on pairs that they were not trained on: accuracy, log loss, calibration, over-optimisation.
+
+Over-optimisation is how much the best of n completions gains in truth where the model is asked to choose it (Gao,
+Schulman & Hilton 2023, arXiv 2210.10760).
 
 Calibration is that of raw logits, Δ_raw = Δ/gain: normalisation, which gives β its meaning, rescales Δ, and σ(Δ) would
 no longer be the probability that was fitted. Best-of-n is estimated from all subsets of the draws, rewards in standard
@@ -11,7 +13,7 @@ On the bundled preferences, with the sentiment that their annotators were made t
 
 Any models, side by side, on any pairs; `--gold_reward module:function` and `--policy_name_or_path` add best-of-n:
 
-    python reward_models/evaluate.py --reward_model_path runs/one runs/four \\
+    python reward_models/evaluate.py --reward_model_path runs/one runs/four \
         --dataset_name trl-lib/ultrafeedback_binarized --dataset_split test --max_pairs 1000
 """
 

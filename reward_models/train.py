@@ -1,4 +1,4 @@
-"""Trains a reward model, or an ensemble of them, from pairwise preferences: P(chosen ≻ rejected) = σ(r(c) − r(r)).
+r"""Trains a reward model, or an ensemble of them, from pairwise preferences: P(chosen ≻ rejected) = σ(r(c) − r(r)).
 
 The model of Bradley & Terry 1952 under a reward read off the last token, as in Ziegler et al. 2019 (arXiv 1909.08593).
 Departures: it learns from the votes of several annotators where the data have them, not from their majority only; an
@@ -13,8 +13,8 @@ annotators, one of them careless:
 Any model with a sequence-classification class, and any preferences, by flags or `--config file.yaml`, as in TRL's
 scripts (LoRA members share one base in memory):
 
-    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml reward_models/train.py \\
-        --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/ultrafeedback_binarized \\
+    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml reward_models/train.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/ultrafeedback_binarized \
         --use_peft --ensemble lora --num_members 4 --learning_rate 1e-4 --max_length 1024
 """
 

@@ -1,5 +1,7 @@
-"""The posterior of a prior and a likelihood, and the shortest ways to one: a language model tilted by a reward,
-conditioned on a predicate, or constrained to given moments."""
+"""The posterior of a prior and a likelihood, and the shortest ways to make one.
+
+A language model is tilted by a reward, conditioned on a predicate, or constrained to given moments.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
@@ -37,11 +39,9 @@ class Posterior:
     A completion may be given as text, as token ids, or both. Exactly:
 
     - **both**: the ids are scored by the prior and the text by the likelihood, as in training, where a text is what a
-    tokenizer
-      makes of the ids.
+      tokenizer makes of the ids.
     - **ids only** (`completions=None`): the text is the ids decoded by the prior's tokenizer with special tokens
-    skipped; for a
-      chat prompt, one assistant message with that text.
+      skipped; for a chat prompt, it is one assistant message with that text.
     - **text only** (`completion_ids=None`): the ids are those of the prior's tokenizer on the completion alone, with
       `add_special_tokens=False`, then its EOS; for a chat, of the content of the one assistant message. A text of
       exactly `max_completion_length` tokens is the truncated completion and gets no EOS, a longer one is refused.
@@ -98,8 +98,9 @@ class Posterior:
         self, constraints: Mapping[str, tuple[RewardFunc, float]], prompts: Sequence[Any], **options: Any
     ) -> "Posterior":
         """
-        The distribution closest in KL to this posterior in which features have given means: `MomentLikelihood.fit`
-        with this evidence, which takes the options.
+        The distribution closest in KL to this posterior in which features have given means.
+
+        `MomentLikelihood.fit` finds it, starting from this evidence, and takes the options.
         """
         return self._with(MomentLikelihood.fit(self.prior, constraints, prompts, evidence=self.likelihood, **options))
 
@@ -285,8 +286,9 @@ def constrain(
     feature_bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> Posterior:
     """
-    The distribution closest in KL to the prior in which features have given means: see `MomentLikelihood.fit`, which
-    takes these arguments. `posterior.likelihood.summary` says how well λ is known.
+    The distribution closest in KL to the prior in which features have given means.
+
+    See [`MomentLikelihood.fit`], which takes these arguments. `posterior.likelihood.summary` says how well λ is known.
     """
     likelihood = MomentLikelihood.fit(
         prior,

@@ -1,6 +1,7 @@
 """One thread, no hub, and the enumerable toy."""
 
 import os
+import sys
 
 # before torch and huggingface_hub are imported: both read their environment once
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -16,6 +17,32 @@ import torch  # noqa: E402
 from rlhf_bayes.testing import EnumerableLM  # noqa: E402
 
 torch.set_num_threads(1)
+
+_without_children: str | None = None  # the test that runs, where it may not start processes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    global _without_children
+    _without_children = None if item.get_closest_marker("processes") else item.nodeid
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+def pytest_runtest_teardown():
+    global _without_children
+    _without_children = None
+
+
+def _refuse_unmarked_children(event: str, args: tuple) -> None:
+    """Keep the marker `processes` complete: `make test-fast` leaves out what carries it."""
+    if _without_children is None or event not in ("subprocess.Popen", "os.fork"):
+        return
+    if event == "os.fork" or sys.executable in map(str, args[1]):
+        raise RuntimeError(f"{_without_children} starts a process, and so needs the marker `processes`.")
+
+
+sys.addaudithook(_refuse_unmarked_children)
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,20 @@
 """Runs a script as a user does, in a process of its own, or loads it. Not a test module."""
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from .children import run
+
 
 def run_script(
     script: Path, *flags: object, cwd: Path, launcher: Sequence[str] = (sys.executable,), columns: int = 120
 ) -> str:
     """What it prints, on a terminal of so many columns; it must end well."""
-    done = subprocess.run(
-        [*launcher, str(script), *map(str, flags)],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": str(columns)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run([*launcher, script, *flags], cwd=cwd, COLUMNS=str(columns))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

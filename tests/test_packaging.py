@@ -31,6 +31,10 @@ def test_the_wheel_holds_the_bundled_model(wheel_names):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= bundled
 
 
+def test_the_wheel_tells_type_checkers_to_read_its_annotations(wheel_names):
+    assert "rlhf_bayes/py.typed" in wheel_names
+
+
 def test_the_wheel_holds_nothing_else_but_metadata(wheel_names):
     others = {name for name in wheel_names if not name.startswith("rlhf_bayes/")}
     assert {Path(name).name for name in others} == {"METADATA", "WHEEL", "RECORD", "LICENSE", "entry_points.txt"}

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -34,6 +36,7 @@ def test_the_tree_names_every_module():
     assert sorted(modules - tree_paths()) == [], "add a line to the README's tree"
 
 
+@pytest.mark.slow
 def test_the_python_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     scope = {}

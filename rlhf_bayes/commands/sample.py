@@ -204,8 +204,9 @@ def make_posterior(
     args: Arguments, prior: LanguageModel, reward_funcs: list[Any], predicate: Any | None
 ) -> tuple[Posterior, list[str]]:
     """
-    The prior, tilted by the rewards if there are any, and conditioned on the predicate if there is one; and the names
-    of this evidence.
+    The posterior that the flags describe, and the names of its evidence.
+
+    The prior is tilted by the rewards, if there are any, and conditioned on the predicate, if there is one.
     """
     if not reward_funcs:
         return prior.condition(predicate), [str(args.condition)]

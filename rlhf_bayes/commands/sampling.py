@@ -188,9 +188,10 @@ def checks_table(methods: Sequence[Method]) -> Table:
 
 def agreement(methods: Sequence[Method], name: str) -> str:
     r"""
-    Whether independent estimates of one number differ by more than their errors: χ² = Σ (x_i − x̄)²/SE_i² about the
-    weighted mean, on one degree of freedom less than estimates. Those without a guarantee, or not to be trusted, do
-    not take part.
+    Whether independent estimates of one number differ by more than their errors, in words.
+
+    The test is χ² = Σ (x_i − x̄)²/SE_i² about the weighted mean, with one degree of freedom fewer than there are
+    estimates. Estimates without a guarantee, or not to be trusted, do not take part.
     """
     found = [method.estimates[name] for method in methods if name in method.estimates and _targets(method)]
     # what never varies has no error but that of rounding

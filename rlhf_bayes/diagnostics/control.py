@@ -95,8 +95,9 @@ def plot_control(
     path: str | Path,
 ) -> None:
     """
-    Curves of a run of [`~rlhf_bayes.GDCTrainer`] as an image: moments, divergences from the posterior, KL to the
-    prior, entropy.
+    Curves of a run of [`~rlhf_bayes.GDCTrainer`] as an image.
+
+    Its panels are the moments, the divergences from the posterior, the KL to the prior, and the entropy.
 
     Args:
         log_history (`Sequence[Mapping[str, float]]`):

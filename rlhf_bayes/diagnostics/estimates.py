@@ -24,9 +24,7 @@ MIN_DRAWS = 25  # fewer have no tail to judge
 
 @dataclass(frozen=True)
 class Estimate:
-    """
-    A mean over prompts, with two kinds of doubt. `trustworthy` is false where no number here means anything.
-    """
+    """A mean over prompts, with two kinds of doubt. `trustworthy` is false where no number here means anything."""
 
     mean: float
     standard_error: float
@@ -117,10 +115,10 @@ class LogZEstimate:
 @dataclass(frozen=True)
 class PosteriorFit:
     """
-    A distribution q, the policy or the prior, against a posterior: means over prompts, nats per sequence where no
-    other unit is named.
+    A distribution q, the policy or the prior, against a posterior.
 
-    What needs a normaliser is None where there is no posterior (β = 0), `reward` where the evidence has no β.
+    Numbers are means over prompts, in nats per sequence where no other unit is named. What needs a normaliser is None
+    where there is no posterior (β = 0); `reward` is None where the evidence has no β.
     """
 
     reward: Estimate | None

@@ -7,8 +7,10 @@ from transformers import ProgressCallback
 
 class PosteriorProgress(ProgressCallback):
     """
-    A bar with the latest reward, KL to the prior, ELBO and KL from the posterior beside it, as far as the trainer logs
-    them, in place of a printed dictionary at each logging step. Takes the place of [`~transformers.ProgressCallback`]:
+    A progress bar that shows the latest reward, KL to the prior, ELBO and KL from the posterior.
+
+    It shows those of them that the trainer logs, and prints no dictionary at each logging step. Use it in the place of
+    [`~transformers.ProgressCallback`]:
 
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(PosteriorProgress())

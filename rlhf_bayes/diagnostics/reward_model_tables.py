@@ -65,8 +65,10 @@ def plot_reliability(
     bins: ReliabilityBins | Mapping[str, ReliabilityBins], path: str | Path, num_pairs: int | None = None
 ) -> None:
     """
-    Reliability diagram as an image: how often predictions of a confidence come true, one colour a model, and below it
-    how many pairs have that confidence. A calibrated model lies on the diagonal, an overconfident one below.
+    Reliability diagram as an image: how often predictions of a given confidence come true.
+
+    Each model has a colour. A second panel shows how many pairs have that confidence. A calibrated model lies on the
+    diagonal, an overconfident one below it.
 
     Args:
         bins (`ReliabilityBins` or `Mapping[str, ReliabilityBins]`):

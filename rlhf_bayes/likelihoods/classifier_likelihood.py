@@ -85,8 +85,9 @@ class ClassifierLikelihood:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
         """
-        log p(O = label | c, x) of each completion, nats, at most 0: (B,), fp32. `completion_ids` and `columns` are not
-        read: the classifier has its own tokenizer.
+        log p(O = label | c, x) of each completion: (B,), fp32, nats, at most 0.
+
+        `completion_ids` and `columns` are not read: the classifier has its own tokenizer.
 
         Raises:
             `ValueError`: a text that the classifier cannot read, or logits that are not finite.

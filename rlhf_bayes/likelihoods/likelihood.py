@@ -40,8 +40,9 @@ class Likelihood(Protocol):
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
         """
-        log p(evidence | prompt, completion) up to a constant per prompt, in nats: (B,), fp32. `-inf` forbids a
-        completion; NaN and `+inf` are refused by the posterior.
+        log p(evidence | prompt, completion) up to a constant per prompt: (B,), fp32, nats.
+
+        `-inf` forbids a completion; the posterior refuses NaN and `+inf`.
         """
         ...
 
@@ -89,8 +90,9 @@ def checked_evidence(
     columns: Mapping[str, Sequence] | None = None,
 ) -> Evidence:
     """
-    What a likelihood returns, if it is evidence: (B,), fp32, nats, without gradient, finite or `-inf`; with its
-    features, if it tells.
+    What a likelihood returns for B completions, checked, and its features, if it reports any.
+
+    The log-likelihoods are (B,), fp32, nats, without gradient, each finite or `-inf`.
 
     Raises:
         `TypeError`: not a tensor of one number for each completion.

@@ -88,8 +88,10 @@ class ProductLikelihood(EvidenceLikelihood):
         columns: Mapping[str, Sequence] | None = None,
     ) -> Evidence:
         """
-        Σ_k a_k · log_likelihood_k of each completion, nats, (B,), fp32, `-inf` where one of them is; and the features
-        of all, numbered from the second of a name on.
+        Σ_k a_k · log_likelihood_k of each completion, and the features of all parts.
+
+        The sum is (B,), fp32, nats, `-inf` where one part is. Where parts share the name of a feature, the second and
+        later ones get a number.
 
         Raises:
             `TypeError` or `ValueError`: a part that does not return one number of nats, or `-inf`, per completion.

@@ -18,8 +18,8 @@ class RewardLikelihood(EvidenceLikelihood):
     r"""
     Evidence of a reward, as KL-regularised RL implies it:
 
-        log_likelihood(c, x)  =  r(c, x) / beta,        r  =  clip(sum_f w_f r_f(c, x))  -  missing_eos_penalty * [no
-        EOS]
+        log_likelihood(c, x)  =  r(c, x) / beta
+        r(c, x)  =  clip(sum_f w_f r_f(c, x))  -  missing_eos_penalty * [no EOS]
 
     With a prior π0, the posterior π0 · exp(r / beta) / Z maximises E[r] − beta · KL(π‖π0) (Korbak, Perez & Buckley
     2022, arXiv 2205.11275, equation 5).

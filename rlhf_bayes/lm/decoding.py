@@ -1,5 +1,7 @@
-"""One generation loop on transformers' cache: step, reorder, stop. For samplers that look at each token as it comes;
-plain sampling stays with `generate`."""
+"""One generation loop on transformers' cache: step, reorder, stop.
+
+It serves samplers that look at each token as it is drawn; plain sampling uses `generate`.
+"""
 
 import inspect
 from collections.abc import Callable, Sequence

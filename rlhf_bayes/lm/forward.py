@@ -1,5 +1,7 @@
-"""A causal LM's forward that scores completions: one pass, completion tokens only, also behind DDP, DeepSpeed or "
-"FSDP."""
+"""A causal LM's forward that scores completions, in one pass and on completion tokens only.
+
+It works behind DDP, DeepSpeed and FSDP too.
+"""
 
 import functools
 import types
@@ -35,9 +37,11 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 def enable_completion_scoring(model: nn.Module) -> None:
     """
-    Teach a causal LM's forward to score completions: `model(..., completion_ids=, completion_mask=)` returns
-    [`CompletionScores`] instead of logits, and `model(..., trunk_only=True)` what the model under the head does. Other
-    calls, `generate` among them, are untouched.
+    Teach a causal LM's forward to score completions.
+
+    Then `model(..., completion_ids=, completion_mask=)` returns [`CompletionScores`] instead of logits, and
+    `model(..., trunk_only=True)` returns what the model under the head does. Other calls, `generate` among them, are
+    untouched.
 
     The forward is patched rather than wrapped so that DDP, DeepSpeed and FSDP see one module with one forward, and
     PEFT and `save_pretrained` an ordinary transformers model. Calling it twice is harmless.

@@ -34,8 +34,9 @@ def raw_generation_config(model: nn.Module) -> Iterator[None]:
 
 def remove_dropout(model: nn.Module) -> None:
     """
-    Set the dropout rates that modules hold as numbers to 0, for good: `attention_dropout` for instance, which is no
-    `nn.Dropout`, so that TRL's `disable_dropout` leaves it on.
+    Set the dropout rates that modules hold as numbers to 0, for good.
+
+    `attention_dropout` is one: it is no `nn.Dropout`, so TRL's `disable_dropout` leaves it on.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):

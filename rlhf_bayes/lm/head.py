@@ -143,7 +143,6 @@ def token_log_probs_and_exact_kl(
     Returns:
         Four tensors (N,), fp32, nats.
     """
-
     return _differentiable(partial(_log_probs_and_exact_kl, head, ref_head), head, hidden, ref_hidden, targets)
 
 
@@ -177,8 +176,10 @@ def _differentiable(
 
 class _UnderFrozenHead(torch.autograd.Function):
     """
-    The same where the gradient ends at the hidden states: ∂ log π(target_i) / ∂ h_i, as large as h, is found while the
-    chunk is at hand, so that no logits are kept for the backward pass, nor made again.
+    The same where the gradient ends at the hidden states, as it does when the head is frozen.
+
+    The forward pass computes ∂ log π(target_i) / ∂ h_i, which is as large as h, together with each chunk. So the
+    backward pass needs no logits, neither kept nor computed again.
     """
 
     @staticmethod

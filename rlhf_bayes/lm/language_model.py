@@ -166,8 +166,7 @@ class LanguageModel:
 
         Raises:
             ValueError: if a completion is empty, goes on after EOS, is too long, or stops early without EOS (it is
-            then a
-                prefix, not a member of the support).
+                then a prefix, not a member of the support).
         """
         token_log_probs, mask = self.token_log_probs(prompts, completion_ids)
         return masked_sum(token_log_probs, mask, dim=-1)
@@ -202,9 +201,10 @@ class LanguageModel:
 
     def constrain(self, constraints: Any, prompts: Sequence[Prompt], **options: Any) -> "Posterior":
         """
-        π*(x | c) ∝ π(x | c)·exp(λ·φ(c, x)), with λ such that each feature has its mean over the prompts' completions:
-        `constrain({"animal": (mentions_animal, 0.5)}, prompts)`. See [`~rlhf_bayes.posterior.constrain`], which takes
-        the options.
+        π*(x | c) ∝ π(x | c)·exp(λ·φ(c, x)), with the λ that gives each feature φ its mean.
+
+        For example `constrain({"animal": (mentions_animal, 0.5)}, prompts)`: the mean is over the completions of these
+        prompts. See [`~rlhf_bayes.posterior.constrain`], which takes the options.
         """
         from rlhf_bayes.posterior import constrain
 
@@ -212,8 +212,9 @@ class LanguageModel:
 
     def prompt_token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """
-        Token ids as TRL makes them: special tokens added to a text, the chat template with generation prompt for
-        messages.
+        Token ids of prompts, as TRL makes them.
+
+        A text gets its special tokens, messages the chat template with its generation prompt.
 
         Raises:
             ValueError: if prompt and longest completion do not fit the model's context, or a prompt has no token.
@@ -234,8 +235,9 @@ class LanguageModel:
 
     def generate_ids(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """
-        One pass of `generate`, for what holds [`raw_generation_config`] and the seed: token ids that follow B token
-        sequences, up to and including the first EOS.
+        One pass of `generate`: the token ids that follow B token sequences, up to and including the first EOS.
+
+        The caller holds [`raw_generation_config`] and the seed.
         """
         padded, mask = pad_ids(prompt_ids, "left", self.device)
         pad_token_id = self.tokenizer.pad_token_id
@@ -307,8 +309,9 @@ def as_completion(prompt: Prompt, text: str) -> Completion:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
-    The tokens that end a completion: the tokenizer's EOS, then every other that the model's generation config
-    declares.
+    The tokens that end a completion.
+
+    First the tokenizer's EOS, then every other that the model's generation config declares.
 
     Raises:
         ValueError: if the tokenizer has none.
@@ -352,7 +355,7 @@ def _checked_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 @contextmanager
 def seeded_by(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    # `generate` draws from the global random state only
+    """A context in which the global random state is seeded by a generator: `generate` draws from no other."""
     if generator is None:
         yield
         return

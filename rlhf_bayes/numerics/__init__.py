@@ -1,6 +1,8 @@
-"""Pure tensor functions: masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO,
-distributional policy gradients, the log-variance loss, exponential families with given moments, preferences and their
-calibration, pooled rewards, best of n.
+"""Pure tensor functions: estimators, weights, divergences and losses.
+
+Masked sums, KL estimators, GAE, log-weights, divergences, the clipped losses of PPO, distributional policy gradients,
+the log-variance loss, exponential families with given moments, preferences and their calibration, pooled rewards, best
+of n.
 
 Nothing here knows of models, tokenizers or trainers. Log space, nats, fp32 (fp64 is kept; half precision is raised).
 """

@@ -122,6 +122,7 @@ def checked_probability(name: str, probability: Tensor, like: Tensor | None = No
 
 
 def fp32(x: Tensor) -> Tensor:
+    """The tensor in fp32, or in fp64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -9,8 +9,9 @@ _KEPT = 0.1  # of its share of the draws, at least
 
 def log_fitted_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     r"""
-    log(ω·p(x_i) + (1 − ω)·q(x_i)) at N pooled draws, of which a `share` came from p and the others from q, with the ω
-    that makes the pooled draws most likely.
+    Log-density of the mixture ω·p + (1 − ω)·q that makes N pooled draws from p and q most likely.
+
+    A `share` of the draws came from p and the others from q.
 
         ω = argmax Σ_i log(ω·p(x_i) + (1 − ω)·q(x_i)),    Ẑ = 1/N Σ_i P(x_i) / (ω·p(x_i) + (1 − ω)·q(x_i))
 

@@ -105,8 +105,11 @@ def fit_moments(
 
 
 def _newton(features: Tensor, moments: Tensor, log_weights: Tensor) -> tuple[Tensor, float, float]:
-    """λ (F,) at the minimum of the dual, for features of unit variance; what is left of the gradient, the least
-    variance in any direction."""
+    """
+    λ (F,) at the minimum of the dual, for features of unit variance.
+
+    Returned with the gradient that remains there and the least variance of the features in any direction.
+    """
     lambdas = best = torch.zeros_like(moments)
     best_error, best_curvature = math.inf, 0.0
     if moments.numel() == 0:

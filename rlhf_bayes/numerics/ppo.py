@@ -160,9 +160,8 @@ def kl_penalised_advantages(
         lam (`float`): λ of GAE.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T), and targets for u (B, T): the return itself, whatever
-        λ,
-            so that the critic never learns from its own errors. 0 on padding.
+        `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T), and targets for u (B, T). The targets are the returns
+            themselves for every λ, so that the critic never learns from its own errors. Both are 0 on padding.
 
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 3 and 4; GAE as in [`gae`].
     """
@@ -183,9 +182,8 @@ def prompt_baseline(returns: Tensor, forecasts: Tensor, num_generations: int) ->
     prompt, both pooled over the batch: a critic that knows nothing leaves RLOO's baseline, an exact one the critic.
 
     Args:
-        returns (`torch.Tensor`): return of each completion (B,), the n of a prompt next to each other; nan where there
-        is
-            none, which leaves the completion out.
+        returns (`torch.Tensor`): return of each completion (B,), the n of a prompt next to each other. A completion
+            without a return is nan and is left out.
         forecasts (`torch.Tensor`): the critic's value of each prompt (B,), in units of the reward.
         num_generations (`int`): n, which divides B. With 1, the baseline is the forecast.
 

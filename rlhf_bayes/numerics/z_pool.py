@@ -74,8 +74,9 @@ class ZPool:
 
     def log_z(self, keys: Sequence[str]) -> Tensor:
         """
-        Pooled log Z of each prompt: (P,), nats, fp64 on the CPU; `-inf` where every weight was 0, nan for a prompt
-        without draws.
+        Pooled log Z of each prompt: (P,), nats, fp64 on the CPU.
+
+        It is `-inf` where every weight was 0, and nan for a prompt without draws.
         """
         entries = [self._entries.get(key, _EMPTY) for key in keys]
         values = [log_sum - log_total if total else math.nan for log_sum, log_total, _, total, _ in entries]
@@ -83,8 +84,9 @@ class ZPool:
 
     def standard_error(self, keys: Sequence[str]) -> Tensor:
         """
-        Standard error of `log_z` by the delta method, `√(1/Σ ESS − 1/Σ n)`: (P,), nats, fp64 on the CPU; infinite
-        for fewer than two draws, or where every weight was 0.
+        Standard error of `log_z` by the delta method, `√(1/Σ ESS − 1/Σ n)`: (P,), nats, fp64 on the CPU.
+
+        It is infinite for fewer than two draws, or where every weight was 0.
         """
         entries = [self._entries.get(key, _EMPTY) for key in keys]
         values = [

@@ -31,9 +31,7 @@ class ReplayBuffer:
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, batches: list[dict[str, Tensor]]) -> None:
-        """
-        A rollout, as micro-batches. Of their tensors, those with a row for each completion are kept.
-        """
+        """A rollout, as micro-batches. Of their tensors, those with a row for each completion are kept."""
         names = columns_of_rows(batches[0])
         self.rollouts.append({name: torch.cat([batch[name] for batch in batches]) for name in names})
 

@@ -16,8 +16,10 @@ _OF_THE_PRIOR = ("what_if", "best_of_n")
 
 def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
     """
-    log Z for a run: from its own evaluation, after training or the last one during it; or what a sampler found for the
-    same rewards at the same β, in another of the runs. None where none can be trusted.
+    An estimate of log Z for a run, or None where none can be trusted.
+
+    It comes from the run's own evaluation, the one after training or the last one during it; otherwise from a sampler
+    that another of the runs ran on the same rewards at the same β.
     """
     for name, estimate in run.estimates.items():
         if name.rpartition("/")[2] == "log_z" and estimate.trustworthy:
@@ -111,8 +113,10 @@ def diversity_figure(
 
 def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | None:
     """
-    Reward against √KL(policy‖prior): runs, the best of n, the posteriors of all β (no policy lies above them), and the
-    laws of Gao et al. 2023 fitted to runs and to the best of n. With the laws, by name. None without data.
+    A figure of reward against √KL(policy‖prior), and the laws fitted in it, by name. None without data.
+
+    It shows runs, the best of n, the posteriors of all β (no policy lies above them), and the laws of Gao et al. 2023
+    fitted to runs and to the best of n.
     """
     points = {run.name: _root_kl_and_reward(run) for run in runs}
     trained = [run for run in runs if points[run.name][0]]

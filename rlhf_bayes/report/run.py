@@ -97,9 +97,11 @@ class Run:
 
     def curve(self, *keys: str) -> tuple[list[float], list[list[float]]]:
         """
-        Steps at which all keys were logged with finite values, and the values of each key. What was logged in
-        evaluation only is found too: `eval_…`, or `eval_posterior_fit/…` of
-        [`~rlhf_bayes.diagnostics.PosteriorCallback`]. Evidence of features, which trainers log as a reward, is none.
+        Steps at which all keys were logged with finite values, and the values of each key.
+
+        What was logged in evaluation only is found too: `eval_…`, or `eval_posterior_fit/…` of
+        [`~rlhf_bayes.diagnostics.PosteriorCallback`]. Trainers log the evidence of features as a reward; since it is
+        none, it is left out.
         """
         if self.sampling.get("reward_names") == [] and any(key.startswith("reward") for key in keys):
             return [], [[] for _ in keys]
@@ -174,8 +176,10 @@ def _read_run(folder: Path, name: str) -> Run:
 
 def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimate]:
     """
-    The numbers of an evaluation by name: bare ones, and objects with `mean` (or `value`), and `low` and `high` or
-    `standard_error`; `trustworthy`, `reason` and `unit` where they are known.
+    The numbers of an evaluation, by name.
+
+    A number stands alone, or is an object with `mean` (or `value`), with `low` and `high` or `standard_error`, and
+    with `trustworthy`, `reason` and `unit` where they are known.
     """
     found: dict[str, Estimate] = {}
     for key, entry in tree.items():

@@ -93,9 +93,10 @@ def summary_table(runs: Sequence[Run]) -> str:
 
 def evaluation_table(runs: Sequence[Run]) -> str:
     """
-    What each run's `evaluation.json` says of policy and prior, with intervals, or why a number cannot be trusted; and
-    the verdict in words. A column for each run and part of it, a row for each quantity; what samplers found, which is
-    less, in a table of its own.
+    What each run's `evaluation.json` says of policy and prior, and the verdict in words.
+
+    There is a column for each run and part of it, and a row for each quantity, with its interval or the reason why it
+    cannot be trusted. Samplers report fewer quantities, so they have a table of their own.
     """
     sampled: dict[str, dict[str, Estimate]] = {}
     judged: dict[str, dict[str, Estimate]] = {}
@@ -149,8 +150,9 @@ def what_if_tables(runs: Sequence[Run]) -> str:
 
 def samples_tables(runs: Sequence[Run]) -> str:
     """
-    A row a prompt, a column a run, with the prior's beside it where they are known: draws by their weights, or else
-    the last completions that were logged.
+    Completions of each run: a row for each prompt, a column for each run, and one for its prior where that is known.
+
+    Draws are shown by their weights; a run without draws shows the last completions that it logged.
     """
     columns: list[tuple[str, dict[str, list[Sample]]]] = []
     shown: list[list[Sample]] = []

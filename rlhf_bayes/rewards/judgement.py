@@ -32,8 +32,10 @@ class Judgement(NamedTuple):
 
 def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
     """
-    The judgement in a row: `chosen_prob`, or `votes`, or `annotators` with `annotator_votes`; `annotator` names who
-    made a judgement of one of the first two kinds. Without any, chosen was chosen.
+    The judgement that a row of preferences holds.
+
+    It is in `chosen_prob`, or in `votes`, or in `annotators` with `annotator_votes`. With the first two, `annotator`
+    names who judged. A row without any of them says that `chosen` was preferred.
 
     Args:
         row (`Mapping[str, Any]`): a row of the dataset.

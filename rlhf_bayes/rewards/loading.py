@@ -61,9 +61,10 @@ def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Modul
 
 def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int | None = 1) -> PeftModel:
     """
-    One base and several PEFT adapters, as `PeftModel.save_pretrained` writes them: `"default"` at the root, the others
-    in folders of their name. The base is the one that the adapters name; it may be a causal LM, since each adapter
-    brings a classification head.
+    One base and several PEFT adapters, as `PeftModel.save_pretrained` writes them.
+
+    `"default"` is at the root, the others are in folders of their name. The base is the one that the adapters name; it
+    may be a causal LM, since each adapter brings a classification head.
 
     Args:
         folder (`str` or `Path`): Where the adapters were saved.

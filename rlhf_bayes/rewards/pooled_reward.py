@@ -142,8 +142,10 @@ class PooledReward:
 
     def __call__(self, prompts: list, completions: list, log_metric: Any = None, **columns: Any) -> list[float]:
         """
-        Pooled reward of each completion. The spread of the centered members (standard deviation over members, mean
-        over completions) goes to `log_metric` as `reward_spread`. `columns` are TRL's other arguments, not needed.
+        Pooled reward of each completion, in TRL's protocol of reward functions.
+
+        The spread of the centered members (standard deviation over members, mean over completions) goes to
+        `log_metric` as `reward_spread`. `columns` are TRL's other arguments, which are not needed.
         """
         rewards, means = self._members(prompts, completions)  # (K, B)
         if log_metric is not None and rewards.numel():

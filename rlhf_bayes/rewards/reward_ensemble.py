@@ -147,15 +147,15 @@ class RewardEnsemble:
         return raw if self.normalization is None else self.normalization.apply(raw)
 
     def member_logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        """
-        The same before any normalisation, that of whole models included, as in training: (K, B), fp32, on the CPU.
-        """
+        """Logits of each member, before any normalisation, as in training: (K, B), fp32, on the CPU."""
         return self._members.logits(prompts, completions)
 
     def __call__(self, prompts: list, completions: list, log_metric: Any = None, **columns: Any) -> list[float]:
         """
-        Mean of the members for each completion. Their spread (standard deviation over members, mean over completions)
-        goes to `log_metric` as `reward_spread`. `columns` are TRL's other arguments, not needed here.
+        Mean of the members for each completion, in TRL's protocol of reward functions.
+
+        Their spread (standard deviation over members, mean over completions) goes to `log_metric` as `reward_spread`.
+        `columns` are TRL's other arguments, which are not needed.
         """
         rewards = self.member_rewards(prompts, completions)  # (K, B)
         if log_metric is not None and rewards.numel():

@@ -120,8 +120,9 @@ def score(
     allow_forbidden: bool = False,
 ) -> Tensor:
     """
-    Reward of each completion by each function: (B, F), fp32, NaN for `None`. Use [`RewardScorer`] to score more than
-    once with models that are loaded from a path.
+    Reward of each completion by each function: (B, F), fp32, NaN for `None`.
+
+    Use [`RewardScorer`] to score more than once with models that are loaded from a path.
     """
     scorer = RewardScorer(reward_funcs, reward_processing_classes, allow_forbidden=allow_forbidden)
     return scorer(prompts, completions, completion_ids, columns)

@@ -61,8 +61,10 @@ def is_on_base(folder: str | Path, index: RewardIndex, base: str, revision: str 
 
 def holds_weights_of(policy: nn.Module, base: str) -> bool:
     """
-    Whether the policy's trunk, its adapters aside, has the weights in a folder or repository, tensor by tensor.
-    Quantised weights are taken on trust; weights that are sharded, or of other names than those on disk, are not.
+    Whether the policy's trunk, without its adapters, has the same weights as a folder or repository, tensor by tensor.
+
+    Quantised weights cannot be compared and are believed to be the same. Weights that are sharded, or that have other
+    names than those on disk, cannot be compared either and are held to be different.
     """
     lm = base_causal_lm(policy)
     own = {}

@@ -34,8 +34,9 @@ class LogZ:
 @dataclass(frozen=True)
 class Draws:
     """
-    Completions from a sampler, B rows in the order of the prompts. A prompt may have fewer than were asked for, where
-    the sampler's budget ended: see `counts`.
+    Completions from a sampler, B rows in the order of the prompts.
+
+    A prompt has fewer than were asked for where the sampler's budget ended: see `counts`.
     """
 
     prompts: list[Prompt]

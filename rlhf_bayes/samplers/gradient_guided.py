@@ -18,8 +18,10 @@ from rlhf_bayes.samplers.guided import sample_stepwise, score_stepwise
 @final
 class GradientGuidedProposal:
     r"""
-    PPLM as a proposal: before each token, the keys and values of the past are moved for some steps so that a head on
-    the last hidden state h finds its attribute likelier.
+    PPLM as a proposal: gradients of a head steer the model towards an attribute.
+
+    Before each token, the keys and values of the past are moved for some steps so that the head, which reads the last
+    hidden state h, finds its attribute likelier.
 
         Δ ← Δ + step_size · g / ‖g‖,    g = ∇_Δ [log p(a | h(Δ)) − kl_scale · KL(p_Δ ‖ p)]
         q(x_t | x_<t)  ∝  p_Δ(x_t | x_<t)^fusion · p(x_t | x_<t)^(1 − fusion)

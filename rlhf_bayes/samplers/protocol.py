@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 @runtime_checkable
 class Proposal(Protocol):
     """
-    A distribution over completions that can be drawn from and whose density is known: the prior or a trained policy,
-    both a [`~rlhf_bayes.LanguageModel`], or a guided decoder. It must be positive wherever the posterior is.
+    A distribution over completions that can be drawn from and whose density is known.
+
+    It is the prior or a trained policy, both a [`~rlhf_bayes.LanguageModel`], or a guided decoder. It must be positive
+    wherever the posterior is.
     """
 
     def sample(self, prompts: Sequence[Prompt], n: int = 1, generator: torch.Generator | None = None) -> Completions:

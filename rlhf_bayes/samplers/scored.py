@@ -1,5 +1,7 @@
-"""Completions from a proposal with their log-weights, which importance and rejection sampling share; and what every
-sampler asks of its arguments."""
+"""Completions from a proposal with their log-weights, which importance and rejection sampling share.
+
+Here are also the checks that every sampler makes of its arguments.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -121,8 +123,9 @@ def weighed(
 
 def importance_log_z(log_weights: Sequence[Tensor], confidence: float) -> LogZ:
     """
-    log Z of each prompt from its log-weights, with the normal interval on the log scale; without a bound where no
-    weight is positive, or there is one draw.
+    log Z of each prompt from its log-weights, with the normal interval on the log scale.
+
+    The interval has no bound where no weight is positive or there is only one draw.
 
     Args:
         log_weights (`Sequence[torch.Tensor]`):

@@ -82,12 +82,13 @@ class SMC:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Draws:
         """
-        n weighted particles of each prompt: see [`Sampler`]. As many prompts are written at once as the prior's
-        `batch_size` holds, at least one.
+        n weighted particles of each prompt: see [`Sampler`].
 
-        The interval on log Z comes from this one run ([`ParticleRun.interval`]), so it is an estimate too: it wants a
-        value that does not miss the posterior. `trustworthy` tells whether at least 5 particles count for Z, which is
-        as much as to say that its relative variance is below 0.2. [`SMC.sandwich`] gives bounds that need neither.
+        As many prompts are decoded at once as the prior's `batch_size` holds, at least one.
+
+        The interval on log Z comes from this one run ([`ParticleRun.interval`]), so it is an estimate too: it needs a
+        value that does not miss the posterior. `trustworthy` says whether at least 5 particles count for Z, that is,
+        whether its relative variance is below 0.2. [`SMC.sandwich`] gives bounds that need neither.
 
         `info`: `importance_ess` of the final weights, `effective_particles` of Z, `trustworthy`, `resamplings`,
         `ancestors` left at the end (each a list of P);

@@ -38,8 +38,10 @@ class Value(Protocol):
 @final
 class EnumeratedValue:
     r"""
-    The soft value itself, by enumeration: `log Σ_x π0(x | x_≤t)·exp(log_likelihood(x))`, the sum over all completions
-    that start with x_≤t. For models as small as [`~rlhf_bayes.testing.EnumerableLM`].
+    The soft value itself, by enumeration: `log Σ_x π0(x | x_≤t)·exp(log_likelihood(x))`.
+
+    The sum is over all completions that start with x_≤t, so the model must be as small as
+    [`~rlhf_bayes.testing.EnumerableLM`].
 
     Args:
         prompts (`Sequence` of `str` or of chats):
@@ -108,8 +110,9 @@ class PrefixValue:
 @final
 class HeadValue:
     """
-    A head on a language model's hidden states: a classifier on prefixes that reads the prior's own states (FUDGE), or
-    a learnt twist. One token of the model a step.
+    A head on a language model's hidden states, such as a classifier on prefixes (FUDGE) or a learnt twist.
+
+    The model reads one token a step.
 
     Args:
         lm ([`~rlhf_bayes.LanguageModel`]):

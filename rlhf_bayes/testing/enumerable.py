@@ -227,8 +227,10 @@ class EnumerableLM:
 
     def _prefix_table(self) -> tuple[list[tuple[int, ...]], Tensor]:
         """
-        R rows of T − 1 tokens that need no padding and hold every completion's proper prefixes; and, of each token of
-        each completion, the completion, the row that holds its prefix, its step and itself: (4, M).
+        Rows of tokens that hold every completion's proper prefixes, and an index of the tokens that follow: (4, M).
+
+        The rows are (R, T − 1) and need no padding. The index has a column for each token of each completion: the
+        completion, the row that holds the token's prefix, the token's step, and the token.
         """
         n_others = self.vocab_size - 1
         truncated = self.completion_ids[-(n_others**self.max_completion_length) :]

@@ -123,6 +123,7 @@ def write_preferences(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
+    """Write the bundled preferences: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -150,6 +150,7 @@ def write_reviews(count: int, seed: int = 0) -> Iterator[Review]:
 
 
 def main() -> None:
+    """Write the bundled texts: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="How many reviews to print.")
     parser.add_argument("--seed", type=int, default=0)

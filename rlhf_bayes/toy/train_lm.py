@@ -38,6 +38,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """The bundled model before training: a small Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -89,6 +90,7 @@ def train(steps: int, batch_size: int, learning_rate: float, vocab_size: int, se
 
 
 def main() -> None:
+    """Train the bundled model: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default=model_path(), help="Where the model goes; the default replaces it.")
     parser.add_argument("--steps", type=int, default=3_000)

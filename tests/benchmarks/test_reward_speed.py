@@ -58,6 +58,7 @@ def test_memory_and_time_come_from_processes_of_their_own(tmp_path, monkeypatch)
     assert rows["TRL"] == [{"time": 1.0, "memory": 50.0}] * 2
 
 
+@pytest.mark.processes
 def test_a_failing_row_shows_its_error():
     with pytest.raises(RuntimeError, match="unexpected keyword argument 'trainers'"):
         reward_speed.measure({"trainers": "trl"}, {}, 1, {})

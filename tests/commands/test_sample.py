@@ -58,6 +58,7 @@ def truth(toy, beta):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_each_sampler_finds_the_posteriors_means(sampled, toy, sampler):
     found, exact = read(sampled / sampler / "evaluation.json"), truth(toy, 1.0)

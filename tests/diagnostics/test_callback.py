@@ -49,6 +49,7 @@ def make_trainer(toy, folder, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINERS)
 def test_each_evaluation_is_logged_and_training_is_left_as_it_is(toy, posterior, make_trainer, name):
     trainer, plain = make_trainer(name), make_trainer(name)

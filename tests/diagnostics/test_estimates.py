@@ -40,6 +40,7 @@ def coverage(population):
     return {key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_mean_over_all_prompts(coverage):
     # 95%, less what 16 skewed prompts take from Student's interval
     enough = binom.ppf(0.0005, REPEATS, 0.92) / REPEATS

@@ -34,6 +34,7 @@ def near(estimate, expected):
     assert abs(off) < 4, f"off by {off:.1f} standard errors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["prior", "policy"])
 def test_both_fits_are_those_of_the_enumeration(setting, who):
     toy, policy, evaluation = setting

@@ -76,6 +76,7 @@ def assert_within(estimate, standard_error, truth, what):
 WANTED = {"has b": (has_b, 0.75), "words": (words, 3.3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn_from", ["prior", "proposal"])
 @pytest.mark.filterwarnings("ignore:λ rests on few draws")  # of the proposal, which k̂ calls wide of the mark
 def test_lambda_z_and_kl_are_the_exact_ones(large_toy, drawn_from):
@@ -106,6 +107,7 @@ def test_lambda_z_and_kl_are_the_exact_ones(large_toy, drawn_from):
     assert [feature.prior for feature in summary.features.values()] == pytest.approx(before.tolist(), abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forbid", [False, True])
 def test_moments_on_top_of_other_evidence(large_toy, forbid):
     base = prior_of(large_toy).condition(no_c) if forbid else prior_of(large_toy).tilt(toy_reward, beta=1.5)

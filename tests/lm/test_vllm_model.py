@@ -104,6 +104,7 @@ def test_seeds_reproduce_and_batches_do_not_matter(toy):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_rejection_from_it_follows_the_posterior(toy):
     bound = float(toy.log_likelihood.max())
     posterior = drawing(toy).tilt(toy_reward, toy.beta)

@@ -33,6 +33,7 @@ def batches_drawn(toy, n, seed, repetitions):
     return torch.stack(log_weights).permute(2, 0, 1, 3), log_density.logsumexp(-1)
 
 
+@pytest.mark.slow
 def test_unbiased_and_better_than_one_batch_or_a_plain_mean(toy):
     repetitions = 1500
     log_weights, exact = batches_drawn(toy, 4, 0, repetitions)

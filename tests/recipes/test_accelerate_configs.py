@@ -1,14 +1,14 @@
 """The launch configurations: read by accelerate itself, and none of them a single process in disguise."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+
+from ..children import run
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 EXPECTED = {
@@ -42,6 +42,7 @@ def test_deepspeed_takes_the_optimizer_of_the_script(stage):
     assert not {"optimizer", "deepspeed_config_file"} & set(plugin)
 
 
+@pytest.mark.processes
 def test_multi_cpu_starts_two_processes(tmp_path):
     # some configurations that look right start one, and end with exit status 0
     script = tmp_path / "count.py"
@@ -53,13 +54,7 @@ def test_multi_cpu_starts_two_processes(tmp_path):
         "import os; os._exit(0)  # the teardown of a process group may abort\n"
     )
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*launcher, "--config_file", str(FOLDER / "multi_cpu.yaml"), str(script)],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run([*launcher, "--config_file", FOLDER / "multi_cpu.yaml", script])
     assert done.returncode == 0, done.stderr
     # two processes write to one pipe: their lines may meet
     assert sorted(re.findall(r"process (\d) of 2, cpu", done.stdout)) == ["0", "1"]

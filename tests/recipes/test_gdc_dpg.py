@@ -29,6 +29,8 @@ def recipe():
         yield module
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_without_arguments_trains_the_bundled_model(tmp_path):
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
     flags = ["--fit_samples", 64, "--report_samples", 16]
@@ -87,6 +89,8 @@ def test_conditions_alone_need_no_draws(recipe, run_in_process, monkeypatch, cap
     assert likelihood.log_likelihood(texts, texts, [[1]] * 3).tolist() == [-math.inf, 0.0, -math.inf]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
 def test_stories_with_animals(tmp_path):
     output = run_script(

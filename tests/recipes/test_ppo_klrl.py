@@ -27,6 +27,8 @@ def recipe():
         yield module
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_without_arguments_trains_the_bundled_model(tmp_path):
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
     output = run_script(RECIPE, *FEW, "--report_samples", 32, cwd=tmp_path, launcher=accelerate)
@@ -147,6 +149,8 @@ def test_rules_that_do_not_fit(recipe, run_in_process, reward_models, monkeypatc
         run_in_process("--reward_model_path", reward_models / name, *flags, "--output_dir", "out")
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
 def test_stories_with_vader(tmp_path):
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed (extra `recipes`)")

@@ -20,6 +20,8 @@ def recipe():
         yield module
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_from_preferences_to_policies(tmp_path):
     output = run_script(RECIPE, "--num_seeds", "2", "--num_members", "2", *FEW, cwd=tmp_path, columns=80)
     # a row a seed, then two for their mean

@@ -13,6 +13,7 @@ from ..scripts import run_script
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "sample_posterior.py"
 PROMPTS, SAMPLES = 2, 48
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

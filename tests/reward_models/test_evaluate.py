@@ -49,6 +49,8 @@ def script(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_models_on_the_toy(models, tmp_path):
     output = run_script(SCRIPT, "--reward_model_path", *models, "--max_pairs", "40", *FEW, cwd=tmp_path)
     for expected in ("40 pairs (raw rewards)", "Δ = 0", "one", "two, mean", "two, min", "gold itself", "n = 8"):

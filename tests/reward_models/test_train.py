@@ -59,6 +59,8 @@ def own_pairs(tmp_path):
     return ["--dataset_name", "pairs.jsonl", "--columns", "prompt=question", "chosen=better", "rejected=worse"]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_without_arguments_trains_four_heads_on_the_toy(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     output = run_script(FOLDER / "train.py", *FEW, cwd=tmp_path, launcher=launcher)

@@ -3,12 +3,13 @@
 import asyncio
 import math
 import multiprocessing
-import time
 
 import pytest
 import torch
 
 from rlhf_bayes.rewards import RewardScorer, score
+
+from ..children import STALLED_AFTER, wait_until
 
 NAN = math.nan
 
@@ -50,7 +51,7 @@ def test_async_functions_run_at_the_same_time():
     def meets(me, other):
         async def func(completions, **kwargs):
             met.setdefault(me, asyncio.Event()).set()
-            await asyncio.wait_for(met.setdefault(other, asyncio.Event()).wait(), timeout=5)
+            await asyncio.wait_for(met.setdefault(other, asyncio.Event()).wait(), timeout=STALLED_AFTER)
             return [1.0] * len(completions)
 
         return func
@@ -77,6 +78,7 @@ def _score_in_child(queue):
     queue.put(score(judge, PROMPTS, COMPLETIONS, IDS).tolist())
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_a_loop_of_its_own():
     score(judge, PROMPTS, COMPLETIONS, IDS)  # the parent's thread runs, and does not survive the fork
@@ -84,9 +86,7 @@ def test_a_forked_process_has_a_loop_of_its_own():
     queue = context.SimpleQueue()
     child = context.Process(target=_score_in_child, args=(queue,), daemon=True)
     child.start()
-    deadline = time.monotonic() + 30
-    while queue.empty() and child.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: not queue.empty() or not child.is_alive(), [child.pid])
     answered = not queue.empty()
     result = queue.get() if answered else None
     child.kill()

@@ -24,6 +24,7 @@ def best_of_n(toy, values, n):
     return (p * (above**n - below**n) / (above - below)).log()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_its_distribution_and_its_kl(toy, n):
     values = torch.tensor(rounded_length(completion_ids=toy.completion_ids))

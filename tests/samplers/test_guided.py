@@ -91,6 +91,7 @@ def test_a_seed_reproduces(toy):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_batch_does_not_matter(toy, batch_size):
     value = ExpertsValue(prior_of(toy, toy.random_policy(seed=1)), prior_of(toy, toy.random_policy(seed=2)))

@@ -27,6 +27,7 @@ def proposals(toy):
     return {"prior": None, "policy": policy_of(toy)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["prior", "policy"])
 def test_means_and_log_z(toy, proposal):
     sampler: Sampler = ImportanceSampler(proposals(toy)[proposal])
@@ -63,6 +64,7 @@ def test_weights_are_those_of_the_definition(toy):
         assert draws.info["max_weight"][prompt] == pytest.approx(float(rows.softmax(0).max()))
 
 
+@pytest.mark.slow
 def test_the_intervals_cover(toy):
     """200 runs of 150 draws: intervals of 95 % hold the truth in 90 % or more, three standard errors less."""
     draws = ImportanceSampler().sample(tilted(toy), [toy.prompts[1]] * 200, 150, seeded())
@@ -77,6 +79,7 @@ def test_the_intervals_cover(toy):
     assert_close(estimate.standard_error.mean(), spread, atol=0, rtol=0.15)
 
 
+@pytest.mark.slow
 def test_resampled_draws_count_alike(toy):
     """Their means are those of the posterior, with a standard error that allows for both rounds of chance."""
     # weaker evidence than elsewhere: few draws of a skewed distribution have no normal interval, however drawn

@@ -40,6 +40,7 @@ def exact_mean(log_p, values):
     return (log_p.exp() * torch.tensor(values, dtype=torch.float64)).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["prior", "policy"])
 def test_the_suffix_kernel_leaves_the_posterior_invariant(toy, proposal):
     """Exact draws, moved, are draws from the posterior still, whatever the kernel's cut and length."""
@@ -59,6 +60,7 @@ def test_the_suffix_kernel_leaves_the_posterior_invariant(toy, proposal):
     assert (torch.bincount(lengths)[1:] > 300).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["suffix", "independence"])
 @pytest.mark.parametrize("proposal", ["prior", "policy"])
 def test_chains_reach_the_posterior(toy, kernel, proposal):
@@ -72,6 +74,7 @@ def test_chains_reach_the_posterior(toy, kernel, proposal):
     assert_draws_follow(toy, draws, log_p)
 
 
+@pytest.mark.slow
 def test_means_have_the_error_that_is_claimed(toy):
     """100 runs of 4 chains: about 95 % of the intervals hold E[r], at an error wider than of independent draws."""
     posterior, log_p = short(toy)

@@ -23,6 +23,7 @@ from .enumerated import (
 )
 
 
+@pytest.mark.slow
 def test_from_the_prior_a_bound_makes_draws_exact(toy):
     sampler: Sampler = RejectionSampler(log_bound=max_evidence(toy), max_draws=50_000)
     draws = sampler.sample(tilted(toy), toy.prompts, 800, seeded())

@@ -97,6 +97,7 @@ def test_z_has_no_bias_and_draws_follow_the_posterior(toy, name):
         assert p_value > 1e-4, f"prompt {p}: Hotelling p = {p_value:.2g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["soft, always", "soft", "prefix reward"])
 def test_error_bars_cover(large_toy, name):
     toy, runs, n = large_toy, 40, 128
@@ -112,6 +113,7 @@ def test_error_bars_cover(large_toy, name):
     assert abs(covered - 0.95) < four_errors, f"{covered:.3f} of {3 * runs} intervals for E[r]"
 
 
+@pytest.mark.slow
 def test_error_bars_are_too_long_rather_than_too_short_where_the_value_misses_the_posterior(large_toy):
     """
     A distorted value and a proposal away from the posterior: Ẑ is skewed, and 64 particles are too few. The symmetric

@@ -9,7 +9,6 @@ out. On GPUs nothing was run.
 import json
 import math
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +26,10 @@ from rlhf_bayes import LanguageModel
 from rlhf_bayes.diagnostics import evaluate
 from rlhf_bayes.testing import toy_reward
 
+from ..children import run as run_child
 from .trainings import TOY, TRAININGS, resume, run, save_models, saved_weights, trainer_of
 
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 SCRIPT = Path(__file__).with_name("launched.py")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
@@ -75,16 +76,8 @@ def launch(models: Path, folder: Path, engine: str) -> None:
         pytest.fail(f"{engine} was launched before, and failed")
     folder.mkdir()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    command = [*launcher, "--config_file", str(CONFIGS / f"{engine}.yaml"), str(SCRIPT), str(models), str(folder)]
-    done = subprocess.run(
-        [*command, *map(str, ENGINES[engine])],
-        # the launcher prefers a visible GPU, where nothing here should run
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    command = [*launcher, "--config_file", CONFIGS / f"{engine}.yaml", SCRIPT, models, folder]
+    done = run_child([*command, *ENGINES[engine]])
     said = [line for line in done.stderr.splitlines() if "it/s]" not in line]
     assert done.returncode == 0, "\n".join(said[-80:])
 

@@ -112,6 +112,7 @@ def test_the_seed_decides_and_the_bytes_follow(tmp_path):
     assert {first["chosen"], first["rejected"]} == {" was good.", " was boring."}
 
 
+@pytest.mark.slow
 def test_pairs_are_drawn_from_the_bundled_model():
     splits = annotate.make_preferences({"train": 2, "test": 1}, seed=3)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 64, "test": 32}

@@ -1,7 +1,5 @@
 """GDC with options that not every engine of `tests/scale` allows: one process and two take the same steps."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,23 +7,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ..children import run
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 SCRIPT = str(Path(__file__).with_name("launched.py"))
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 def launched(folder: Path, num_processes: int, mode: str) -> dict:
-    # the launcher prefers a visible GPU, where nothing here should run
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launcher = LAUNCH if num_processes > 1 else []
-    command = [sys.executable, *launcher, SCRIPT, str(folder), mode, str(num_processes)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    done = run([sys.executable, *launcher, SCRIPT, folder, mode, num_processes])
+    assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "weights.pt")
 
 
 def test_two_processes_approach_the_posterior_as_one(tmp_path):
     runs = (launched(tmp_path / str(n), n, "gdc") for n in (1, 2))
-    for one, two in zip(*(run.values() for run in runs), strict=True):
+    for one, two in zip(*(trained.values() for trained in runs), strict=True):
         for name, weight in one["weights"].items():
             assert_close(two["weights"][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
         assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)

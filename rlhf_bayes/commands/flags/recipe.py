@@ -155,8 +155,10 @@ def save_evaluation(
     **known: Any,
 ) -> None:
     """
-    Leave what `rlhf-bayes report` shows of a run beside its model, from the draws of its evaluation: completions
-    before and after, distances to the posterior, and of a reward the best of n and the posteriors of other β.
+    Write what `rlhf-bayes report` shows of a run into the folder of its model, from the draws of its evaluation.
+
+    These are completions before and after training and the distances to the posterior; where the evidence is a reward,
+    also the best of n and the posteriors of other β.
 
     Args:
         evaluation ([`Evaluation`]):

@@ -40,7 +40,7 @@ class FaultTolerantTrainer(Trainer):
 
     @property
     def mode(self) -> str:
-        """ "train" or "eval": where metrics go."""
+        """The key under which TRL keeps metrics: "train" or "eval"."""
         return "train" if self.model.training else "eval"
 
     def log_metric(self, name: str, value: float) -> None:

@@ -108,8 +108,9 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
 
     def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
         """
-        Sum of the loss over this micro-batch's tokens or completions: (). Defined by the objective. `scores` is None
-        in evaluation, where the rollout's own say all there is to say.
+        Sum of the loss over this micro-batch's tokens or completions: (). Defined by the objective.
+
+        `scores` is None in evaluation: the policy is then that of the rollout, whose batch holds its scores.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `rollout_loss`.")
 
@@ -228,8 +229,9 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
     @property
     def step_is_rollout(self) -> bool:
         """
-        Whether the first step after a rollout learns from all of it at once, and from nothing else: then the forward
-        that scores the rollout is that of the step too.
+        Whether the first step after a rollout learns from all of it at once, and from nothing else.
+
+        Then the forward that scores the rollout serves the step too.
         """
         alone = self.accelerator.distributed_type == DistributedType.NO  # an engine wants its forward next to the loss
         return alone and self.args.steps_per_generation == 1 and self.proposal == "policy"

@@ -2,32 +2,32 @@
 
 from dataclasses import dataclass, field
 
+from rlhf_bayes.trainers.field_help import document_fields
 
+
+@document_fields
 @dataclass
 class FaultConfig:
-    r"""
-    What a trainer does when something goes wrong. Not for direct use.
-
-    Parameters:
-        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
-            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
-            checkpoint and stops.
-        save_on_sigterm (`bool`, *optional*, defaults to `False`):
-            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
-            saves a checkpoint, and ends the process with status 0. Otherwise it ends the process at once, or after the
-            checkpoint that is being written.
-    """
+    """What a trainer does when something goes wrong. Not for direct use."""
 
     max_nonfinite_steps: int = field(
         default=3,
         metadata={
-            "help": "Optimizer steps in a row with a gradient that is not finite: each is skipped; after so many "
-            "training saves a checkpoint and stops."
+            "help": (
+                "An optimizer step whose gradient is not finite is skipped. After this many such steps in a row, "
+                "training saves a checkpoint and stops."
+            )
         },
     )
     save_on_sigterm: bool = field(
         default=False,
-        metadata={"help": "Whether SIGTERM saves a checkpoint after the current step and exits with status 0."},
+        metadata={
+            "help": (
+                "What SIGTERM does, which schedulers send before they kill a job. True: the optimizer step ends, a "
+                "checkpoint is saved, and the process exits with status 0. False: the process ends at once, or after "
+                "the checkpoint that is being written."
+            )
+        },
     )
 
     def _check_faults(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from rlhf_bayes.numerics import DIVERGENCES
 from rlhf_bayes.numerics.dpg import BASELINES
 from rlhf_bayes.numerics.f_divergence import check_divergence
+from rlhf_bayes.trainers.field_help import document_fields
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
 LOG_VARIANCE = "log_variance"
@@ -13,131 +14,135 @@ _REPLAY_SAMPLING = ("uniform", "recency")
 _PROPOSALS = ("policy", "adaptive", "prior")
 
 
+@document_fields
 @dataclass
 class GDCConfig(RolloutConfig):
-    r"""
-    Configuration of [`GDCTrainer`]: that of [`~trl.RLOOConfig`], and the parameters below.
-
-    Parameters:
-        beta (`float`, *optional*):
-            Units of reward per nat of evidence. Default: 0.05, TRL's, with `reward_funcs`; a `likelihood` is in nats
-            already and takes none.
-        divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            From the posterior p to the policy π: `"forward_kl"` KL(p‖π), `"reverse_kl"` KL(π‖p), `"js"`, `"tv"`,
-            `"alpha"`; or `"log_variance"`, the variance of log π − log π0 − log_likelihood over a prompt's
-            completions, which needs no importance weights, nor Z unless completions are forbidden.
-        alpha (`float`, *optional*):
-            α of `"alpha"`, between 0, the forward KL, and 1, the reverse KL.
-        baseline (`str`, *optional*):
-            Of the pseudo-reward: `"constant"`, `"leave_one_out"` or `"none"`. Default: leave-one-out for the reverse
-            KL and TV, the constant −f′(1) for the others, where it has less noise, and for one completion a prompt.
-        proposal (`str`, *optional*, defaults to `"policy"`):
-            What completions are drawn from: the policy; `"adaptive"`, the policy as it was when its KL(p‖·) was last
-            seen to be lower than that of the proposal before, beyond noise; or `"prior"`.
-        replay_batches (`int`, *optional*, defaults to `1`):
-            How many of the last rollouts an optimizer step draws its completions from, its own included. Rewards and
-            prior log-probabilities are stored, never computed twice.
-        replay_sampling (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` over these rollouts, or `"recency"`: with a weight that falls linearly with age.
-        huber_delta (`float`, *optional*):
-            Deviations beyond so many nats count linearly. For `"log_variance"` alone.
-        forbidden_gap (`float`, *optional*, defaults to `1.0`):
-            Nats below its prior at which a forbidden completion is let be. For `"log_variance"` alone.
-        ess_min (`float`, *optional*, defaults to `1.0`):
-            Optimizer steps whose weights p/q have an effective sample size below are skipped and counted. The default
-            skips those without any completion that the posterior allows: such a step can only push the policy away
-            from what it draws, and leads out of the support. 0 skips none.
-        max_pseudo_reward (`float`, *optional*):
-            Upper bound of the pseudo-reward, p/π for the forward KL. Default: none. It moves the optimum.
-        beta_init (`float`, *optional*):
-            Anneals geometrically from this temperature, above `beta`, to `beta` (to 1 for a likelihood): from a
-            posterior nearer to the prior. What is forbidden stays so.
-        beta_init_steps (`int`, *optional*):
-            Optimizer steps of that. Default: half of the training.
-        prior_samples (`int`, *optional*, defaults to `0`):
-            Completions that the prior draws for each training prompt before training, for a first estimate of Z. A
-            multiple of `num_generations`. With `beta_init`, whose Z changes at each step, the last 8 rollouts count.
-        reward_timeout (`float`, *optional*):
-            Seconds that one call of a reward function may take. A function that is not async is then called in a
-            thread of its own. Default: as long as it takes.
-        reward_retries (`int`, *optional*, defaults to `0`):
-            How often a reward function that raises or takes too long is called again, after 1 s, 2 s, 4 s and so on.
-            When nothing helps, training saves a checkpoint and stops.
-        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
-            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
-            checkpoint and stops.
-        save_on_sigterm (`bool`, *optional*, defaults to `False`):
-            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
-            saves a checkpoint, and ends the process with status 0.
-    """
+    """Configuration of [`GDCTrainer`]: that of [`~trl.RLOOConfig`], and the parameters below."""
 
     beta: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Units of reward per nat of evidence. Default: 0.05 with reward functions; none with a likelihood."
+            "help": (
+                "Units of reward per nat of evidence. Default: 0.05, as in TRL, with `reward_funcs`. With a "
+                "`likelihood` leave it out, since that is in nats already."
+            )
         },
     )
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": "What is minimised from the posterior to the policy.",
+            "help": (
+                "The divergence from the posterior p to the policy π that is minimised: 'forward_kl' is KL(p‖π), "
+                "'reverse_kl' is KL(π‖p), 'js' and 'tv' are Jensen-Shannon's and the total variation, 'alpha' lies "
+                "between the two KLs. 'log_variance' is the variance of log π − log π0 − log_likelihood over the "
+                "completions of a prompt: it needs no importance weights, and Z only where completions are forbidden."
+            ),
             "choices": [*DIVERGENCES, LOG_VARIANCE],
         },
     )
     alpha: float | None = field(
-        default=None, metadata={"help": "Of divergence 'alpha': 0 is the forward KL, 1 the reverse KL."}
+        default=None, metadata={"help": "α of divergence 'alpha', between 0, the forward KL, and 1, the reverse KL."}
     )
     baseline: str | None = field(
         default=None,
         metadata={
-            "help": "Of the pseudo-reward. Default: 'leave_one_out' for the reverse KL and TV, else 'constant'.",
+            "help": (
+                "What is subtracted from the pseudo-reward. Default: 'leave_one_out' for the reverse KL and TV where "
+                "a prompt has several completions, otherwise 'constant', which is −f′(1). Each is the one with less "
+                "noise there."
+            ),
             "choices": list(BASELINES),
         },
     )
     proposal: str = field(
         default="policy",
         metadata={
-            "help": "What completions are drawn from: the policy, the best policy so far ('adaptive'), or the prior.",
+            "help": (
+                "The distribution that completions are drawn from. 'policy': the policy. 'adaptive': the best policy "
+                "so far, which is replaced when the policy's KL(p‖π) is lower by more than noise. 'prior': the prior."
+            ),
             "choices": list(_PROPOSALS),
         },
     )
     replay_batches: int = field(
-        default=1, metadata={"help": "Rollouts, the last included, that an optimizer step draws its completions from."}
+        default=1,
+        metadata={
+            "help": (
+                "How many of the last rollouts, the current one included, an optimizer step draws its completions "
+                "from. Rewards and log-probabilities under the prior are stored and never computed twice."
+            )
+        },
     )
     replay_sampling: str = field(
         default="uniform",
         metadata={
-            "help": "How completions are drawn from the replayed rollouts: all alike, or recent ones more often.",
+            "help": (
+                "How completions are drawn from these rollouts. 'uniform': all alike. 'recency': with a weight that "
+                "falls linearly with age."
+            ),
             "choices": list(_REPLAY_SAMPLING),
         },
     )
     huber_delta: float | None = field(
         default=None,
-        metadata={"help": "Nats beyond which a deviation of the log-variance loss counts linearly. Default: none."},
+        metadata={
+            "help": (
+                "Deviations count linearly beyond this many nats, instead of by their square. For divergence "
+                "'log_variance' only. Default: none."
+            )
+        },
     )
     forbidden_gap: float = field(
         default=1.0,
-        metadata={"help": "Nats below its prior at which the log-variance loss lets a forbidden completion be."},
+        metadata={
+            "help": (
+                "The loss of a forbidden completion is 0 once the policy's log-probability is this many nats below "
+                "the prior's. For divergence 'log_variance' only."
+            )
+        },
     )
     ess_min: float = field(
         default=1.0,
         metadata={
-            "help": "Optimizer steps with a smaller effective sample size of p/q are skipped and counted. 1 skips "
-            "those with forbidden completions only."
+            "help": (
+                "Optimizer steps whose importance weights have an effective sample size below this are skipped and "
+                "counted. The default skips steps without any completion that the posterior allows: they could only "
+                "push the policy away from what it draws, and out of the support. 0 skips none."
+            )
         },
     )
     max_pseudo_reward: float | None = field(
-        default=None, metadata={"help": "Upper bound of the pseudo-reward. It moves the optimum. Default: none."}
+        default=None,
+        metadata={
+            "help": (
+                "Upper bound of the pseudo-reward, which is p/π for the forward KL. It moves the optimum. Default: "
+                "none."
+            )
+        },
     )
     beta_init: float | None = field(
-        default=None, metadata={"help": "Temperature, above beta, that is annealed to beta. Default: none."}
+        default=None,
+        metadata={
+            "help": (
+                "Temperature at the start, above `beta`. It is annealed geometrically to `beta` (to 1 with a "
+                "likelihood), so that training starts at a posterior close to the prior. Forbidden completions stay "
+                "forbidden. Default: no annealing."
+            )
+        },
     )
     beta_init_steps: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of the annealing. Default: half of the training."}
+        default=None,
+        metadata={"help": "Optimizer steps over which `beta_init` is annealed. Default: half of the training."},
     )
     prior_samples: int = field(
         default=0,
-        metadata={"help": "Completions of each training prompt from the prior, before training, to estimate Z."},
+        metadata={
+            "help": (
+                "Completions that the prior draws for each training prompt before training, for a first estimate of "
+                "Z. A multiple of `num_generations`. With `beta_init` Z changes at each step, so only the last 8 "
+                "rollouts count."
+            )
+        },
     )
 
     @property

@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 
 class GDCTrainer(RolloutTrainer):
     r"""
-    Distributional policy gradients towards a posterior p(x|c) = π0(x|c)·exp(log_likelihood(c, x))/Z(c), whatever the
-    evidence: a reward, a condition, features with given means.
+    Distributional policy gradients towards a posterior p(x|c) = π0(x|c)·exp(log_likelihood(c, x))/Z(c).
+
+    The evidence is a reward, a condition, or features with given means.
 
         ∇ D_f(π‖p) = −E_q[π/q · (−f′(π/p) − b) · ∇log π],    forward KL: −E_q[(P/(Z·q) − π/q) · ∇log π]
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from rlhf_bayes.trainers.field_help import document_fields
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
 _KL_ESTIMATORS = {
@@ -16,73 +17,48 @@ _KL_ESTIMATORS = {
 }
 
 
+@document_fields
 @dataclass
 class PPOConfig(RolloutConfig):
-    r"""
-    Configuration of [`PPOTrainer`]: that of [`~trl.RLOOConfig`], and the parameters below.
-
-    Parameters:
-        kl_estimator (`str`, *optional*, defaults to `"k1"`):
-            Per-token KL estimate in the reward, log π(x_t) − log π0(x_t). Others are refused with the reason.
-        lam (`float`, *optional*, defaults to `1.0`):
-            λ of generalised advantage estimation. With 1 the gradient is unbiased however bad the critic is. Below 1
-            the KL of early tokens is felt only through the critic: worth trying with a trained one (`value_model`).
-            The discount is 1: another one would move the optimum.
-        cliprange_value (`float`, *optional*):
-            Clips the value's change from the rollout. Default: not clipped, since the range is in units of the reward,
-            which only you know.
-        vf_coef (`float`, *optional*, defaults to `0.1`):
-            Weight of the value loss.
-        critic (`str`, *optional*, defaults to `"shared"`):
-            `"shared"`: a value head on the policy's last hidden state. `"separate"`: a trunk of its own (a LoRA
-            adapter on the same base, where the policy is one).
-        critic_warmup_steps (`int`, *optional*, defaults to `0`):
-            Optimizer steps at the start in which only the critic learns.
-        target_kl (`float`, *optional*):
-            Adapts β so that KL(π‖π0) approaches this many nats per sequence. Default: β is fixed.
-        kl_horizon (`int`, *optional*, defaults to `10_000`):
-            Episodes over which β adapts.
-        missing_eos_penalty (`float`, *optional*):
-            Subtracted from the reward of completions without EOS, in units of the reward. Part of the posterior.
-        reward_timeout (`float`, *optional*):
-            Seconds that one call of a reward function may take. A function that is not async is then called in a
-            thread of its own. Default: as long as it takes.
-        reward_retries (`int`, *optional*, defaults to `0`):
-            How often a reward function that raises or takes too long is called again, after 1 s, 2 s, 4 s and so on.
-            When nothing helps, training saves a checkpoint and stops.
-        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
-            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
-            checkpoint and stops.
-        save_on_sigterm (`bool`, *optional*, defaults to `False`):
-            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
-            saves a checkpoint, and ends the process with status 0.
-    """
+    """Configuration of [`PPOTrainer`]: that of [`~trl.RLOOConfig`], and the parameters below."""
 
     kl_estimator: str = field(
         default="k1",
         metadata={
-            "help": "Per-token estimate of KL(policy || prior) in the reward. Only 'k1' has the posterior as optimum."
+            "help": (
+                "Per-token estimate of KL(π‖π0) in the reward. Only 'k1', log π(x_t) − log π0(x_t), has the posterior "
+                "as its optimum; others are refused with the reason."
+            )
         },
     )
     lam: float = field(
         default=1.0,
         metadata={
-            "help": "Lambda of generalised advantage estimation, in [0, 1]. Below 1 the gradient is only as good as "
-            "the critic. The discount is 1."
+            "help": (
+                "λ of generalised advantage estimation, in [0, 1]. With 1 the gradient is unbiased however bad the "
+                "critic is. Below 1, early tokens see the KL of later ones only through the critic, so it pays only "
+                "with a trained critic (`value_model`). The discount is 1: another one would move the optimum."
+            )
         },
     )
     cliprange_value: float | None = field(
         default=None,
         metadata={
-            "help": "Clip range of the value function, in units of the reward. If `None`, no clipping is applied."
+            "help": (
+                "Clips the change of a value since the rollout to this range, in units of the reward. Default: no "
+                "clipping, since only you know the scale of the reward."
+            )
         },
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     critic: str = field(
         default="shared",
         metadata={
-            "help": "'shared': a value head on the policy's last hidden state. 'separate': a trunk of its own, from "
-            "`value_model`, a copy of the reward model, or a LoRA adapter on the policy's base.",
+            "help": (
+                "'shared': a value head on the policy's last hidden state. 'separate': a trunk of its own, which is "
+                "`value_model`, or a LoRA adapter on the policy's base, or a copy of the reward model or of the "
+                "policy."
+            ),
             "choices": ["shared", "separate"],
         },
     )
@@ -91,9 +67,11 @@ class PPOConfig(RolloutConfig):
     )
     target_kl: float | None = field(
         default=None,
-        metadata={"help": "KL(policy || prior) in nats per sequence that beta adapts to. If `None`, beta is fixed."},
+        metadata={"help": "KL(π‖π0) in nats per sequence towards which β is adapted. Default: β is fixed."},
     )
-    kl_horizon: int = field(default=10_000, metadata={"help": "Episodes over which beta adapts to `target_kl`."})
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Completions over which a KL far from `target_kl` changes β by a fifth."}
+    )
 
     @property
     def infinite_where_forbidden(self) -> str | None:

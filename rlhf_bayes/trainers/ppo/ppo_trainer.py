@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 class PPOTrainer(RolloutTrainer):
     r"""
-    Proximal policy optimisation of E[r] − β·KL(πθ‖π0), whose optimum is the posterior π*(x|c) =
-    π0(x|c)·exp(r(c,x)/β)/Z(c).
+    Proximal policy optimisation of E[r] − β·KL(πθ‖π0).
+
+    The optimum is the posterior π*(x|c) = π0(x|c)·exp(r(c,x)/β)/Z(c).
 
         J(θ) = E_πθ[r(x) − β·log(πθ(x)/π0(x))]        (Korbak, Perez & Buckley 2022, arXiv 2205.11275, eq. 3–4)
         J/β = ELBO,   log Z − ELBO = KL(πθ‖π*)         (their eq. 5–7)
@@ -53,8 +54,8 @@ class PPOTrainer(RolloutTrainer):
       V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i). At the optimum u is the constant β·log Z(c).
     - Advantages are recomputed at each update, with the policy and the critic of that moment: the posterior does not
       move, so completions drawn earlier in the batch are judged by what the policy is now.
-    - With several completions a prompt, siblings correct the critic's forecast of the prompt (see
-    [`prompt_baseline`]).
+    - With several completions per prompt, siblings correct the critic's forecast of the prompt: see
+      [`prompt_baseline`].
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -32,8 +32,11 @@ _SETTINGS = (
 def reward_card(
     trainer: "RewardTrainer", name: str, dataset_name: str | None = None, tags: list[str] | str | None = None
 ) -> str:
-    """Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it. A plot
-    `reliability.png` in the output folder is shown."""
+    """
+    Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it.
+
+    It shows the plot `reliability.png` of the output folder, if there is one.
+    """
     pairs = trainer.evaluation_pairs
     # rewards that diverged have no metrics, and a checkpoint is saved all the same
     finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()

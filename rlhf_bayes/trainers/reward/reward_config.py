@@ -6,73 +6,65 @@ from trl import RewardConfig as TRLRewardConfig
 
 from rlhf_bayes.numerics import noise_from_agreement
 from rlhf_bayes.trainers.faults.fault_config import FaultConfig
+from rlhf_bayes.trainers.field_help import document_fields
 
 
+@document_fields
 @dataclass
 class RewardConfig(FaultConfig, TRLRewardConfig):
-    r"""
-    Configuration of [`RewardTrainer`]: that of [`~trl.RewardConfig`], and the parameters below.
+    """Configuration of [`RewardTrainer`]: that of [`~trl.RewardConfig`], and the parameters below."""
 
-    Parameters:
-        num_members (`int`, *optional*, defaults to `1`):
-            Members of the ensemble, K.
-        ensemble (`str`, *optional*, defaults to `"heads"`):
-            What the members are: `"heads"` on one trunk, or `"lora"` adapters on one base, each with a head of its own
-            (needs `peft_config`). Each member has its own initialisation.
-        bootstrap (`str`, *optional*, defaults to `"pairs"`):
-            What sets the members' data apart: `"pairs"`, each pair counts Poisson(1) times for each member;
-            `"annotators"`, each annotator's votes go to one member; `"none"`, nothing.
-        label_smoothing (`float`, *optional*, defaults to `0.0`):
-            ε, the probability that a label is wrong: targets become (1−ε)·p + ε·(1−p).
-        annotator_agreement (`float`, *optional*):
-            Probability a that two annotators agree on a pair, in (½, 1]. Sets ε of `label_smoothing` by a = (1−ε)² +
-            ε². For labels without votes.
-        annotator_reliability (`bool`, *optional*, defaults to `False`):
-            Whether to learn how often each annotator errs, and to trust them accordingly: each vote follows
-            (1−ε_a)·σ(Δ) + ε_a·σ(−Δ). Needs the column `annotator`, or `annotators` and `annotator_votes`.
-        overlong (`str`, *optional*, defaults to `"drop"`):
-            What becomes of a pair of which a text has more than `max_length` tokens: `"drop"`, as in TRL; `"truncate"`
-            from the left, so that the end of the completion stays; or `"error"`. Counted and reported.
-        max_nonfinite_steps (`int`, *optional*, defaults to `3`):
-            An optimizer step whose gradient is not finite is skipped. After so many in a row training saves a
-            checkpoint and stops.
-        save_on_sigterm (`bool`, *optional*, defaults to `False`):
-            Whether SIGTERM, with which schedulers announce that they will kill a job, lets the optimizer step end,
-            saves a checkpoint, and ends the process with status 0.
-    """
-
-    num_members: int = field(default=1, metadata={"help": "Members of the ensemble."})
+    num_members: int = field(default=1, metadata={"help": "Number of members of the ensemble."})
     ensemble: str = field(
         default="heads",
         metadata={
-            "help": "What the members are: 'heads' on one trunk, or 'lora' adapters on one base, each with a head.",
+            "help": (
+                "What a member is: 'heads' on one trunk, or 'lora' adapters on one base, each with a head of its own "
+                "(needs `peft_config`). Each member has its own initialisation."
+            ),
             "choices": ["heads", "lora"],
         },
     )
     bootstrap: str = field(
         default="pairs",
         metadata={
-            "help": "What sets the members' data apart: resampled 'pairs', the 'annotators' dealt out, or 'none'.",
+            "help": (
+                "What makes the members' data differ. 'pairs': each pair counts Poisson(1) times for each member. "
+                "'annotators': the votes of each annotator go to one member. 'none': nothing."
+            ),
             "choices": ["pairs", "annotators", "none"],
         },
     )
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability that a label is wrong, below 1/2."})
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Probability ε that a label is wrong, below 1/2: the target p becomes (1−ε)·p + ε·(1−p)."},
+    )
     annotator_agreement: float | None = field(
         default=None,
         metadata={
-            "help": "Probability that two annotators agree on a pair; sets the label smoothing for labels without "
-            "votes."
+            "help": (
+                "Probability a that two annotators agree on a pair, in (1/2, 1]. It sets the ε of `label_smoothing` "
+                "by a = (1−ε)² + ε², for labels without votes."
+            )
         },
     )
     annotator_reliability: bool = field(
         default=False,
-        metadata={"help": "Whether to learn how often each annotator errs, and to trust them accordingly."},
+        metadata={
+            "help": (
+                "Whether to learn how often each annotator errs, and to weigh their votes by it: each vote follows "
+                "(1−ε_a)·σ(Δ) + ε_a·σ(−Δ). Needs the column `annotator`, or `annotators` and `annotator_votes`."
+            )
+        },
     )
     overlong: str = field(
         default="drop",
         metadata={
-            "help": "What becomes of pairs with more than `max_length` tokens: 'drop', 'truncate' from the left, or "
-            "'error'.",
+            "help": (
+                "What happens to a pair in which a text has more than `max_length` tokens. 'drop': it is left out, as "
+                "in TRL. 'truncate': its texts are cut from the left, so that the end of the completion stays. "
+                "'error': training stops. The number is reported."
+            ),
             "choices": ["drop", "truncate", "error"],
         },
     )

@@ -79,9 +79,10 @@ def reward_funcs_of(
     likelihood: Likelihood | None, reward_funcs: Any, tokenizers: Any, device: torch.device, base: PolicyBase | None
 ) -> list:
     """
-    The evidence in the form in which TRL calls it: a likelihood as one [`LikelihoodReward`], or reward functions as
-    [`checked_reward_funcs`] returns them. Either may return `-inf`, which [`unusable_rewards`] refuses for objectives
-    that cannot take it.
+    The evidence in the form in which TRL calls it.
+
+    A likelihood becomes one [`LikelihoodReward`]; reward functions are those of [`checked_reward_funcs`]. Either may
+    return `-inf`, which [`unusable_rewards`] refuses for objectives that cannot take it.
     """
     if likelihood is not None:
         return [LikelihoodReward(likelihood)]

@@ -20,9 +20,11 @@ def checked_reward_funcs(
     base: PolicyBase | None = None,
 ) -> list:
     """
-    Reward functions whose results are checked, and those given by a path loaded: TRL would read the weights, and not
-    the normalization beside them. A reward may be `-inf`, for a forbidden completion. Adapters on the policy's base
-    are loaded when the policy is there: see [`share_base`].
+    Reward functions whose results are checked; those given by a path are loaded.
+
+    They are loaded here since TRL would read the weights without the normalization beside them. Adapters on the
+    policy's base are loaded later, when the policy is: see [`share_base`]. A reward may be `-inf`, for a forbidden
+    completion.
 
     Args:
         reward_funcs, tokenizers:

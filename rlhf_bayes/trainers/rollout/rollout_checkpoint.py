@@ -1,6 +1,4 @@
-"""
-What a checkpoint of a rollout trainer holds beside the policy: the critic, and the rollout in flight.
-"""
+"""What a checkpoint of a rollout trainer holds beside the policy: the critic, and the rollout in flight."""
 
 import logging
 from collections.abc import Iterator
@@ -28,8 +26,9 @@ def saved_apart(
     policy: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None, writes: bool
 ) -> Iterator[dict[str, Tensor] | None]:
     """
-    Within: the policy is without its critic and without reward models, to be saved by others; then the critic is
-    saved beside it.
+    A context in which others save the policy without its critic and its reward models.
+
+    At its end the critic is saved beside the policy.
 
     Args:
         policy (`nn.Module`):

@@ -8,6 +8,7 @@ from typing import Any
 from trl import RLOOConfig
 
 from rlhf_bayes.trainers.faults.fault_config import FaultConfig
+from rlhf_bayes.trainers.field_help import document_fields
 
 # keys of `generation_kwargs` that do not change which completions come with which probability
 _HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "cache_config", "prefill_chunk_size"}
@@ -15,23 +16,10 @@ _HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "cache_confi
 NumberRules = dict[str, tuple[Any, Callable[[Any], bool], str]]
 
 
+@document_fields
 @dataclass
 class RolloutConfig(FaultConfig, RLOOConfig):
-    r"""
-    [`~trl.RLOOConfig`] for trainers whose target is a posterior. Not for direct use.
-
-    Parameters:
-        missing_eos_penalty (`float`, *optional*):
-            Subtracted from the reward of completions without EOS, in units of the reward. Part of the posterior.
-        reward_timeout (`float`, *optional*):
-            Seconds that one call of a reward function may take. A function that is not async is then called in a
-            thread of its own. Default: as long as it takes.
-        reward_retries (`int`, *optional*, defaults to `0`):
-            How often a reward function that raises or takes too long is called again, after 1 s, 2 s, 4 s and so on.
-            When nothing helps, training saves a checkpoint and stops.
-        max_nonfinite_steps, save_on_sigterm:
-            See [`FaultConfig`].
-    """
+    """[`~trl.RLOOConfig`] for trainers whose target is a posterior. Not for direct use."""
 
     disable_dropout: bool = field(
         default=True,
@@ -39,16 +27,29 @@ class RolloutConfig(FaultConfig, RLOOConfig):
     )
     missing_eos_penalty: float | None = field(
         default=None,
-        metadata={"help": "Subtracted from the reward of completions without EOS. Moves the posterior."},
+        metadata={
+            "help": (
+                "Subtracted from the reward of completions without EOS, in units of the reward. It is part of the "
+                "posterior: another value moves the optimum. Default: none."
+            )
+        },
     )
     reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds that one call of a reward function may take. Default: any number."}
+        default=None,
+        metadata={
+            "help": (
+                "Seconds that one call of a reward function may take. A function that is not async is then called in "
+                "a thread of its own. Default: no limit."
+            )
+        },
     )
     reward_retries: int = field(
         default=0,
         metadata={
-            "help": "How often a reward function that fails is called again, after 1 s, 2 s, 4 s and so on, before "
-            "training saves a checkpoint and stops."
+            "help": (
+                "How often a reward function that raises or exceeds `reward_timeout` is called again, after 1 s, 2 s, "
+                "4 s and so on. If every call fails, training saves a checkpoint and stops."
+            )
         },
     )
 

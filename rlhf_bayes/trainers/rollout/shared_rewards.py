@@ -115,8 +115,9 @@ class SharedReward:
 
 def share_base(reward_funcs: list, policy: Callable[[], nn.Module]) -> None:
     """
-    Put the adapters of each [`SharedReward`] among checked reward functions into the policy. Before the critic comes
-    in: PEFT freezes what it does not know.
+    Put the adapters of each [`SharedReward`] among checked reward functions into the policy.
+
+    Call it before the critic is attached: PEFT freezes what it does not know.
 
     Args:
         reward_funcs (`list`):

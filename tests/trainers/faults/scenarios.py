@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -24,6 +24,9 @@ from datasets import Dataset
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints, defect, whole_checkpoints
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import children
 
 torch.set_num_threads(1)
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "gradient_checkpointing": False, "disable_tqdm": True}
@@ -82,23 +85,26 @@ def start(kind, folder, num_processes=1, resume="auto", environment=None, **chan
 
 
 def wait_for_step(folder, step, processes):
-    deadline = time.monotonic() + 120
-    while not any(done >= step and not defect(path) for done, path in checkpoints(folder).items()):
-        assert time.monotonic() < deadline
+    def saved():
         assert all(process.is_alive() for process in processes), ended(folder, processes)
-        time.sleep(0.02)
+        return any(done >= step and not defect(path) for done, path in checkpoints(folder).items())
+
+    children.wait_until(saved, [process.pid for process in processes], [folder])
 
 
-def ended(folder, processes, seconds=60):
-    """How they ended, what they said, and what they left."""
-    begin = time.monotonic()
-    for process in processes:
-        process.join(max(0.0, begin + seconds - time.monotonic()))
+def ended(folder, processes):
+    """How they ended, what they said, and what they left. One that makes no progress is killed: its code says so."""
+    with suppress(TimeoutError):
+        children.wait_until(
+            lambda: not any(process.is_alive() for process in processes),
+            [process.pid for process in processes],
+            [folder],
+        )
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
     said = [path.read_text()[-4000:] for path in sorted(folder.glob("said*"))]
-    return {"codes": codes, "said": said, "whole": list(whole_checkpoints(folder)), "took": time.monotonic() - begin}
+    return {"codes": codes, "said": said, "whole": list(whole_checkpoints(folder))}
 
 
 def sigterm(kind, folder, num_processes, asked=True):

@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,10 @@ import pytest
 from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints, defect
 
 from ...benchmarks.scripts import BENCHMARKS
+from ...children import started, wait_until
 from ...scripts import run_script
 
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 SCRIPT = Path(__file__).with_name("scenarios.py")
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 GO_ON = "go on from it with `resume_from_checkpoint=True`"
@@ -47,7 +47,6 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(name, killed, 
     run = found[name]
     assert run["codes"][killed] == -signal.SIGKILL
     assert run["codes"][1 - killed] == 1
-    assert run["took"] < 30
     assert GO_ON in run["said"][1 - killed]
 
 
@@ -64,22 +63,18 @@ def test_a_reward_that_fails_in_one_process_stops_all_with_a_checkpoint(kind, fo
 
 
 def test_a_launcher_ends_the_others_when_one_is_killed(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *LAUNCH, str(SCRIPT), str(tmp_path), "launched"]
-    with (tmp_path / "errors").open("w") as errors:
-        launcher = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        try:
-            deadline = time.monotonic() + 180
-            while not any(not defect(folder) for folder in checkpoints(tmp_path).values()):
-                assert launcher.poll() is None, (tmp_path / "errors").read_text()[-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
-            os.kill(pids[1], signal.SIGKILL)
-            launcher.wait(timeout=60)
-        finally:
-            launcher.kill()
-    said = (tmp_path / "errors").read_text()
+    errors = tmp_path / "errors"
+
+    def saved():
+        assert launcher.poll() is None, errors.read_text()[-3000:]
+        return any(not defect(folder) for folder in checkpoints(tmp_path).values())
+
+    with started([sys.executable, *LAUNCH, SCRIPT, tmp_path, "launched"], errors) as launcher:
+        wait_until(saved, [launcher.pid], [tmp_path])
+        pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
+        os.kill(pids[1], signal.SIGKILL)
+        wait_until(lambda: launcher.poll() is not None, [launcher.pid], [tmp_path])
+    said = errors.read_text()
     assert launcher.returncode != 0
     assert GO_ON in said  # the other process
     assert "Signal 9" in said  # the launcher

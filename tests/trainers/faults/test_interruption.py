@@ -1,11 +1,8 @@
 """Ctrl-C and SIGTERM leave checkpoints from which the run goes on."""
 
-import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,28 +13,26 @@ from transformers.trainer_utils import get_last_checkpoint
 from rlhf_bayes.lm import Critic
 from rlhf_bayes.trainers.faults.interruption import finished_before_signals
 
+from ...children import started, wait_until
 from ..training import config, trainer
 
-SCRIPT = str(Path(__file__).with_name("launched.py"))
+SCRIPT = Path(__file__).parents[1] / "launched.py"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_the_last_checkpoint_is_usable(toy, tmp_path, name):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with (tmp_path / "errors").open("w") as errors:
-        process = subprocess.Popen([sys.executable, SCRIPT, str(tmp_path / "run"), "slow"], env=environment,
-                                   stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
-        try:
-            deadline = time.monotonic() + 180
-            # the moment that a folder appears is the worst: it is being written, and an older one is to be deleted
-            while not (tmp_path / "run" / "checkpoint-4").is_dir():
-                assert process.poll() is None, (tmp_path / "errors").read_text()[-3000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(getattr(signal, name))
-            process.wait(timeout=60)
-        finally:
-            process.kill()
+    errors = tmp_path / "errors"
+
+    def saves():
+        assert process.poll() is None, errors.read_text()[-3000:]
+        # the moment that a folder appears is the worst: it is being written, and an older one is to be deleted
+        return (tmp_path / "run" / "checkpoint-4").is_dir()
+
+    with started([sys.executable, SCRIPT, tmp_path / "run", "slow"], errors) as process:
+        wait_until(saves, [process.pid], [tmp_path])
+        process.send_signal(getattr(signal, name))
+        wait_until(lambda: process.poll() is not None, [process.pid], [tmp_path])
     assert process.returncode != 0
     last = get_last_checkpoint(str(tmp_path / "run"))
     step = int(last.rsplit("-", 1)[1])

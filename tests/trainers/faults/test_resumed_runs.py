@@ -3,7 +3,6 @@
 import os
 import re
 import resource
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from rlhf_bayes import GDCConfig, GDCTrainer
 from rlhf_bayes.testing import toy_reward
 from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints, defect
 
+from ...children import run as run_child
 from ..reward.test_reward_checkpoints import make as make_reward
 from ..training import QUIET, config, prompts_of, trainer, weights
 
@@ -151,15 +151,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(kind, size, toy, tmp_path, sma
     assert_same_weights(resumed, whole)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a file system of 1 MB, as Linux lets users do")
 def test_a_disk_that_is_really_full(tmp_path):
     script = tmp_path / "fill.py"
     script.write_text(FILL)
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path / 'disk'} && {sys.executable} {script} {tmp_path / 'disk'}"
     (tmp_path / "disk").mkdir()
-    run = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", mount], capture_output=True, text=True, timeout=300, check=False
-    )
+    run = run_child(["unshare", "-rm", "sh", "-c", mount])
     if "unshare failed" in run.stderr or "permission denied" in run.stderr:
         pytest.skip(f"users may not mount here: {run.stderr.strip()}")
     assert run.returncode == 1, run.stderr[-3000:]

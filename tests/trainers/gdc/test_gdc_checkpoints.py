@@ -54,6 +54,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "peft"), [*((name, False) for name in RUNS), ("adaptive", True), ("log_variance", True)]
 )
@@ -76,6 +77,7 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
             assert torch.equal(resumed.proposal.weights[parameter], weight)
 
 
+@pytest.mark.slow
 def test_another_target_is_not_gone_on_with(toy, tmp_path):
     make(toy, tmp_path / "reward", max_steps=5).train()
     with pytest.raises(ValueError, match=r"`beta` must be that of the checkpoint, 0\.5, got 0\.4: .*`ref_model`"):

@@ -64,6 +64,7 @@ def check(toy, tmp_path, policy, log_likelihood, divergence, prior=None, **chang
     assert_mean_gradient(gradient_samples(toy, tmp_path, policy, prior, log_likelihood, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_on_policy(toy, tmp_path, divergence):
     check(toy, tmp_path, toy.random_policy(noise=0.05, seed=2), toy.log_likelihood, divergence)

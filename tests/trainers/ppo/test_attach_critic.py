@@ -161,6 +161,7 @@ def test_training_goes_on_from_a_saved_critic(toy, tmp_path, critic, peft):
     assert all(parameter.requires_grad for parameter in second.critic.parameters())
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_prefix_is_worth(toy, tmp_path):
     # the policy stays put in the warm-up, so that the best explained variance is known
     changes = {"max_steps": 50, "learning_rate": 3e-2, "optim": "adamw_torch", "critic_warmup_steps": 50, "lam": 1.0}

@@ -133,13 +133,6 @@ def test_an_optimizer_step_lies_within_a_rollout(tmp_path):
     assert config(tmp_path, gradient_accumulation_steps=3, steps_per_generation=6).steps_per_generation == 6
 
 
-def test_every_new_field_has_help():
-    assert set(NEW_FIELDS) >= {"kl_estimator", "lam", "vf_coef", "critic", "target_kl", "missing_eos_penalty"}
-    for name, field in NEW_FIELDS.items():
-        assert len(field.metadata.get("help", "")) > 20, f"`{name}` has no help"
-        assert f"        {name} (`" in PPOConfig.__doc__, f"`{name}` is not in the docstring"
-
-
 def test_help_can_be_printed(capsys):
     with pytest.raises(SystemExit):  # a lone % in a help text raises something else
         HfArgumentParser(PPOConfig).parse_args_into_dataclasses(["--help"])

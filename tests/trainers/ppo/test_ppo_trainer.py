@@ -80,6 +80,7 @@ def gradient_samples(toy, tmp_path, policy, steps, **changes):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_expected_gradient_is_that_of_the_objective(tmp_path, temperature):
     toy = EnumerableLM(vocab_size=4, max_completion_length=3, temperature=temperature)
@@ -107,6 +108,7 @@ def test_the_first_advantages_are_the_returns(toy, tmp_path):
     assert loss == pytest.approx(-advantages[rollout.mask].mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_it_learns_the_posterior(toy, tmp_path, critic):
     before = toy.reverse_kl(toy.model).mean().item()
@@ -122,6 +124,7 @@ def test_it_learns_the_posterior(toy, tmp_path, critic):
     assert logged(trained, "posterior/elbo")[-1] > logged(trained, "posterior/elbo")[0]
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_matter(toy, tmp_path):
     """1 × 24, 8 × 3 and 24 × 1 rows an optimizer step, of different lengths, some without a reward."""
 
