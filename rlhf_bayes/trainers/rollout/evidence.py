@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_bayes.likelihoods import Likelihood, known_forbids
+from rlhf_bayes.objectives.gdc_losses import names_that_take_forbidden
 from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward, checked_reward_funcs
 from rlhf_bayes.trainers.rollout.rollout_config import RolloutConfig
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
@@ -18,9 +19,7 @@ _KNOBS = dict.fromkeys(("beta", "reward_weights", "reward_clip_range", "missing_
     "the evidence weighs where the posterior is made: by the β of a reward, or the power in a `ProductLikelihood`."
 }
 """Field of a configuration -> why it must be left out with a likelihood."""
-_TAKES_FORBIDDEN = (
-    "`GDCTrainer` with `divergence` 'forward_kl', 'js', 'tv', 'alpha' below 1, or 'log_variance' can take it"
-)
+_TAKES_FORBIDDEN = f"`GDCTrainer` can take it, with `divergence` {names_that_take_forbidden()}"
 
 
 def beta_of(args: RolloutConfig, likelihood: Likelihood | None) -> float:
@@ -70,8 +69,8 @@ def check_evidence(args: RolloutConfig, reward_funcs: Any, likelihood: Any, toke
     if objective is not None and known_forbids(likelihood):
         raise ValueError(
             f"`likelihood` must not forbid completions with {objective}, got {type(likelihood).__name__} with "
-            "`forbids` = True: KL(π‖p) is infinite for any policy that can draw a forbidden completion, and so is its "
-            f"gradient. {_TAKES_FORBIDDEN}."
+            "`forbids` = True: the objective is infinite for any policy that can draw a forbidden completion, and has "
+            f"no gradient. {_TAKES_FORBIDDEN}."
         )
 
 
@@ -122,7 +121,7 @@ def unusable_rewards(
 
 def _forbidden_error(source: Any, name: str, objective: str, column: Tensor) -> ValueError:
     got = f"got -inf (a forbidden completion) for {int((column == -torch.inf).sum())} of {len(column)} completions"
-    why = f"with {objective}, {got}: KL(π‖p) is infinite for a policy that can draw a forbidden completion"
+    why = f"with {objective}, {got}: the objective is infinite for a policy that can draw one"
     if isinstance(source, LikelihoodReward):
         # of a product, the parts that may have returned it
         parts = getattr(source.likelihood, "likelihoods", [source.likelihood])
