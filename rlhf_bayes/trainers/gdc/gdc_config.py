@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from rlhf_bayes.numerics.dpg import BASELINES
 from rlhf_bayes.numerics.f_divergence import divergence_of, names_by_baseline
-from rlhf_bayes.objectives.gdc_losses import GDC_LOSSES
+from rlhf_bayes.objectives.gdc_losses import GDC_LOSSES, infinite_where_forbidden
 from rlhf_bayes.trainers.field_help import document_fields
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
@@ -141,6 +141,14 @@ class GDCConfig(RolloutConfig):
         },
     )
 
+    @property
+    def infinite_where_forbidden(self) -> str | None:
+        """The divergence, if it is infinite where the evidence forbids what the policy can draw; else None."""
+        if not infinite_where_forbidden(self.divergence, self.alpha):
+            return None
+        alpha = "" if self.alpha is None else f" and `alpha`={self.alpha:g}"
+        return f"`divergence`={self.divergence!r}{alpha}"
+
     def _number_rules(self) -> NumberRules:
         return super()._number_rules() | {
             "beta": (self.beta, lambda x: 0 < x < math.inf, "positive and finite: at 0 there is no posterior"),
@@ -210,3 +218,17 @@ class GDCConfig(RolloutConfig):
                     f"`{name}` belongs to `divergence`='log_variance', got {getattr(self, name)} with "
                     f"{self.divergence!r}. Leave it out."
                 )
+
+
+def check_annealing(args: GDCConfig, beta: float) -> None:
+    """
+    Refuse an annealing that does not come from a posterior nearer to the prior.
+
+    Raises:
+        ValueError: if `beta_init` is not above β.
+    """
+    if args.beta_init is not None and args.beta_init <= beta:
+        raise ValueError(
+            f"`beta_init` must be above `beta` = {beta}, got {args.beta_init}: annealing goes from a posterior nearer "
+            "to the prior to the one asked for. Raise it, or leave it out."
+        )

@@ -4,16 +4,15 @@ import logging
 import textwrap
 from typing import Any, ClassVar
 
-from rlhf_bayes.likelihoods import Likelihood, known_bound
+from rlhf_bayes.likelihoods import Likelihood, known_bound, known_forbids
 from rlhf_bayes.objectives import FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
 from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
-from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
-from rlhf_bayes.trainers.gdc.gdc_evidence import beta_of, check_evidence
+from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig, check_annealing
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
-from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
+from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
 from rlhf_bayes.trainers.rollout.withheld_steps import withheld_steps
@@ -47,7 +46,8 @@ class GDCTrainer(RolloutTrainer):
         quantization_config, peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
-            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`.
+            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`. One that
+            forbids completions is refused by the divergences that are infinite then: the reverse KL, and `alpha=1`.
 
     Metrics, besides TRL's: those of [`PPOTrainer`] under `posterior/`, log Z being the pooled one, all of the policy,
     by the weights π/q where something else draws (there without `posterior/importance_ess`); and
@@ -101,15 +101,11 @@ class GDCTrainer(RolloutTrainer):
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
         check_prior_samples(args.prior_samples, train_dataset)
-        check_evidence(args, reward_funcs, likelihood)
-        self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
-        if self.evidence is not None:
-            reward_funcs = [self.evidence]
-        else:
-            base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
-            reward_funcs = checked_reward_funcs(
-                reward_funcs, reward_processing_classes, args.device, base, allow_forbidden=True
-            )
+        check_evidence(args, reward_funcs, likelihood, reward_processing_classes)
+        check_annealing(args, beta_of(args, likelihood))
+        base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
+        reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
+        self.evidence = None if likelihood is None else reward_funcs[0]
         super().__init__(
             model,
             reward_funcs,
@@ -146,7 +142,7 @@ class GDCTrainer(RolloutTrainer):
             bound=None if likelihood is None else known_bound(likelihood),
             beta_init=args.beta_init,
             beta_init_steps=args.beta_init_steps,
-            forbids=likelihood is not None and forbids(likelihood),
+            forbids=likelihood is not None and known_forbids(likelihood) is True,
         )
         replay = ReplayBuffer(args.replay_batches, args.replay_sampling, args.seed + self.accelerator.process_index)
         shared: dict[str, Any] = {
