@@ -99,7 +99,7 @@ def test_a_reward_that_forbids_is_refused_by_the_reverse_kl_as_it_comes(toy, tmp
         trainer(toy, gdc_config(tmp_path, divergence="reverse_kl"), None, reward).train()
     trained = trainer(toy, gdc_config(tmp_path, max_steps=2), None, reward)
     trained.train()
-    drawn = trained.rollouts[0].rewards_per_func[:, 0]
+    drawn = trained.rollouts[0].rewards
     assert logged(trained, "posterior/satisfaction")[0] == pytest.approx((drawn > -math.inf).float().mean().item())
     assert trained.state.log_history[0]["reward"] == pytest.approx(drawn[drawn > -math.inf].mean().item(), rel=1e-5)
     assert "posterior/elbo" not in trained.state.log_history[0]
@@ -175,7 +175,7 @@ def test_columns_reach_the_likelihood_and_separate_z(toy, tmp_path, is_async):
     trained = trainer(toy, args, likelihood=likelihood, train_dataset=Dataset.from_dict(rows))
     trained.train()
     assert set(seen) == {("a", 0), ("a", 1), ("b", 0)}
-    assert len(trained.normalizers.pool) == 3
+    assert len(trained.objective.target.normalizers.pool) == 3
     with torch.no_grad():
         log_prior = toy.log_probs(toy.model, ["a", "a", "b"])
     chosen = torch.tensor([[ids[0] == token for ids in toy.completion_ids] for token in rows["first"]])
@@ -183,7 +183,7 @@ def test_columns_reach_the_likelihood_and_separate_z(toy, tmp_path, is_async):
     keys = trained.rollouts[0].prompt_keys.unique()
     p = expected.exp()
     se = ((1 - p) / p / 128).sqrt()  # of log Z
-    found = trained.normalizers.log_z(keys).sort().values
+    found = trained.objective.target.normalizers.log_z(keys).sort().values
     errors = (found - expected.double().sort().values) / se[expected.argsort()]
     assert errors.abs().max() < 4.5, errors
     assert (expected[0] - expected[1]).abs() > 0.2
