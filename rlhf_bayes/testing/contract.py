@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_bayes.likelihoods import known_forbids
 from rlhf_bayes.lm.language_model import Completion, Prompt
 from rlhf_bayes.testing.enumerable import EnumerableLM
 
@@ -30,7 +31,8 @@ def check_posterior(
 
         log_density = log π0 + log_likelihood
 
-    - shape (B,), fp32, no nan, no `+inf`; `-inf` is legal,
+    - shape (B,), fp32, no nan, no `+inf`; `-inf` is legal, unless the posterior says that it never comes
+      (`forbids=False`),
     - the same numbers when called twice, in another order, or one completion at a time (no whitening over a batch),
     - with an enumerable prior: 0 < Z < ∞ for each prompt, over all completions.
 
@@ -91,6 +93,11 @@ def _rows(batch: _Batch, rows: list[int]) -> _Batch:
 def _checked_log_likelihood(posterior: "Posterior", batch: _Batch) -> Tensor:
     log_likelihood = _ask(posterior.log_likelihood, batch)
     _require_log_values("log_likelihood", log_likelihood, len(batch[0]))
+    _require(
+        known_forbids(posterior) is not False or not (log_likelihood == -torch.inf).any(),
+        "`forbids` must be True, not False, where `log_likelihood` can be -inf: an objective that is infinite for a "
+        f"forbidden completion would start to train. Got {log_likelihood.tolist()}",
+    )
     return log_likelihood
 
 
