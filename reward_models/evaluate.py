@@ -31,7 +31,7 @@ from rlhf_bayes import LanguageModel, toy
 from rlhf_bayes.commands.flags import load_preferences, load_reward_func, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.numerics import pool
-from rlhf_bayes.numerics.pooling import pool_centered
+from rlhf_bayes.numerics.pooling import POOLING_RULES, pool_centered, rules_help
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, RewardScorer, load_reward
 from rlhf_bayes.rewards.lengths import OVERLONG
 from rlhf_bayes.trainers.reward.held_out import BestOfN, best_of_n, held_out_rewards, pairs_that_fit
@@ -86,7 +86,11 @@ class Arguments:
     num_samples: int = field(default=128, metadata={"help": "Completions for each prompt, which is the largest n."})
     max_completion_length: int = field(default=32, metadata={"help": "Longest completion, in tokens."})
     reward_rule: str = field(
-        default="min", metadata={"help": "How to pool the members of an ensemble; the mean is always shown too."}
+        default="min",
+        metadata={
+            "help": f"How to pool the members of an ensemble; the mean is always shown too. {rules_help()}",
+            "choices": list(POOLING_RULES),
+        },
     )
     reward_beta: float | None = field(default=None, metadata={"help": "β for the rules that have one."})
     reward_penalty: float | None = field(default=None, metadata={"help": "Weight of the variance, for its rule."})
