@@ -109,7 +109,7 @@ def test_gradient_checkpointing_changes_no_role(toy, tmp_path, base):
         trained.append(made)
     assert [made.model.is_gradient_checkpointing for made in trained] == [False, True]
     for plain, ours in zip(*(made.rollouts for made in trained), strict=True):
-        for name in ("rewards_per_func", "ref_token_log_probs", "token_log_probs", "values"):
+        for name in ("rewards", "ref_token_log_probs", "token_log_probs", "values"):
             assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
     moved = (plain.token_log_probs - plain.ref_token_log_probs).abs().max()
     assert moved > 1e-2  # the reference is not the policy
