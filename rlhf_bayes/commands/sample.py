@@ -209,6 +209,12 @@ def make_posterior(
     The posterior that the flags describe, and the names of its evidence.
 
     The prior is tilted by the rewards, if there are any, and conditioned on the predicate, if there is one.
+
+    Args:
+        args ([`Arguments`]): The flags.
+        prior ([`~rlhf_bayes.LanguageModel`]): π0.
+        reward_funcs (`list`): Reward functions and models, perhaps none.
+        predicate (`Callable`, *optional*): The predicate that must hold.
     """
     if not reward_funcs:
         return prior.condition(predicate), [str(args.condition)]

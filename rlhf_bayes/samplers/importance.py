@@ -77,14 +77,13 @@ class ImportanceSampler:
         """
         n completions of each prompt, weighted or resampled.
 
-        Arguments as in [`Sampler`]. In `info`, a number a prompt: `importance_ess`, `khat`, `trustworthy`,
-        `max_weight` (the largest share of one draw) of the completions drawn, whose number is `candidates`; `distinct`
-        (different candidates among the resampled); and `tokens`, the completion tokens drawn. A prompt none of whose
-        draws is allowed has weights of 0, or no rows if resampled, and is warned of.
+        Arguments are those of [`Sampler.sample`]. `info` has, for each prompt: `importance_ess`, `khat`, `trustworthy`
+        and `max_weight` (the largest share of one draw) of the completions drawn, whose number is `candidates`; and
+        `distinct` (different candidates among the resampled). It also has `tokens`, the number of completion tokens
+        drawn. A prompt without an allowed draw has weights of 0, or no rows if resampled, and a warning names it.
 
         Raises:
-            `ValueError`: nothing that the posterior allows was drawn for any prompt; arguments as in
-                [`checked_request`].
+            `ValueError`: if no draw of any prompt is allowed by the posterior, or as in [`checked_request`].
         """
         proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
         count = n if self.num_candidates is None else self.num_candidates

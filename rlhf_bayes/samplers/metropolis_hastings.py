@@ -119,7 +119,7 @@ class MetropolisHastings:
         Arguments are those of [`Sampler.sample`]. `info` has, for each prompt: `acceptance`; `rhat` and
         `effective_sample_size`, the worse of those of evidence and of length (None where a chain keeps fewer than 4
         states or neither varies). For `"suffix"` it has `acceptance_by_cut` and `proposals_by_cut`, a number for each
-        place, over all prompts. It also has `tokens`, the number of completion tokens drawn.
+        place, over all prompts. It also has the number of `chains`, and `tokens`, the completion tokens drawn.
 
         Raises:
             `ValueError`: if too few draws are allowed by the posterior to start all chains, or as in

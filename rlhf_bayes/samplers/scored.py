@@ -305,7 +305,17 @@ def as_draws(
     log_z: LogZ | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Draws:
-    """Rows in the order of the prompts, as a sampler returns them."""
+    """
+    [`Draws`] from rows in the order of the prompts.
+
+    Args:
+        rows (`Sequence[Row]`):
+            B completions.
+        num_prompts (`int`):
+            P.
+        guarantee, dependence, log_weights, log_z, info:
+            Fields of [`Draws`].
+    """
     return Draws(
         prompts=[row.prompt for row in rows],
         prompt_index=torch.tensor([row.prompt_index for row in rows], dtype=torch.long),
