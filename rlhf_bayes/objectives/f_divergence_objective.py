@@ -9,8 +9,9 @@ from torch import Tensor
 from rlhf_bayes.lm import CompletionScores
 from rlhf_bayes.numerics.dpg import default_baseline, dpg_advantages, dpg_baselines
 from rlhf_bayes.numerics.f_divergence import f_divergence_terms
-from rlhf_bayes.objectives.gdc_objective import GatheredRollout, GDCBatch, GDCObjective
-from rlhf_bayes.objectives.objective import LossSums
+from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
+from rlhf_bayes.objectives.gdc_objective import GDCObjective
+from rlhf_bayes.objectives.objective import LossSums, scored
 from rlhf_bayes.objectives.posterior_target import PosteriorTarget, TargetEstimate
 from rlhf_bayes.objectives.proposal import Comparison
 from rlhf_bayes.objectives.replay import ReplayBuffer
@@ -27,7 +28,7 @@ class FDivergenceBatch(GDCBatch):
 
 
 @final
-class FDivergenceObjective(GDCObjective):
+class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
     r"""
     Distributional policy gradients of an f-divergence from the posterior p to the policy π.
 
@@ -54,7 +55,7 @@ class FDivergenceObjective(GDCObjective):
         self,
         world: World,
         target: PosteriorTarget,
-        replay: ReplayBuffer,
+        replay: ReplayBuffer[FDivergenceBatch],
         *,
         divergence: str = "forward_kl",
         alpha: float | None = None,
@@ -82,7 +83,7 @@ class FDivergenceObjective(GDCObjective):
 
     def loss(self, scores: CompletionScores, batch: FDivergenceBatch) -> LossSums:
         """−A·log π, summed over completions."""
-        log_policy = scores.log_probs.sum(-1)  # (B,)
+        log_policy = scored(scores)[0].sum(-1)  # (B,)
         advantages, clipped = dpg_advantages(
             self._log_target(batch),
             log_policy,

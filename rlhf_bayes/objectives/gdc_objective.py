@@ -2,16 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import CompletionScores
 from rlhf_bayes.numerics import importance_ess
-from rlhf_bayes.objectives.batch import Batch
-from rlhf_bayes.objectives.objective import LossSums, Step
+from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
+from rlhf_bayes.objectives.objective import LossSums, Step, scored
 from rlhf_bayes.objectives.posterior_metrics import (
     feature_moments,
     posterior_metrics,
@@ -28,38 +28,10 @@ from rlhf_bayes.objectives.world import World, own_rows
 _ROUNDING = 1e-6
 
 
-@dataclass(frozen=True)
-class GDCBatch(Batch):
-    """Completions with what the posterior says of them: (B,), nats."""
-
-    prompt_keys: Tensor
-    """Integers, equal for completions of a prompt."""
-    log_policy: Tensor
-    """log π when the completion was drawn."""
-    log_prior: Tensor
-    """log π0."""
-    log_proposal: Tensor
-    """log q of what drew it."""
-    log_likelihood: Tensor
-    """The evidence; `-inf` where it forbids the completion, nan where none applies."""
-    log_z: Tensor
-    """log Z of the prompt, from its other completions."""
+B = TypeVar("B", bound=GDCBatch)
 
 
-@dataclass(frozen=True)
-class GatheredRollout:
-    """The rollouts of all processes: (B_global,) fp64, nats."""
-
-    prompt_keys: Tensor
-    log_policy: Tensor
-    log_prior: Tensor
-    log_proposal: Tensor
-    log_likelihood: Tensor
-    kls: Tensor
-    """Estimate of KL(π‖π0) from each completion."""
-
-
-class GDCObjective(ABC):
+class GDCObjective(ABC, Generic[B]):
     """
     Moves a policy towards a posterior by completions of any proposal. Subclasses say by which loss.
 
@@ -76,13 +48,13 @@ class GDCObjective(ABC):
             Of the policy with a proposal that is an earlier policy, where there is one.
     """
 
-    batch_type: ClassVar[type[GDCBatch]]
+    batch_type: type[B]
 
     def __init__(
         self,
         world: World,
         target: PosteriorTarget,
-        replay: ReplayBuffer,
+        replay: ReplayBuffer[B],
         *,
         ess_min: float = 1.0,
         comparison: Comparison | None = None,
@@ -100,7 +72,7 @@ class GDCObjective(ABC):
         """Whether a step learns from other completions than those of the last rollout."""
         return self.replay.capacity > 1
 
-    def batch(self, rollout: Rollout) -> GDCBatch:
+    def batch(self, rollout: Rollout) -> B:
         """The rollout under the posterior. Its completions improve the estimate of Z, and it is logged."""
         log_policy = rollout.token_log_probs.sum(-1)  # (B,)
         log_prior = rollout.ref_token_log_probs.sum(-1)
@@ -134,7 +106,7 @@ class GDCObjective(ABC):
     def columns(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> dict[str, Tensor]:
         """What `batch_type` adds to [`GDCBatch`], for the completions of all processes: name -> (B_global,)."""
 
-    def step(self, batches: Sequence[GDCBatch], new_rollout: Sequence[GDCBatch] | None) -> Step[GDCBatch]:
+    def step(self, batches: Sequence[B], new_rollout: Sequence[B] | None) -> Step[B]:
         """Completions of the replayed rollouts, or the rollout's own, with Z as it is known now."""
         if self.replays:
             if new_rollout is not None:
@@ -149,16 +121,16 @@ class GDCObjective(ABC):
         self.world.log("gdc/skipped_steps", float(skipped))
         return Step(batches, skipped)
 
-    def count(self, batch: GDCBatch) -> Tensor:
+    def count(self, batch: B) -> Tensor:
         """Completions to which evidence applies: ()."""
         return (~batch.log_likelihood.isnan()).sum()
 
     @abstractmethod
-    def loss(self, scores: CompletionScores, batch: GDCBatch) -> LossSums:
+    def loss(self, scores: CompletionScores, batch: B) -> LossSums:
         """The loss, summed over completions."""
 
     @abstractmethod
-    def evaluation_loss(self, batch: GDCBatch) -> LossSums:
+    def evaluation_loss(self, batch: B) -> LossSums:
         """The loss of the policy that drew the batch."""
 
     def report(self, totals: dict[str, float]) -> None:
@@ -179,12 +151,13 @@ class GDCObjective(ABC):
         if self.comparison is not None:
             self.comparison.sums = state["comparison"].cpu()
 
-    def sums_to_report(self, scores: CompletionScores, batch: GDCBatch) -> dict[str, Tensor]:
+    def sums_to_report(self, scores: CompletionScores, batch: B) -> dict[str, Tensor]:
         """What `report` wants of a batch: name -> ()."""
         mask = batch.completion_mask.bool()
-        ratio = (scores.log_probs.sum(-1) - batch.log_proposal).exp()  # (B,)
+        log_probs, entropy = scored(scores)
+        ratio = (log_probs.sum(-1) - batch.log_proposal).exp()  # (B,)
         columns = {
-            "entropy": torch.where(mask, scores.entropy, 0.0),
+            "entropy": torch.where(mask, entropy, 0.0),
             "tokens": mask.float(),
             "ratios": ratio,
             "squares": ratio.square(),
@@ -192,7 +165,7 @@ class GDCObjective(ABC):
         }
         return {name: column.detach().sum() for name, column in columns.items()}
 
-    def _step_ess(self, batches: Sequence[GDCBatch]) -> float:
+    def _step_ess(self, batches: Sequence[B]) -> float:
         """Effective sample size of the weights p/q of a step, over all processes."""
         names = ("log_prior", "log_likelihood", "log_z", "log_proposal")
         columns = torch.stack([torch.cat([getattr(batch, name) for batch in batches]) for name in names], dim=-1)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rlhf_bayes.lm import CompletionScores
 from rlhf_bayes.numerics.log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
-from rlhf_bayes.objectives.gdc_objective import GatheredRollout, GDCBatch, GDCObjective
-from rlhf_bayes.objectives.objective import LossSums, Step
+from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
+from rlhf_bayes.objectives.gdc_objective import GDCObjective
+from rlhf_bayes.objectives.objective import LossSums, Step, scored
 from rlhf_bayes.objectives.posterior_target import PosteriorTarget, TargetEstimate
 from rlhf_bayes.objectives.proposal import Comparison
 from rlhf_bayes.objectives.replay import ReplayBuffer
@@ -29,7 +30,7 @@ class LogVarianceBatch(GDCBatch):
 
 
 @final
-class LogVarianceObjective(GDCObjective):
+class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
     r"""
     Half the variance of log π − log π0 − log_likelihood over a prompt's completions, drawn from anything.
 
@@ -52,7 +53,7 @@ class LogVarianceObjective(GDCObjective):
         self,
         world: World,
         target: PosteriorTarget,
-        replay: ReplayBuffer,
+        replay: ReplayBuffer[LogVarianceBatch],
         *,
         huber_delta: float | None = None,
         forbidden_gap: float = 1.0,
@@ -67,8 +68,9 @@ class LogVarianceObjective(GDCObjective):
         if self.world.training:
             return {}
         # rounded as the columns of a batch are
-        columns = (everyone.log_policy, everyone.log_prior, everyone.log_likelihood, estimate.log_z)
-        centres = self._centres(*(column.float() for column in columns), everyone.prompt_keys)
+        log_probs = everyone.log_policy.float(), everyone.log_prior.float()
+        evidence = everyone.log_likelihood.float(), estimate.log_z.float()
+        centres = self._centres(*log_probs, *evidence, everyone.prompt_keys)
         return {"centre": centres.centre, "scale": centres.scale}
 
     def step(
@@ -82,7 +84,7 @@ class LogVarianceObjective(GDCObjective):
 
     def loss(self, scores: CompletionScores, batch: LogVarianceBatch) -> LossSums:
         """The loss, summed over completions."""
-        return LossSums(self._loss(scores.log_probs.sum(-1), batch), self.sums_to_report(scores, batch))
+        return LossSums(self._loss(scored(scores)[0].sum(-1), batch), self.sums_to_report(scores, batch))
 
     def evaluation_loss(self, batch: LogVarianceBatch) -> LossSums:
         """The loss of the policy that drew the batch."""
@@ -105,9 +107,9 @@ class LogVarianceObjective(GDCObjective):
         local = torch.stack(
             [log_policy, *(torch.cat([getattr(batch, name) for batch in batches]) for name in names)], dim=-1
         )
-        columns = self.world.gather(local.float())  # (M_global, 4)
+        log_policy, log_prior, log_likelihood, log_z = self.world.gather(local.float()).unbind(-1)  # (M_global,)
         keys = self.world.gather(torch.cat([batch.prompt_keys for batch in batches]))
-        centres = self._centres(*columns.unbind(-1), keys)
+        centres = self._centres(log_policy, log_prior, log_likelihood, log_z, keys)
         sizes = [len(batch) for batch in batches]
         own = zip(*(own_rows(self.world, column).split(sizes) for column in centres), strict=True)
         return [

@@ -22,6 +22,18 @@ class LossSums(NamedTuple):
     """Name -> (), without gradient: added up over an optimizer step, they go to `Objective.report`."""
 
 
+def scored(scores: CompletionScores) -> tuple[Tensor, Tensor]:
+    """
+    Log-probs and entropies of the tokens of a batch, (B, T) each, nats.
+
+    Raises:
+        ValueError: if the forward was asked for hidden states in their place.
+    """
+    if scores.log_probs is None or scores.entropy is None:
+        raise ValueError("`scores` must hold log-probs and entropies, got None: score without `hidden_only`.")
+    return scores.log_probs, scores.entropy
+
+
 @dataclass(frozen=True)
 class Step(Generic[B]):
     """What an optimizer step learns from."""

@@ -19,7 +19,7 @@ from rlhf_bayes.numerics.ppo import (
     prompt_baseline,
 )
 from rlhf_bayes.objectives.batch import Batch
-from rlhf_bayes.objectives.objective import LossSums, Step
+from rlhf_bayes.objectives.objective import LossSums, Step, scored
 from rlhf_bayes.objectives.posterior_metrics import posterior_metrics
 from rlhf_bayes.objectives.rollout import Rollout
 from rlhf_bayes.objectives.world import World, own_rows
@@ -118,8 +118,7 @@ class PPOObjective:
 
     def batch(self, rollout: Rollout) -> PPOBatch:
         """The rollout with all that its advantages are computed from. Logs it, and adapts β if it is to."""
-        if rollout.values is None:
-            raise ValueError("PPO needs `rollout.values`, got None: score the completions with a critic in the model.")
+        values = _valued(rollout.values)  # (B, T)
         mask = rollout.completion_mask.bool() & ~rollout.rewards.isnan()[:, None]
         batch = PPOBatch(
             **rollout.sequences,
@@ -127,19 +126,19 @@ class PPOObjective:
             rewards=rollout.rewards.nan_to_num(0.0),
             old_token_log_probs=rollout.token_log_probs,
             ref_token_log_probs=rollout.ref_token_log_probs,
-            old_values=rollout.values,
+            old_values=values,
             token_entropy=rollout.token_entropy,
             value_shift=self._value_shift(rollout),
             advantage_shift=rollout.rewards.new_tensor(0.0),
             advantage_scale=rollout.rewards.new_tensor(1.0),
             beta=torch.tensor(self.beta, device=rollout.rewards.device),
         )
-        advantages, targets = self._advantages(rollout.token_log_probs, rollout.values, batch)
+        advantages, targets = self._advantages(rollout.token_log_probs, values, batch)
         if self.normalize_advantages:
             batch = self._normalised(batch, advantages)
-        columns = torch.stack([rollout.values, targets, mask.float()], dim=1)  # (B, 3, T)
-        values, targets, everyones_mask = self.world.gather_tokens(columns).unbind(1)
-        self.world.log("ppo/explained_variance", explained_variance(values, targets, everyones_mask.bool()))
+        columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
+        forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
+        self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
         self._report_rollout(rollout)
         return batch
 
@@ -154,12 +153,13 @@ class PPOObjective:
     def loss(self, scores: CompletionScores, batch: PPOBatch) -> LossSums:
         """Policy and value loss, summed over tokens."""
         mask = batch.loss_mask  # (B, T)
-        advantages, targets = self._advantages(scores.log_probs.detach(), scores.values.detach(), batch)
+        log_probs, values = scored(scores)[0], _valued(scores.values)  # (B, T)
+        advantages, targets = self._advantages(log_probs.detach(), values.detach(), batch)
         advantages = (advantages - batch.advantage_shift) / batch.advantage_scale
         # where before exp: on padding the two log-probs are of no token, and their ratio could overflow
-        log_ratio = torch.where(mask, scores.log_probs - batch.old_token_log_probs, 0.0)
+        log_ratio = torch.where(mask, log_probs - batch.old_token_log_probs, 0.0)
         policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
-        value_loss = clipped_value_loss(scores.values, batch.old_values, targets, self.cliprange_value)
+        value_loss = clipped_value_loss(values, batch.old_values, targets, self.cliprange_value)
         policy_weight = 0.0 if self.critic_warms_up else 1.0
         loss = policy_weight * masked_sum(policy_loss, mask) + self.vf_coef * masked_sum(value_loss, mask)
         columns = self._columns_to_report(scores, log_ratio, advantages, batch)
@@ -194,7 +194,7 @@ class PPOObjective:
     def _value_shift(self, rollout: Rollout) -> Tensor:
         rewards = rollout.rewards.nan_to_num(0.0)
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs).sum(-1)  # (B,)
-        forecasts = rollout.values[:, 0]  # (B,): before the first token, so a function of the prompt
+        forecasts = _valued(rollout.values)[:, 0]  # (B,): before the first token, so a function of the prompt
         columns = torch.stack([rewards - self.beta * log_ratios, forecasts], dim=-1)
         returns, everyones_forecasts = self.world.gather(columns).unbind(-1)  # (B_global,)
         baselines = prompt_baseline(returns, everyones_forecasts, rollout.num_generations)
@@ -227,13 +227,21 @@ class PPOObjective:
         ratio = log_ratio.detach().exp()
         low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        moved = (scores.values.detach() - batch.old_values).abs()
+        moved = (_valued(scores.values).detach() - batch.old_values).abs()
         clip = self.cliprange_value
         return {
-            "entropy": scores.entropy,
+            "entropy": scored(scores)[1],
             "ppo/approx_kl": ratio - 1 - log_ratio,
             "ppo/value_clip_fraction": torch.zeros_like(moved) if clip is None else (moved > clip).float(),
             "clip_ratio/low_mean": low.float(),
             "clip_ratio/high_mean": high.float(),
             "clip_ratio/region_mean": (low | high).float(),
         }
+
+
+def _valued(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError(
+            "PPO needs the critic's values, got None: put a `Critic` into the model, and score with it in the forward."
+        )
+    return values

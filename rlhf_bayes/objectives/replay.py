@@ -6,9 +6,10 @@ from typing import Any, Generic, TypeVar, final
 
 import torch
 
-from rlhf_bayes.objectives.batch import Batch, by_length, joined
+from rlhf_bayes.objectives.batch import by_length, joined
+from rlhf_bayes.objectives.gdc_batch import GDCBatch
 
-B = TypeVar("B", bound=Batch)
+B = TypeVar("B", bound=GDCBatch)
 
 
 @final
@@ -31,7 +32,7 @@ class ReplayBuffer(Generic[B]):
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, batches: Sequence[B]) -> None:
-        """Keep a rollout, given as its micro-batches, which have `prompt_keys`. The oldest one is forgotten."""
+        """Keep a rollout, given as its micro-batches. The oldest one is forgotten."""
         self.rollouts.append(joined(batches))
 
     def sample(self, sizes: Sequence[int]) -> list[B]:
