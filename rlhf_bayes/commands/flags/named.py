@@ -74,7 +74,7 @@ def load_language_model(
         path (`str`):
             Of a model or an adapter.
         args ([`~trl.RLOOConfig`]):
-            Gives `model_init_kwargs`, device, `max_completion_length` and `temperature`.
+            Gives `model_init_kwargs`, device, `max_completion_length`, `temperature` and `chat_template_kwargs`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Default: the one saved beside the model.
     """
@@ -85,6 +85,7 @@ def load_language_model(
         tokenizer,
         max_completion_length=args.max_completion_length,
         temperature=args.temperature,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
 
 
