@@ -27,7 +27,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import PPOConfig, PPOTrainer, cli, toy
 from rlhf_bayes.numerics import POOLING_RULES
-from rlhf_bayes.numerics.pooling import uses_beta
+from rlhf_bayes.numerics.pooling import rules_help, uses_beta
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 ON_CPU = not torch.cuda.is_available()
@@ -61,7 +61,7 @@ class Arguments(cli.PromptArguments):
     reward_rule: str = field(
         default="mean",
         metadata={"choices": list(POOLING_RULES), "help": "How the members of an ensemble combine. All rules but the "
-                  "mean center them first on completions of the prior."},
+                  f"mean center them first on completions of the prior. {rules_help()}"},
     )  # fmt: skip
     reward_penalty: float | None = field(
         default=None, metadata={"help": "Weight of the variance, for mean_minus_variance. Default: 1/(2 beta)."}

@@ -33,6 +33,7 @@ from rlhf_bayes import Completions, LanguageModel, PPOConfig, PPOTrainer, Reward
 from rlhf_bayes.commands.flags import load_pooled_reward
 from rlhf_bayes.diagnostics import plot_overoptimization
 from rlhf_bayes.numerics import POOLING_RULES
+from rlhf_bayes.numerics.pooling import rules_help
 from rlhf_bayes.toy.annotate import ERROR_RATES
 from rlhf_bayes.toy.rewards import sentiment_reward
 
@@ -48,7 +49,10 @@ class Arguments:
     annotator: str = field(default="average", metadata={"help": "Whose votes to use.", "choices": list(ERROR_RATES)})
     num_pairs: int = field(default=60, metadata={"help": "Pairs to learn from; ties are left out."})
     num_members: int = field(default=4, metadata={"help": "Members of the ensemble."})
-    reward_rule: str = field(default="pessimistic", metadata={"help": "Their pool.", "choices": list(POOLING_RULES)})
+    reward_rule: str = field(
+        default="pessimistic",
+        metadata={"help": f"Their pool. {rules_help()}", "choices": list(POOLING_RULES)},
+    )
     reward_epochs: int = field(default=12, metadata={"help": "Epochs of reward training."})
     reward_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of reward training."})
     beta: float = field(default=0.01, metadata={"help": "What a nat from the prior costs, in sd of the reward."})
@@ -106,6 +110,7 @@ def train_reward(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.save_model()  # an error of the normalisation costs no training
     trainer.normalize(draws.prompts, draws.completions, f"{len(draws):,} completions of the prior")
     trainer.save_model()
 

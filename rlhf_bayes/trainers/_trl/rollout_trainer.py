@@ -33,6 +33,7 @@ from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_text_only, check_tokenizer
+from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
 from rlhf_bayes.trainers.rollout.reference_head import ReferenceHead, switches_head
@@ -211,13 +212,10 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._failures.errors.clear()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_global, F)
+        self._failures.errors += unusable_rewards(
+            rewards, self.reward_funcs, self.reward_func_names, self.args.infinite_where_forbidden
+        )
         self._failures.stop_all(self.accelerator.num_processes)
-        for column, (func, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
-            if isinstance(func, nn.Module) and not rewards[:, column].isfinite().all():
-                raise ValueError(
-                    f"Reward model `{name}` must return finite rewards, got {rewards[:, column].tolist()}. Its "
-                    "weights or its precision are broken; try it in float32 on the completions above."
-                )
         first = self.accelerator.process_index * len(prompts)
         self._rewards_per_func = rewards[first : first + len(prompts)]
         # RLOO's own statistics are means: over what is not forbidden
