@@ -280,7 +280,7 @@ def test_what_the_chat_template_gets_reaches_every_model(toy, tmp_path):
     folder = toy.save(tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"
     template.write_text("{{ messages[0]['content'] }}{% if thinking %} b{% endif %}")
-    args = Arguments(model_name_or_path=folder, chat_template_kwargs='{"thinking": true}')
+    args = Arguments(model_name_or_path=folder, chat_template_kwargs='{"thinking": true}', max_completion_length=3)
     prior = load_model(args, folder)
     expected = [toy.tokenizer(f"{toy.prompts[0]} b")["input_ids"]]
     assert prior.prompt_token_ids([chat]) == load_model(args, folder, prior).prompt_token_ids([chat]) == expected

@@ -67,7 +67,7 @@ def test_tables_of_recipes_read_the_trainers_prompts(tmp_path):
     toy_lm = EnumerableLM(vocab_size=4, max_completion_length=3)
     toy_lm.tokenizer.chat_template = "{{ messages[0]['content'] }}{% if thinking %} b{% endif %}"
     folder = toy_lm.save(tmp_path / "model")
-    kwargs = {"chat_template_kwargs": {"thinking": True}, "use_cpu": True, "bf16": False}
+    kwargs = {"chat_template_kwargs": {"thinking": True}, "max_completion_length": 3, "use_cpu": True, "bf16": False}
     lm = load_language_model(folder, PPOConfig(str(tmp_path), **kwargs))
     chat = [{"role": "user", "content": "a"}]
     assert lm.prompt_token_ids([chat]) == [toy_lm.tokenizer("a b")["input_ids"]]
