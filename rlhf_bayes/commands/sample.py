@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported lazily
+from trl import TrlParser
 
 from rlhf_bayes import cli, toy
 from rlhf_bayes.commands.sampling import (
-    SAMPLERS,
     Method,
     agreement_table,
     checks_table,
@@ -29,9 +28,10 @@ from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_report, write_sampling
 from rlhf_bayes.rewards.loading import whole_weights
+from rlhf_bayes.samplers.all_samplers import SAMPLERS, samplers_of_the_posterior
 from rlhf_bayes.toy.rewards import sentiment_reward
 
-DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
+DEFAULT_SAMPLERS = tuple(samplers_of_the_posterior())
 ENGINE_MEMORY = 0.5
 """Share of the GPU's memory that vLLM may take: the transformers model that scores needs the rest."""
 
@@ -74,9 +74,14 @@ class Arguments:
     )
     sampler: list[str] | None = field(
         default=None,
-        metadata={"action": "extend", "choices": list(SAMPLERS), "help": "Samplers; several are compared. Default: "
-                  "all but best_of_n, which draws from another distribution."},
-    )  # fmt: skip
+        metadata={
+            "action": "extend",
+            "choices": list(SAMPLERS),
+            "help": "Samplers; several are compared. Default: all that target the posterior. "
+            + "; ".join(f"'{name}', {record.guarantee}: {record.help}" for name, record in SAMPLERS.items())
+            + ".",
+        },
+    )
     num_samples: int = field(default=128, metadata={"help": "Completions that each sampler draws for each prompt."})
     proposal: str | None = field(
         default=None, metadata={"help": "A trained policy that samplers draw from instead of the prior."}
@@ -117,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
-        name: SAMPLERS[name](posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
+        name: SAMPLERS[name].make(posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
     }
 
     console, generator = Console(), torch.Generator().manual_seed(args.seed)
@@ -195,7 +200,7 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
     tokenizer = AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer
     options = tokenizer, length, args.temperature, args.batch_size
     if args.vllm and prior is None:
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
         engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
         return VLLMLanguageModel(model.to(_device()), engine, *options)
@@ -209,6 +214,12 @@ def make_posterior(
     The posterior that the flags describe, and the names of its evidence.
 
     The prior is tilted by the rewards, if there are any, and conditioned on the predicate, if there is one.
+
+    Args:
+        args ([`Arguments`]): The flags.
+        prior ([`~rlhf_bayes.LanguageModel`]): π0.
+        reward_funcs (`list`): Reward functions and models, perhaps none.
+        predicate (`Callable`, *optional*): The predicate that must hold.
     """
     if not reward_funcs:
         return prior.condition(predicate), [str(args.condition)]
@@ -255,7 +266,7 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
     if args.vllm:
         try:
-            import vllm  # noqa: F401
+            import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ValueError(
                 "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`."

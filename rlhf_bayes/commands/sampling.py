@@ -1,7 +1,7 @@
 """What `rlhf-bayes sample` does with one sampler, and how it compares several."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,52 +14,7 @@ from torch import Tensor
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 from rlhf_bayes.posterior import Posterior
-from rlhf_bayes.samplers import (
-    SMC,
-    BestOfN,
-    Draws,
-    ImportanceSampler,
-    MetropolisHastings,
-    PrefixValue,
-    Proposal,
-    RejectionSampler,
-    Sampler,
-    expectation,
-)
-
-QUASI_TV = 0.05
-"""Total variation distance that rejection may leave where no bound is known."""
-
-
-_MAX_CHAINS, _MIN_STATES = 16, 4
-
-
-def _rejection(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
-    if posterior.bound is not None and proposal is None:
-        return RejectionSampler()
-    return RejectionSampler(proposal, max_tv=QUASI_TV)
-
-
-def _metropolis_hastings(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
-    # the standard error needs chains of equal length and several states; many chains cost hardly more than few
-    fitting = [chains for chains in range(1, _MAX_CHAINS + 1) if n % chains == 0 and n >= _MIN_STATES * chains]
-    if not fitting:
-        raise ValueError(f"`--num_samples` must be at least {_MIN_STATES} for metropolis_hastings, got {n}.")
-    return MetropolisHastings(proposal=proposal, num_chains=max(fitting), burn_in=32, thin=4)
-
-
-def _smc(posterior: Posterior, proposal: Any, n: int) -> Sampler:
-    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
-
-
-SAMPLERS: dict[str, Callable[[Posterior, Proposal | None, int], Sampler]] = {
-    "importance": lambda posterior, proposal, n: ImportanceSampler(proposal),
-    "rejection": _rejection,
-    "metropolis_hastings": _metropolis_hastings,
-    "smc": _smc,
-    "best_of_n": lambda posterior, proposal, n: BestOfN(proposal=proposal),
-}
-"""Samplers by name. Each function takes the posterior, a proposal (None: the prior) and the completions per prompt."""
+from rlhf_bayes.samplers import Draws, IndependentRows, Sampler, expectation
 
 
 @dataclass(frozen=True)
@@ -113,9 +68,22 @@ def draw_from_prior(
     generator: torch.Generator,
     columns: Mapping[str, Sequence],
 ) -> Method:
-    """Completions of the prior. The estimates for other β use them, and tables compare samplers with them."""
+    """
+    Completions of the prior. The estimates for other β use them, and tables compare samplers with them.
+
+    Args:
+        posterior ([`~rlhf_bayes.Posterior`]): The posterior, whose prior is drawn from.
+        beta (`float`, *optional*): Units of reward per nat, where the evidence is a reward.
+        prompts, n, generator, columns: As in [`Sampler.sample`].
+    """
     drawn = posterior.prior.sample(prompts, n, generator)
-    return _method("prior", Draws.of(drawn, len(prompts), guarantee="none"), posterior, beta, columns)
+    return _method(
+        "prior",
+        Draws.of(drawn, len(prompts), guarantee="none", dependence=IndependentRows()),
+        posterior,
+        beta,
+        columns,
+    )
 
 
 def draw_by(
@@ -128,7 +96,14 @@ def draw_by(
     generator: torch.Generator,
     columns: Mapping[str, Sequence],
 ) -> Method:
-    """Draws of a sampler, and the means of the posterior that they estimate."""
+    """
+    Draws of a sampler, and the means of the posterior that they estimate.
+
+    Args:
+        name (`str`): Name of the sampler, for tables.
+        sampler ([`~rlhf_bayes.samplers.Sampler`]): The sampler.
+        posterior, beta, prompts, n, generator, columns: As in [`draw_from_prior`].
+    """
     return _method(name, sampler.sample(posterior, prompts, n, generator, columns), posterior, beta, columns)
 
 

@@ -1,4 +1,4 @@
-"""Signs of a collapsed distribution, read off sets of texts: repetition within and between them."""
+"""Measures of diversity of sets of texts, repetition within and between them, which show a collapsed policy."""
 
 import math
 import re
@@ -32,7 +32,7 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
     """
     Distinct n-grams over all n-grams of a set of texts, in [0, 1]; 0 where there are none.
 
-    It falls with the number of texts and their length: compare equal numbers of them.
+    It falls with the number of texts and their length, so compare sets of equal size.
 
     Args:
         texts (`Sequence` of token sequences): words or token ids of each text.
@@ -46,7 +46,7 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
 
 def repeated_ngrams(texts: Sequence[Tokens], n: int = 4) -> float:
     """
-    Share of a text's n-grams that it has said before, mean over the texts that have n-grams, in [0, 1] ("seq-rep-n").
+    Share of a text's n-grams that occur earlier in it, mean over the texts with n-grams, in [0, 1] ("seq-rep-n").
 
     Args:
         texts (`Sequence` of token sequences): words or token ids of each text.
@@ -65,7 +65,7 @@ def duplicates(texts: Sequence[Tokens]) -> float:
 
 def self_bleu(texts: Sequence[str]) -> float:
     r"""
-    BLEU of each text with all others as its references, mean over texts, in [0, 1]: 1 where all are the same.
+    BLEU of each text with all others as its references, mean over texts, in [0, 1]: 1 where all texts are equal.
 
         BLEU = BP · (Π_{n ≤ N} p_n)^(1/N),
         p_n = Σ_g min(count_g, largest count_g in a reference) / Σ_g count_g,    g: the text's n-grams
@@ -86,8 +86,8 @@ def self_bleu(texts: Sequence[str]) -> float:
         return math.nan
     tokens = [words(_tokenize(text)) for text in texts]
     counts = [Counter(gram for n in range(1, MAX_NGRAM_ORDER + 1) for gram in ngrams(text, n)) for text in tokens]
-    # the two largest counts of each n-gram, since a text is no reference of its own: sacrebleu itself would go through
-    # all references again for each text
+    # The two largest counts of each n-gram: if the text itself has the largest, its references have the second.
+    # sacrebleu would go through all references again for each text.
     largest: defaultdict[tuple, list[int]] = defaultdict(lambda: [0, 0])
     for count in counts:
         for gram, number in count.items():
