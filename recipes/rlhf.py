@@ -106,6 +106,7 @@ def train_reward(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.save_model()  # an error of the normalisation costs no training
     trainer.normalize(draws.prompts, draws.completions, f"{len(draws):,} completions of the prior")
     trainer.save_model()
 

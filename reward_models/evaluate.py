@@ -32,7 +32,8 @@ from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, pref
 from rlhf_bayes.numerics import pool
 from rlhf_bayes.numerics.pooling import pool_centered
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, RewardScorer, load_reward
-from rlhf_bayes.trainers.reward.held_out import BestOfN, best_of_n, held_out_rewards
+from rlhf_bayes.rewards.lengths import OVERLONG
+from rlhf_bayes.trainers.reward.held_out import BestOfN, best_of_n, held_out_rewards, pairs_that_fit
 
 TOY_GOLD = "rlhf_bayes.toy.rewards:sentiment_reward"
 
@@ -57,6 +58,15 @@ class Arguments:
     )
     drop_columns: list[str] = field(default_factory=list, metadata={"help": "Columns to leave out."})
     max_pairs: int | None = field(default=None, metadata={"help": "Judge on that many, chosen at random."})
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest text, in tokens. Default: what each model has positions for, and never more."},
+    )
+    overlong: str = field(
+        default="drop",
+        metadata={"help": "What becomes of pairs with a longer text: 'drop' them for all models, 'truncate' them from "
+                  "the left, or 'error'.", "choices": list(OVERLONG)},
+    )  # fmt: skip
     gold_reward: str | None = field(
         default=None,
         metadata={"help": "Reward function, `module:function`, that says what the best of n by a model is worth. "
@@ -121,13 +131,19 @@ def main() -> None:
         args.seed,
     )
     gold = load_reward_func(args.gold_reward) if args.gold_reward else None
-    prompts = prompts_of_pairs(pairs.shuffle(seed=args.seed), args.num_prompts) if gold is not None else []
+    prompts = []
+    if gold is not None:
+        shuffled = pairs.shuffle(seed=args.seed)
+        prompts = prompts_of_pairs(shuffled, args.num_prompts, args.policy_name_or_path, args.max_completion_length)
     paths = args.reward_model_path
     models = {name: load_reward(path, device=device) for name, path in zip(short_names(paths), paths, strict=True)}
 
     # pairs
     with console.status(f"Scoring {len(pairs):,} pairs"):
-        held_out = {name: held_out_rewards(model, pairs) for name, model in models.items()}
+        pairs = pairs_that_fit(list(models.values()), pairs, args.max_length, args.overlong)
+        held_out = {
+            name: held_out_rewards(model, pairs, args.max_length, args.overlong) for name, model in models.items()
+        }
     no_model = next(iter(held_out.values())).without_a_model
     metrics = {"Δ = 0": no_model.metrics} | {name: rewards.metrics for name, rewards in held_out.items()}
     console.print(preference_table(metrics, f"{len(pairs):,} pairs (raw rewards)"))

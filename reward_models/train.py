@@ -26,11 +26,12 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import unset_hf_deepspeed_config
-from trl import ModelConfig, get_peft_config, get_quantization_config, maybe_extract_prompt
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import LanguageModel, RewardConfig, RewardTrainer, toy
 from rlhf_bayes.commands.flags import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_reliability, preference_table
+from rlhf_bayes.rewards.pairs import prompt_and_texts
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
 from rlhf_bayes.trainers.reward.reward_card import RELIABILITY_PLOT
 
@@ -118,15 +119,13 @@ def load_data(args: Arguments, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def reference(
-    args: Arguments, training_args: RewardConfig, model_path: str, data: Dataset, prompts: list
+    args: Arguments, training_args: RewardConfig, path: str, data: Dataset, prompts: list
 ) -> tuple[list, list, str]:
     """Prompts, completions and what they are: those that the reward gets mean 0 and standard deviation 1 on."""
     if args.normalize_on != "prior":
         chosen = data.shuffle(seed=training_args.seed).select(range(min(args.normalize_samples, len(data))))
-        rows = [row | maybe_extract_prompt(row) for row in chosen]
-        completions = [row[args.normalize_on] for row in rows]
-        return [row["prompt"] for row in rows], completions, f"the column `{args.normalize_on}` of its data"
-    path = args.prior_name_or_path or model_path
+        pairs = [(prompt_and_texts(row)[0], row[args.normalize_on]) for row in chosen]
+        return *map(list, zip(*pairs, strict=True)), f"the column `{args.normalize_on}` of its data"
     prior = LanguageModel(path, max_completion_length=args.max_completion_length)
     prior.model.to(training_args.device)
     generator = torch.Generator().manual_seed(training_args.seed)
@@ -143,7 +142,10 @@ def main() -> None:
         raise ValueError(
             f"`normalize_on` must be 'prior', 'none' or a column of {train.column_names}, got {args.normalize_on!r}."
         )
-    prompts = prompts_of_pairs(train, args.normalize_samples) if args.normalize_on == "prior" else []
+    prior_path = args.prior_name_or_path or model_args.model_name_or_path
+    prompts = []
+    if args.normalize_on == "prior":
+        prompts = prompts_of_pairs(train, args.normalize_samples, prior_path, args.max_completion_length)
 
     # model
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
@@ -159,11 +161,19 @@ def main() -> None:
 
     # train
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # at once: whatever fails below costs no training
     trainer.evaluate()
     if args.normalize_on != "none":
         unset_hf_deepspeed_config()  # under ZeRO-3 the prior would be loaded in shards
-        trainer.normalize(*reference(args, training_args, model_args.model_name_or_path, train, prompts))
-    trainer.save_model()
+        try:
+            trainer.normalize(*reference(args, training_args, prior_path, train, prompts))
+        except Exception as error:
+            error.add_note(
+                f"The trained model is in {training_args.output_dir}, with raw rewards. `load_reward(folder)`, "
+                "`normalize` and `save_pretrained` normalise it without another training."
+            )
+            raise
+        trainer.save_model()
 
     # report
     if trainer.is_world_process_zero():

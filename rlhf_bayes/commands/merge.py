@@ -79,12 +79,12 @@ def _merge_reward(folder: Path, output_dir: Path) -> None:
     index = found_index(folder)
     tokenizer = load_tokenizer(folder, folder.name)
     if index.kind != "lora":
-        _save_merged(load_adapters(folder, [DEFAULT_ADAPTER], num_labels=None), tokenizer, output_dir)
+        _save_merged(load_adapters(folder, [DEFAULT_ADAPTER], num_labels=None, dtype="auto"), tokenizer, output_dir)
         index.save(output_dir)
         return
     names = [f"member_{member}" for member in range(index.num_members)]
     for name, place in zip(names, adapter_folders(folder, index.members), strict=True):
-        _save_merged(load_adapters(place, [DEFAULT_ADAPTER]), tokenizer, output_dir / name)
+        _save_merged(load_adapters(place, [DEFAULT_ADAPTER], dtype="auto"), tokenizer, output_dir / name)
         RewardIndex(append_eos=index.append_eos).save(output_dir / name)
     replace(index, kind="models", members=names).save(output_dir)
 

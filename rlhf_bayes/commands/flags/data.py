@@ -1,12 +1,19 @@
 """Loads prompts and preferences by name, from files, folders or the hub."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset, load_from_disk
-from trl import maybe_extract_prompt
+
+from rlhf_bayes.rewards.lengths import LengthLimit, num_positions
+from rlhf_bayes.rewards.loading import load_config, load_tokenizer
+from rlhf_bayes.rewards.pairs import guessed_prompt, read_pairs
+
+logger = logging.getLogger(__name__)
 
 _BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
 
@@ -116,26 +123,68 @@ def load_preferences(
             f"`dataset_name` must have the columns `chosen` and `rejected`, got {dataset.column_names}. Say which one "
             f"holds the {'preferred' if lacking[0] == 'chosen' else 'other'} text: `--columns {lacking[0]}=<column>`."
         )
+    dataset = read_pairs(f"{dataset_name} ({split})", dataset)
     if max_pairs is not None and max_pairs < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_pairs))
     return dataset
 
 
-def prompts_of_pairs(pairs: Dataset, max_prompts: int) -> list:
+def prompts_of_pairs(pairs: Dataset, max_prompts: int, path: str, max_completion_length: int) -> list:
     """
-    The first distinct prompts of preference data: its column `prompt`, or else the common beginning of each pair.
+    The first distinct prompts of preference data that a language model can complete.
+
+    Where there is no column `prompt`, they are what the texts of a pair begin with, up to a turn or a word. Prompts
+    that are too long for the language model are left out, and counted in a warning.
+
+    Args:
+        pairs (`Dataset`): from [`load_preferences`].
+        max_prompts (`int`): so many at most.
+        path (`str`): the language model's; only its config and tokenizer are read.
+        max_completion_length (`int`): tokens that must fit after a prompt.
 
     Raises:
-        ValueError: if no pair has a prompt.
+        ValueError: if no pair has one, none fits, or chats come without a chat template.
     """
-    prompts = [maybe_extract_prompt(row)["prompt"] for row in pairs]
-    prompts = list({str(prompt): prompt for prompt in prompts if prompt}.values())[:max_prompts]
+    prompts = [guessed_prompt(row) for row in pairs]  # pyright: ignore[reportArgumentType]
+    prompts = list({str(prompt): prompt for prompt in prompts if prompt}.values())
     if not prompts:
         raise ValueError(
             "`dataset_name` must hold prompts to draw completions for, and the texts of no pair have a beginning in "
             "common. Name their column, `--columns prompt=<column>`; or draw none, `--normalize_on chosen`."
         )
-    return prompts
+    tokenizer, positions = load_tokenizer(path, path), num_positions(load_config(path))
+    if not isinstance(prompts[0], str) and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"The tokenizer of '{path}' must have a `chat_template` to complete prompts that are chats, got none. "
+            "Name another model with `--prior_name_or_path`, or draw no completions, `--normalize_on chosen`."
+        )
+    limit = LengthLimit(positions=positions)
+    fitting, too_long = [], 0
+    for prompt in prompts:
+        length = _num_tokens(tokenizer, prompt)
+        fits = length > 0 and limit.allows(length + max_completion_length)
+        too_long += not fits
+        fitting += [prompt] if fits else []
+        if len(fitting) == max_prompts:
+            break
+    found = (
+        f"{too_long} of {too_long + len(fitting)} prompts and a completion of {max_completion_length} tokens have "
+        f"more tokens than '{path}' has positions for, {positions}"
+    )
+    if not fitting:
+        raise ValueError(
+            f"{found}. None is left to draw completions for. Lower `--max_completion_length`, name another model with "
+            "`--prior_name_or_path`, or draw none, `--normalize_on chosen`."
+        )
+    if too_long:
+        logger.warning(f"{found}: no completions are drawn for them.")
+    return fitting
+
+
+def _num_tokens(tokenizer: Any, prompt: Any) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def hold_out(dataset: Dataset, share: float, by: str | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
