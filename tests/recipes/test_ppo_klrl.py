@@ -103,7 +103,7 @@ def test_towards_a_likelihood(run_in_process, evidence, tmp_path, capsys):
     rewards = sentiment_reward([sample.completion for sample in run.before])
     elbo = json.loads((tmp_path / "out" / "evaluation.json").read_text())["prior"]["elbo"]["mean"]
     assert likelihood.beta == 0.5
-    assert elbo == pytest.approx(sum(rewards) / len(rewards) / 0.5, abs=1e-4)  # of the prior, E[r/β]
+    assert elbo == pytest.approx(sum(rewards) / len(rewards) / 0.5, abs=0.01)  # of the prior, E[r/β]; by a jackknife
     assert abs(run.curve("posterior/elbo")[1][0] - elbo) < 1.5
 
 
