@@ -19,6 +19,7 @@ from rlhf_bayes.samplers import (
     BestOfN,
     Draws,
     ImportanceSampler,
+    IndependentRows,
     MetropolisHastings,
     PrefixValue,
     Proposal,
@@ -115,7 +116,13 @@ def draw_from_prior(
 ) -> Method:
     """Completions of the prior. The estimates for other β use them, and tables compare samplers with them."""
     drawn = posterior.prior.sample(prompts, n, generator)
-    return _method("prior", Draws.of(drawn, len(prompts), guarantee="none"), posterior, beta, columns)
+    return _method(
+        "prior",
+        Draws.of(drawn, len(prompts), guarantee="none", dependence=IndependentRows()),
+        posterior,
+        beta,
+        columns,
+    )
 
 
 def draw_by(

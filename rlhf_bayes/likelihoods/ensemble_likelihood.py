@@ -57,7 +57,7 @@ class EnsembleLikelihood:
         beta (`float`):
             Units of reward per nat of evidence; positive and finite.
         rule (`str`, *optional*, defaults to `"mean"`):
-            One of `"mean"`, `"pessimistic"`, `"mean_minus_variance"`, `"min"`, `"marginal"`.
+            One of [`~rlhf_bayes.numerics.POOLING_RULES`].
         penalty (`float`, *optional*):
             Weight of the variance, per unit of reward, for `"mean_minus_variance"`. Default: 1 / (2 beta).
         centers (`PromptCenters` or `False`, *optional*):

@@ -12,6 +12,7 @@ from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.continuation import regrow
 from rlhf_bayes.lm.language_model import as_completion
 from rlhf_bayes.numerics import effective_sample_size, rhat
+from rlhf_bayes.samplers.dependence import ChainRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee
 from rlhf_bayes.samplers.protocol import Proposal
 from rlhf_bayes.samplers.rejection import RejectionSampler
@@ -136,7 +137,8 @@ class MetropolisHastings:
             for first in range(0, len(prompts) * self.num_chains, self.num_chains)
             for row in [row for _, rows in visited for row in rows[first : first + self.num_chains]][:n]
         ]
-        return as_draws(kept_rows, len(prompts), self.guarantee, log_z=log_z, info=info)
+        chains = ChainRows(self.num_chains)
+        return as_draws(kept_rows, len(prompts), self.guarantee, chains, log_z=log_z, info=info)
 
     def _keeps(self, step: int) -> bool:
         """Whether the state after step 0, 1, … is kept."""

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics import clopper_pearson, quasi_rejection_curve
+from rlhf_bayes.samplers.dependence import IndependentRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
 from rlhf_bayes.samplers.protocol import Proposal
 from rlhf_bayes.samplers.scored import (
@@ -184,7 +185,7 @@ class RejectionSampler:
             "tokens": tokens,
         }
         rows = [row for run in runs for row in run.rows]
-        return as_draws(rows, len(runs), self.guarantee, log_z=log_z, info=info)
+        return as_draws(rows, len(runs), self.guarantee, IndependentRows(), log_z=log_z, info=info)
 
     def _exact_log_z(self, runs: "list[_Run]") -> LogZ:
         estimates, intervals = [], []

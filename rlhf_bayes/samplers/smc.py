@@ -11,6 +11,7 @@ from scipy.stats import t
 from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.decoding import generator_on
 from rlhf_bayes.numerics import importance_ess
+from rlhf_bayes.samplers.dependence import ParticleRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
 from rlhf_bayes.samplers.guided import StepwiseProposal
 from rlhf_bayes.samplers.particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
@@ -91,9 +92,7 @@ class SMC:
         whether its relative variance is below 0.2. [`SMC.sandwich`] gives bounds that need neither.
 
         `info`: `importance_ess` of the final weights, `effective_particles` of Z, `trustworthy`, `resamplings`,
-        `ancestors` left at the end (each a list of P);
-        `ancestor` of each draw, the particle of the start that it comes from, which [`expectation`] wants for its
-        error bars; `tokens` drawn.
+        `ancestors` left at the end (each a list of P), and `tokens` drawn.
 
         Raises:
             ValueError: bad arguments, a value that is nan, or no draw of any prompt in the posterior's support.
@@ -107,6 +106,7 @@ class SMC:
             run.drawn,
             len(prompts),
             guarantee=self.guarantee,
+            dependence=ParticleRows(run.ancestor.flatten().cpu(), run.resamplings, effective),
             log_weights=run.log_weights.flatten(),
             log_z=run.interval(0.95),
             info={
@@ -115,7 +115,6 @@ class SMC:
                 "trustworthy": (effective >= MIN_EFFECTIVE_PARTICLES).tolist(),
                 "resamplings": run.resamplings.tolist(),
                 "ancestors": [len(set(row)) for row in run.ancestor.tolist()],
-                "ancestor": run.ancestor.flatten().tolist(),
                 "tokens": run.tokens,
             },
         )
