@@ -27,6 +27,7 @@ from rlhf_bayes.samplers import (
     Value,
     expectation,
 )
+from rlhf_bayes.samplers.all_samplers import SAMPLERS
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 BEST_OF = 8
@@ -175,6 +176,10 @@ def methods_of(task: Task) -> dict[str, Callable[[int], Sampler]]:
         methods[f"SMC, {name}"] = lambda n, value=value: SMC(value)
         guided = GuidedProposal(prior, value, num_candidates=CANDIDATES)
         methods[f"importance, guided by {name}"] = lambda n, guided=guided: ImportanceSampler(guided)
+    compared = {type(make(8)) for make in methods.values()}
+    for name, record in SAMPLERS.items():  # those without settings of their own above
+        if task.policy is None and record.sampler not in compared:
+            methods[name] = lambda n, record=record: record.make(task.posterior, None, n)
     if task.attribute is not None:
         pplm = GradientGuidedProposal(prior, task.attribute, step_size=PPLM_STEP_SIZE)
         methods["importance, PPLM"] = lambda n: ImportanceSampler(pplm)

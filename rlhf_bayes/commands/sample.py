@@ -15,7 +15,6 @@ from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported
 
 from rlhf_bayes import cli, toy
 from rlhf_bayes.commands.sampling import (
-    SAMPLERS,
     Method,
     agreement_table,
     checks_table,
@@ -29,9 +28,10 @@ from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_report, write_sampling
 from rlhf_bayes.rewards.loading import whole_weights
+from rlhf_bayes.samplers.all_samplers import SAMPLERS, samplers_of_the_posterior
 from rlhf_bayes.toy.rewards import sentiment_reward
 
-DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
+DEFAULT_SAMPLERS = tuple(samplers_of_the_posterior())
 ENGINE_MEMORY = 0.5
 """Share of the GPU's memory that vLLM may take: the transformers model that scores needs the rest."""
 
@@ -79,9 +79,14 @@ class Arguments:
     )
     sampler: list[str] | None = field(
         default=None,
-        metadata={"action": "extend", "choices": list(SAMPLERS), "help": "Samplers; several are compared. Default: "
-                  "all but best_of_n, which draws from another distribution."},
-    )  # fmt: skip
+        metadata={
+            "action": "extend",
+            "choices": list(SAMPLERS),
+            "help": "Samplers; several are compared. Default: all that target the posterior. "
+            + "; ".join(f"'{name}', {record.guarantee}: {record.help}" for name, record in SAMPLERS.items())
+            + ".",
+        },
+    )
     num_samples: int = field(default=128, metadata={"help": "Completions that each sampler draws for each prompt."})
     proposal: str | None = field(
         default=None, metadata={"help": "A trained policy that samplers draw from instead of the prior."}
@@ -126,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
-        name: SAMPLERS[name](posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
+        name: SAMPLERS[name].make(posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
     }
 
     console, generator = Console(), torch.Generator().manual_seed(args.seed)

@@ -1,7 +1,7 @@
 """What `rlhf-bayes sample` does with one sampler, and how it compares several."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,53 +14,7 @@ from torch import Tensor
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 from rlhf_bayes.posterior import Posterior
-from rlhf_bayes.samplers import (
-    SMC,
-    BestOfN,
-    Draws,
-    ImportanceSampler,
-    IndependentRows,
-    MetropolisHastings,
-    PrefixValue,
-    Proposal,
-    RejectionSampler,
-    Sampler,
-    expectation,
-)
-
-QUASI_TV = 0.05
-"""Total variation distance that rejection may leave where no bound is known."""
-
-
-_MAX_CHAINS, _MIN_STATES = 16, 4
-
-
-def _rejection(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
-    if posterior.bound is not None and proposal is None:
-        return RejectionSampler()
-    return RejectionSampler(proposal, max_tv=QUASI_TV)
-
-
-def _metropolis_hastings(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
-    # the standard error needs chains of equal length and several states; many chains cost hardly more than few
-    fitting = [chains for chains in range(1, _MAX_CHAINS + 1) if n % chains == 0 and n >= _MIN_STATES * chains]
-    if not fitting:
-        raise ValueError(f"`--num_samples` must be at least {_MIN_STATES} for metropolis_hastings, got {n}.")
-    return MetropolisHastings(proposal=proposal, num_chains=max(fitting), burn_in=32, thin=4)
-
-
-def _smc(posterior: Posterior, proposal: Any, n: int) -> Sampler:
-    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
-
-
-SAMPLERS: dict[str, Callable[[Posterior, Proposal | None, int], Sampler]] = {
-    "importance": lambda posterior, proposal, n: ImportanceSampler(proposal),
-    "rejection": _rejection,
-    "metropolis_hastings": _metropolis_hastings,
-    "smc": _smc,
-    "best_of_n": lambda posterior, proposal, n: BestOfN(proposal=proposal),
-}
-"""Samplers by name. Each function takes the posterior, a proposal (None: the prior) and the completions per prompt."""
+from rlhf_bayes.samplers import Draws, IndependentRows, Sampler, expectation
 
 
 @dataclass(frozen=True)

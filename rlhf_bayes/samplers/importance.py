@@ -11,7 +11,7 @@ from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 from rlhf_bayes.samplers.dependence import Dependence, IndependentRows, ResampledRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee
-from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.protocol import Proposal, SamplerRecord
 from rlhf_bayes.samplers.scored import (
     as_draws,
     check_confidence,
@@ -148,3 +148,12 @@ def systematic_resample(log_weights: Tensor, n: int, generator: torch.Generator 
     # right: a point on an edge belongs to the next draw, so that weight 0 is never drawn
     index = torch.searchsorted(edges, points, right=True)
     return index.clamp(max=int((log_weights > -torch.inf).nonzero().max()))
+
+
+RECORD = SamplerRecord(
+    sampler=ImportanceSampler,
+    guarantee="consistent",
+    guarantees=("consistent",),
+    help="the first look, and log Z: weights, their effective sample size, k̂",
+    make=lambda posterior, proposal, n: ImportanceSampler(proposal),
+)

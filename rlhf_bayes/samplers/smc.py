@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from rich.progress import track
@@ -15,8 +15,9 @@ from rlhf_bayes.samplers.dependence import ParticleRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
 from rlhf_bayes.samplers.guided import StepwiseProposal
 from rlhf_bayes.samplers.particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
+from rlhf_bayes.samplers.protocol import SamplerRecord
 from rlhf_bayes.samplers.scored import check_supported, checked_request
-from rlhf_bayes.samplers.values import Value, rows_of
+from rlhf_bayes.samplers.values import PrefixValue, Value, rows_of
 
 if TYPE_CHECKING:
     from rlhf_bayes.posterior import Posterior
@@ -212,3 +213,16 @@ class SMC:
             )
             parts.append(particles.run(self.ess_threshold, generator))
         return ParticleRun.joined(parts)
+
+
+def _from_flags(posterior: "Posterior", proposal: Any, n: int) -> SMC:
+    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
+
+
+RECORD = SamplerRecord(
+    sampler=SMC,
+    guarantee="consistent",
+    guarantees=("consistent",),
+    help="rewards that show early; log Z without bias, between two bounds",
+    make=_from_flags,
+)

@@ -15,10 +15,10 @@ from trl import TrlParser
 
 from rlhf_bayes import commands
 from rlhf_bayes.commands.sample import Arguments
-from rlhf_bayes.commands.sampling import SAMPLERS as SAMPLERS_BY_NAME
 from rlhf_bayes.commands.sampling import Mean, Method, _trustworthy, agreement, agreement_table
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.samplers import Draws, IndependentRows
+from rlhf_bayes.samplers.all_samplers import SAMPLERS as SAMPLERS_BY_NAME
 
 SAMPLERS = ("importance", "rejection", "metropolis_hastings")
 
@@ -259,7 +259,7 @@ def test_vllm_draws_from_the_prior(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n", [5, 30, 48, 128])
 def test_any_number_of_samples_makes_chains_of_one_length(n):
-    sampler = SAMPLERS_BY_NAME["metropolis_hastings"](None, None, n)
+    sampler = SAMPLERS_BY_NAME["metropolis_hastings"].make(None, None, n)
     assert n % sampler.num_chains == 0
     assert n // sampler.num_chains >= 4
 
