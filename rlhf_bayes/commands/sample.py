@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported lazily
+from trl import TrlParser
 
 from rlhf_bayes import cli, toy
 from rlhf_bayes.commands.sampling import (
@@ -209,7 +209,7 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
     tokenizer = AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer
     options = tokenizer, length, args.temperature, args.batch_size
     if args.vllm and prior is None:
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
         engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
         return VLLMLanguageModel(model.to(_device()), engine, *options)
@@ -223,6 +223,12 @@ def make_posterior(
     The posterior that the flags describe, and the names of its evidence.
 
     The prior is tilted by the rewards, if there are any, and conditioned on the predicate, if there is one.
+
+    Args:
+        args ([`Arguments`]): The flags.
+        prior ([`~rlhf_bayes.LanguageModel`]): π0.
+        reward_funcs (`list`): Reward functions and models, perhaps none.
+        predicate (`Callable`, *optional*): The predicate that must hold.
     """
     if not reward_funcs:
         return prior.condition(predicate), [str(args.condition)]
@@ -276,7 +282,7 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
     if args.vllm:
         try:
-            import vllm  # noqa: F401
+            import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ValueError(
                 "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`."

@@ -27,14 +27,14 @@ class RewardIndex:
             K names: adapters (`"default"` is the one at the root), subfolders, or names of heads. May be left out for
             a single model.
         append_eos (`bool`):
-            Whether plain texts, but not chats, are read as TRL's `RewardTrainer` tokenises them in training: EOS
-            appended unless it is there, and the tokenizer's own special tokens added. Else as TRL's trainers score:
-            neither.
+            Whether plain texts, but not chats, are read as TRL's `RewardTrainer` tokenises them in training: an EOS is
+            appended if there is none, and the tokenizer's special tokens are added. If not, they are read as TRL's
+            trainers score texts, without either.
         normalization ([`Normalization`], *optional*):
             Gain and bias of each member.
 
     Raises:
-        `ValueError`: an unknown kind, or numbers of members that contradict each other.
+        `ValueError`: if the kind is unknown, or numbers of members contradict each other.
     """
 
     kind: str = "single"
@@ -68,7 +68,7 @@ class RewardIndex:
 
     @property
     def num_members(self) -> int:
-        """K."""
+        """The number of members, K."""
         return len(self.members)
 
     def save(self, folder: str | Path) -> None:
@@ -88,7 +88,7 @@ class RewardIndex:
         The index in a folder or a repository of the hub, or None where there is none.
 
         Raises:
-            `ValueError`: the file is no index.
+            `ValueError`: if the file is not an index.
         """
         path = _find(folder)
         if path is None:

@@ -24,8 +24,8 @@ class RewardModel:
 
     Args:
         model (`torch.nn.Module` or `str` or `Path`):
-            The classifier, with a `config`; put in evaluation mode, since dropout would make the reward random. Or
-            where to load one with one label from: a whole model, or a PEFT adapter.
+            The classifier, with a `config`. It is put in evaluation mode, since dropout would make the reward random.
+            Or the path to load one with one label from: a whole model, or a PEFT adapter.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The model's tokenizer. Default: the one saved beside the model.
         device (`torch.device`, *optional*):
@@ -86,7 +86,7 @@ class RewardModel:
 
     @property
     def classifiers(self) -> list[TextClassifier]:
-        """What reads the texts: here one, of an ensemble perhaps several."""
+        """The classifiers that read the texts: here one, of an ensemble perhaps several."""
         return [self.classifier]
 
     @property
@@ -95,7 +95,7 @@ class RewardModel:
         return RewardIndex("single", append_eos=self.classifier.append_eos, normalization=self.normalization)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
-        """Reward of each completion. `columns` are TRL's other arguments, which a classifier has no use for."""
+        """Reward of each completion. `columns` are TRL's other arguments, which a classifier does not use."""
         return self.rewards(prompts, completions).tolist()
 
     def rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
@@ -127,5 +127,5 @@ class RewardModel:
         self.index.save(folder)
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
-        """What the model reads: see [`TextClassifier.text`]."""
+        """The text that the model reads: see [`TextClassifier.text`]."""
         return self.classifier.text(prompt, completion)

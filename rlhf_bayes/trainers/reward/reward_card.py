@@ -36,6 +36,16 @@ def reward_card(
     Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it.
 
     It shows the plot `reliability.png` of the output folder, if there is one.
+
+    Args:
+        trainer ([`RewardTrainer`]):
+            The trainer of the reward model.
+        name (`str`):
+            Name of the model.
+        dataset_name (`str`, *optional*):
+            Name of the dataset, for the header that the hub reads.
+        tags (`list[str]` or `str`, *optional*):
+            Further tags for the hub.
     """
     pairs = trainer.evaluation_pairs
     # rewards that diverged have no metrics, and a checkpoint is saved all the same
