@@ -47,7 +47,19 @@ def remove_dropout(model: nn.Module) -> None:
 def sampling_config(
     max_new_tokens: int, eos_token_ids: list[int], pad_token_id: int, temperature: float
 ) -> GenerationConfig:
-    """A generation config that draws from the model's distribution at `temperature`, with no truncation."""
+    """
+    A generation config that draws from the model's distribution at a temperature, without truncation.
+
+    Args:
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        eos_token_ids (`list[int]`):
+            The tokens that end a completion.
+        pad_token_id (`int`):
+            The token that shorter completions are padded with.
+        temperature (`float`):
+            Divides the logits.
+    """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
