@@ -1,5 +1,6 @@
 """`rlhf-bayes sample`: draws from a posterior by several samplers, compares them, and estimates other β."""
 
+import json
 import math
 import os
 import time
@@ -68,6 +69,11 @@ class Arguments:
     condition: str | None = field(
         default=None, metadata={"help": "A predicate that must hold, `module:function`; with or without a reward."}
     )
+    likelihood: str | None = field(
+        default=None,
+        metadata={"help": "Evidence in nats instead of rewards and a condition, `module:object`: an object with a "
+                  "method `log_likelihood`, or a function without arguments that returns one."},
+    )  # fmt: skip
     beta: float = field(default=0.25, metadata={"help": "Units of reward per nat of evidence."})
     what_if_beta: list[float] | None = field(
         default=None, metadata={"action": "extend", "help": "Other β to estimate. Default: from β/8 to 8·β."}
@@ -94,6 +100,10 @@ class Arguments:
         default=None, metadata={"help": "Longest completion, in tokens. Default: 64; 32 with the bundled model."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the prior."})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "What the chat template gets beside the messages, as JSON: '{\"enable_thinking\": false}'."},
+    )
     batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
     dtype: str = field(
         default="float32",
@@ -116,9 +126,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)
-    reward_funcs, predicate = load_evidence(args)
+    likelihood = None if args.likelihood is None else cli.load_likelihood(args.likelihood)
+    reward_funcs, predicate = ([], None) if likelihood is not None else load_evidence(args)
     prior = load_model(args, args.model_name_or_path or toy.model_path())
-    posterior, names = make_posterior(args, prior, reward_funcs, predicate)
+    if likelihood is not None:
+        posterior, names = Posterior(prior, likelihood), [str(args.likelihood)]
+    else:
+        posterior, names = make_posterior(args, prior, reward_funcs, predicate)
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
@@ -198,13 +212,26 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype)
     length = args.max_completion_length or (32 if args.model_name_or_path is None else 64)
     tokenizer = AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer
-    options = tokenizer, length, args.temperature, args.batch_size
+    options = tokenizer, length, args.temperature, args.batch_size, read_template_kwargs(args.chat_template_kwargs)
     if args.vllm and prior is None:
         from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
         engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
         return VLLMLanguageModel(model.to(_device()), engine, *options)
     return LanguageModel(model.to(_device()), *options)
+
+
+def read_template_kwargs(text: Any) -> dict[str, Any] | None:
+    """What `--chat_template_kwargs` says: JSON, or a mapping from a configuration file."""
+    if text is None or isinstance(text, dict):
+        return text
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--chat_template_kwargs` must be JSON, got {text!r}: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`--chat_template_kwargs` must be a JSON object, '{{\"name\": value}}', got {text!r}.")
+    return found
 
 
 def make_posterior(
@@ -237,11 +264,18 @@ def _check(args: Arguments) -> None:
     if args.model_name_or_path is not None:
         if args.dataset_name is None and not args.prompt:
             raise ValueError("`--dataset_name` or `--prompt` must be given with `--model_name_or_path`, got neither.")
-        if not args.reward_func and args.reward_model_path is None and args.condition is None:
+        if not (args.reward_func or args.reward_model_path or args.condition or args.likelihood):
             raise ValueError(
-                "`--reward_func`, `--reward_model_path` or `--condition` must be given with `--model_name_or_path`, "
-                "got none."
+                "`--reward_func`, `--reward_model_path`, `--condition` or `--likelihood` must be given with "
+                "`--model_name_or_path`, got none."
             )
+    if args.likelihood is not None:
+        for name in ("reward_func", "reward_model_path", "reward_clip_range", "condition", "beta", "what_if_beta"):
+            if getattr(args, name) != Arguments.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`--{name}` must be left out with `--likelihood`, got {getattr(args, name)!r}: a likelihood is "
+                    "the whole evidence, in nats. Multiply what it is made of in your module."
+                )
     wrong = [beta for beta in args.what_if_beta or [] if not 0 < beta < math.inf]
     if wrong:
         raise ValueError(f"`--what_if_beta` must be positive and finite, got {wrong[0]}: β = 0 has no posterior.")
@@ -262,6 +296,7 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"`--num_samples` must be at least 2, got {args.num_samples}: one completion has no spread.")
     if args.reward_clip_range is not None and len(args.reward_clip_range) != 2:
         raise ValueError(f"`--reward_clip_range` must be two numbers, low and high, got {args.reward_clip_range}.")
+    read_template_kwargs(args.chat_template_kwargs)
     if Path(args.output_dir).is_file():
         raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
     if args.vllm:

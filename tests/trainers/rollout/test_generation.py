@@ -61,7 +61,7 @@ def test_the_models_own_generation_config_does_not_change_the_rollouts(toy, tmp_
         masks.append(trained.rollouts[0])
         for name, value in changes.items():
             assert getattr(model.generation_config, name) == value  # and it is the user's again
-    assert torch.equal(masks[0].mask, masks[1].mask)
+    assert torch.equal(masks[0].completion_mask, masks[1].completion_mask)
     assert torch.equal(masks[0].token_log_probs, masks[1].token_log_probs)
 
 
