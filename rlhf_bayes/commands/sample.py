@@ -68,6 +68,11 @@ class Arguments:
     condition: str | None = field(
         default=None, metadata={"help": "A predicate that must hold, `module:function`; with or without a reward."}
     )
+    likelihood: str | None = field(
+        default=None,
+        metadata={"help": "Evidence in nats instead of rewards and a condition, `module:object`: an object with a "
+                  "method `log_likelihood`, or a function without arguments that returns one."},
+    )  # fmt: skip
     beta: float = field(default=0.25, metadata={"help": "Units of reward per nat of evidence."})
     what_if_beta: list[float] | None = field(
         default=None, metadata={"action": "extend", "help": "Other β to estimate. Default: from β/8 to 8·β."}
@@ -116,9 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)
-    reward_funcs, predicate = load_evidence(args)
+    likelihood = None if args.likelihood is None else cli.load_likelihood(args.likelihood)
+    reward_funcs, predicate = ([], None) if likelihood is not None else load_evidence(args)
     prior = load_model(args, args.model_name_or_path or toy.model_path())
-    posterior, names = make_posterior(args, prior, reward_funcs, predicate)
+    if likelihood is not None:
+        posterior, names = Posterior(prior, likelihood), [str(args.likelihood)]
+    else:
+        posterior, names = make_posterior(args, prior, reward_funcs, predicate)
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
@@ -237,11 +246,18 @@ def _check(args: Arguments) -> None:
     if args.model_name_or_path is not None:
         if args.dataset_name is None and not args.prompt:
             raise ValueError("`--dataset_name` or `--prompt` must be given with `--model_name_or_path`, got neither.")
-        if not args.reward_func and args.reward_model_path is None and args.condition is None:
+        if not (args.reward_func or args.reward_model_path or args.condition or args.likelihood):
             raise ValueError(
-                "`--reward_func`, `--reward_model_path` or `--condition` must be given with `--model_name_or_path`, "
-                "got none."
+                "`--reward_func`, `--reward_model_path`, `--condition` or `--likelihood` must be given with "
+                "`--model_name_or_path`, got none."
             )
+    if args.likelihood is not None:
+        for name in ("reward_func", "reward_model_path", "reward_clip_range", "condition", "beta", "what_if_beta"):
+            if getattr(args, name) != Arguments.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`--{name}` must be left out with `--likelihood`, got {getattr(args, name)!r}: a likelihood is "
+                    "the whole evidence, in nats. Multiply what it is made of in your module."
+                )
     wrong = [beta for beta in args.what_if_beta or [] if not 0 < beta < math.inf]
     if wrong:
         raise ValueError(f"`--what_if_beta` must be positive and finite, got {wrong[0]}: β = 0 has no posterior.")
