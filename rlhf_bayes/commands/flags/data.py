@@ -146,7 +146,7 @@ def prompts_of_pairs(
 
     Args:
         pairs (`Dataset`): from [`load_preferences`].
-        max_prompts (`int`): so many at most.
+        max_prompts (`int`): largest number of prompts.
         path (`str`): the language model's; only its config and tokenizer are read.
         max_completion_length (`int`): tokens that must fit after a prompt.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): of the language model. Default: the one in `path`.
