@@ -107,7 +107,7 @@ class Arguments:
     batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
     dtype: str = field(
         default="float32",
-        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Of the weights."},
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Type of the weights."},
     )
     vllm: bool = field(
         default=False,
