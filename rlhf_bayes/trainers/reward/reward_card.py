@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from rlhf_bayes.diagnostics import PreferenceSummary, reward_model_card
 from rlhf_bayes.numerics import agreement
+from rlhf_bayes.rewards import RewardIndex
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
 
 if TYPE_CHECKING:
@@ -47,21 +48,24 @@ def reward_card(
         tags (`list[str]` or `str`, *optional*):
             Further tags for the hub.
     """
-    pairs = trainer.evaluation_pairs
-    # rewards that diverged have no metrics, and a checkpoint is saved all the same
+    pairs, index = trainer.evaluation_pairs, trainer.index
+    saved = RewardIndex.load(trainer.args.output_dir)
+    if saved is not None and saved.normalization == index.normalization:
+        index = saved  # it knows what the saved weights hold of the scale
+    # a checkpoint is saved even if rewards have diverged, and then there are no metrics
     finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()
     judged = HeldOutRewards(**pairs) if finite else None
     plot = Path(trainer.args.output_dir, RELIABILITY_PLOT)
     settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
     return reward_model_card(
         name=name,
-        index=trainer.index,
+        index=index,
         data=_summary(trainer, dataset_name),
         base_model=trainer.model.config._name_or_path or None,
         metrics=judged and judged.metrics,
         bins=judged and judged.bins,
         reliability_plot=plot.name if judged and plot.is_file() else None,
-        # unset ones are None, 0, or -1
+        # settings that are unset are None, 0 or −1
         settings={setting: value for setting, value in settings.items() if value and value != -1},
         tags=[tags] if isinstance(tags, str) else list(tags or []),
     )
