@@ -200,7 +200,7 @@ def test_a_sampler_draws_from_it(toy, evidence, kind, name):
     found = expectation(draws, torch.tensor([by_ids[tuple(ids)] for ids in draws.completion_ids]))
     bias = 0.05 if draws.guarantee == "bounded" else 0.0  # the distance that rejection may leave without a bound
     errors = (found.mean - exact).abs()
-    assert (found.standard_error < 0.1).all()
+    assert (found.standard_error < 0.15).all()
     assert (errors < 4.5 * found.standard_error + bias).all(), f"off by {errors.tolist()} of {exact.tolist()}"
 
 
