@@ -1,7 +1,7 @@
 """Estimates from scored draws: how far policy and prior are from the posterior, each with its uncertainty."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -9,7 +9,6 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from rlhf_bayes.diagnostics.diversity import Tokens
 from rlhf_bayes.diagnostics.quantities import QUANTITIES
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
@@ -312,8 +311,8 @@ def _fit(
         means, variances = columns[quantity]
         return over_prompts(scale * means, scale**2 * variances, trustworthy)
 
-    def of_texts(measure: Callable[[list[Tokens]], float]) -> Estimate:
-        values = [measure([text.split() for text in texts]) for texts in draws.texts]
+    def of_texts(measure: Callable[[Sequence[str]], float]) -> Estimate:
+        values = [measure(texts) for texts in draws.texts]
         return over_prompts(torch.tensor(values, dtype=torch.float64))
 
     return PosteriorFit(

@@ -1,10 +1,10 @@
 """What is reported of a distribution against a posterior, a record each: label, unit, and where it is shown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_bayes.diagnostics.diversity import Tokens, distinct_n, duplicates, repeated_ngrams, self_bleu
+from rlhf_bayes.diagnostics.diversity import Tokens, distinct_n, duplicates, repeated_ngrams, self_bleu, words
 
 Place = Literal["terminal", "page", "callback"]
 """[`~rlhf_bayes.diagnostics.fit_table`], the HTML report, and the metrics of
@@ -25,8 +25,8 @@ class Quantity:
     """Whether the callback logs its standard error too."""
     hidden_at_zero: bool = False
     """Whether the terminal's table leaves it out where it is 0 for all."""
-    of_texts: Callable[[list[Tokens]], float] | None = None
-    """Words of each completion of a prompt -> the number for that prompt, where texts are all that it needs."""
+    of_texts: Callable[[Sequence[str]], float] | None = None
+    """Completions of a prompt -> the number for that prompt, where texts are all that it needs."""
 
     @property
     def title(self) -> str:
@@ -34,8 +34,12 @@ class Quantity:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
-def _of_texts(label: str, measure: Callable[[list[Tokens]], float], unit: str = "") -> Quantity:
+def _of_texts(label: str, measure: Callable[[Sequence[str]], float], unit: str = "") -> Quantity:
     return Quantity(label, unit, error_logged=False, of_texts=measure)
+
+
+def _of_words(label: str, measure: Callable[[list[Tokens]], float], unit: str = "") -> Quantity:
+    return _of_texts(label, lambda texts: measure([words(text) for text in texts]), unit)
 
 
 QUANTITIES: dict[str, Quantity] = {
@@ -53,11 +57,11 @@ QUANTITIES: dict[str, Quantity] = {
     "forbidden": Quantity("forbidden", "share", error_logged=False, hidden_at_zero=True),
     "entropy": Quantity("entropy", "nats"),
     "prior_perplexity": Quantity("perplexity under the prior", error_logged=False),
-    "distinct_1": _of_texts("distinct-1", lambda texts: distinct_n(texts, 1)),
-    "distinct_2": _of_texts("distinct-2", lambda texts: distinct_n(texts, 2)),
+    "distinct_1": _of_words("distinct-1", lambda texts: distinct_n(texts, 1)),
+    "distinct_2": _of_words("distinct-2", lambda texts: distinct_n(texts, 2)),
     "self_bleu": _of_texts("self-BLEU", self_bleu),
-    "repeated_4grams": _of_texts("repeated 4-grams", repeated_ngrams, "share"),
-    "duplicates": _of_texts("duplicates", duplicates, "share"),
+    "repeated_4grams": _of_words("repeated 4-grams", repeated_ngrams, "share"),
+    "duplicates": _of_words("duplicates", duplicates, "share"),
 }
 """Name -> record, in the order in which they are shown. One with `of_texts` needs no more than its record here."""
 

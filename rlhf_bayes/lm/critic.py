@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 
+from rlhf_bayes.lm.trunk import trunk_of
+
 CRITIC = "critic"  # the attribute of the causal LM that holds it, and the folder beside the policy's weights
 _CONFIG, _HEAD = "critic_config.json", "value_head.safetensors"
 
@@ -68,7 +70,7 @@ class Critic(nn.Module):
             hidden = states_before(self.backbone(**inputs, use_cache=False), mask)[mask]
         elif self.adapter is not None:
             with active_adapter(lm, self.adapter), _without_checkpointing(lm):
-                hidden = states_before(lm.base_model(**inputs, use_cache=False), mask)[mask]
+                hidden = states_before(trunk_of(lm)(**inputs, use_cache=False), mask)[mask]
         if self.detach_trunk:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
@@ -204,7 +206,7 @@ def active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
 @contextmanager
 def _without_checkpointing(lm: PreTrainedModel) -> Iterator[None]:
     # a checkpointed layer would be recomputed in the backward pass, under the policy's adapter
-    modules = [module for module in lm.base_model.modules() if getattr(module, "gradient_checkpointing", False)]
+    modules = [module for module in trunk_of(lm).modules() if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False
     try:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rlhf_bayes.lm.critic import CRITIC, Critic, states_before
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy
+from rlhf_bayes.lm.trunk import trunk_of
 
 _AGREEMENT = 1e-3  # nats, of log-probs from hidden states with those from the model's own logits in fp32
 
@@ -71,12 +72,12 @@ def enable_completion_scoring(model: nn.Module) -> None:
         if trunk_only:
             # in the precision of the weights, as a model of its own would run
             with torch.autocast(self.device.type, enabled=False):
-                return self.base_model(*args, **kwargs)
+                return trunk_of(self)(*args, **kwargs)
         if completion_ids is None:
             return (
                 type(self).forward(self, *args, **kwargs) if earlier_patch is None else earlier_patch(*args, **kwargs)
             )
-        states = states_before(self.base_model(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
+        states = states_before(trunk_of(self)(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
         hidden = states[completion_mask]  # (N, H)
         critic: Critic | None = getattr(self, CRITIC, None) if with_values else None
         values = None if critic is None else scatter(critic(self, hidden, completion_mask, kwargs), completion_mask)

@@ -1,5 +1,6 @@
 """vLLM draws, transformers scores."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -33,7 +34,7 @@ class VLLMLanguageModel(LanguageModel):
             The model that scores.
         engine (`vllm.LLM`):
             Draws; its `max_model_len` must leave room for prompt and completion.
-        tokenizer, max_completion_length, temperature:
+        tokenizer, max_completion_length, temperature, chat_template_kwargs:
             As for [`LanguageModel`].
         batch_size (`int`):
             Requests that the engine gets at a time, and sequences in one forward pass of the model.
@@ -52,6 +53,7 @@ class VLLMLanguageModel(LanguageModel):
         max_completion_length: int = 64,
         temperature: float = 1.0,
         batch_size: int = 256,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         if not callable(getattr(engine, "generate", None)):
             raise TypeError(f"`engine` must be a `vllm.LLM`, got {type(engine).__name__} without `generate`.")
@@ -59,7 +61,9 @@ class VLLMLanguageModel(LanguageModel):
             from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ImportError("VLLMLanguageModel needs vLLM: `pip install 'rlhf_bayes[vllm]'`.") from error
-        super().__init__(model_or_path, tokenizer, max_completion_length, temperature, batch_size)
+        super().__init__(
+            model_or_path, tokenizer, max_completion_length, temperature, batch_size, chat_template_kwargs
+        )
         self.engine = engine
         self._sampling_params = SamplingParams
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_bayes.rewards.ensemble_members import Adapters, Heads, Members, Models
+from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 from rlhf_bayes.rewards.loading import found_index, load_adapters, load_classifier, load_tokenizer, local_folder
 from rlhf_bayes.rewards.normalization import Normalization
@@ -61,9 +62,7 @@ class RewardEnsemble:
                 "`RewardEnsemble.from_pretrained`."
             )
         if isinstance(members, nn.Module):
-            classifier = TextClassifier(
-                members, tokenizer, batch_size=batch_size, append_eos=index is not None and index.append_eos
-            )
+            classifier = TextClassifier(members, tokenizer, batch_size=batch_size, index=index)
             adapters = list(members.peft_config) if isinstance(members, (PeftModel, SharedClassifier)) else []
             of_adapters = len(adapters) > 1 or (len(adapters) == 1 and classifier.num_labels == 1)
             self._members: Members = Adapters(classifier) if of_adapters else Heads(classifier)
@@ -141,9 +140,10 @@ class RewardEnsemble:
         return RewardIndex(members.kind, list(members.names), members.append_eos, self.normalization)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, tokenizers and index, for `from_pretrained` or `load_reward`."""
+        """Write weights, tokenizers and index, for `from_pretrained` or `load_reward`; see [`write_index`]."""
         self._members.save(folder)
-        self.index.save(folder)
+        before = self.classifiers[0].index if self._members.kind == "heads" else None
+        write_index(folder, self.index, before)
 
     def member_rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """

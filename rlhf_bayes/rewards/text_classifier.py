@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from rlhf_bayes.rewards.folding import scale_in_weights
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.lengths import LengthLimit, num_positions, shown_rows
 from rlhf_bayes.rewards.loading import load_classifier, load_tokenizer
@@ -44,11 +45,14 @@ class TextClassifier:
             [`RewardIndex`]. Default: what the index beside the model says, else no.
         dtype (`torch.dtype` or `"auto"`, *optional*):
             Of a model that is loaded from a path; see [`load_classifier`]. Default: fp32.
+        index ([`RewardIndex`], *optional*):
+            How to read the model: a scale in the weights of its head is taken out of the logits. Default: the index
+            beside a path, or none.
 
     Attributes:
         name (`str`): Name of the model, from its path or its class.
         num_labels (`int`): L.
-        index ([`RewardIndex`] or None): The index found beside a model that was loaded from a path.
+        index ([`RewardIndex`] or None): The index that was passed, or found beside a path.
 
     Raises:
         `TypeError`: `model` has no `config`.
@@ -64,13 +68,14 @@ class TextClassifier:
         num_labels: int | None = None,
         append_eos: bool | None = None,
         dtype: torch.dtype | str = torch.float32,
+        index: RewardIndex | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-        self.index, path = None, ""
+        self.index, path = index, ""
         if isinstance(model, (str, Path)):
             path = str(model)
-            self.index = RewardIndex.load(path)
+            self.index = index or RewardIndex.load(path)
             model = load_classifier(path, num_labels, dtype).to(device or "cpu")
         config: Any = getattr(model, "config", None)
         if config is None:
@@ -87,6 +92,7 @@ class TextClassifier:
         self.append_eos = append_eos if append_eos is not None else self.index is not None and self.index.append_eos
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.num_labels: int = getattr(config, "num_labels", 1)
+        self._scale = scale_in_weights(self.index)
         self._check_tokenizer()
         # the head reads the last token that is not padding, so the config must name the padding token
         self._config.pad_token_id = self.tokenizer.pad_token_id
@@ -151,21 +157,27 @@ class TextClassifier:
 
     @torch.no_grad()
     def forward(self, inputs: Any) -> Tensor:
-        """One forward pass on one of the `batches`: (b, L), fp32, on the CPU."""
+        """One forward pass on one of the `batches`: raw logits (b, L), fp32, on the CPU."""
         training = self.model.training  # the model may be in training, with scoring between two steps
         if training:
             self.model.eval()
         try:
-            return self.model(**inputs, **self._options).logits.float().cpu()
+            logits = self.model(**inputs, **self._options).logits.float().cpu()
         finally:
             if training:
                 self.model.train()
+        if self._scale is None:
+            return logits
+        gain, bias = self._scale
+        return (logits - bias) / gain
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
         """The text that the model reads: prompt and completion joined, or the whole chat by the chat template."""
         if isinstance(prompt, str):
             text: str = prompt + completion  # pyright: ignore[reportOperatorIssue]
             eos: Any = self.tokenizer.eos_token
+            if self.index is not None and self.index.tokenizer_appends_eos:
+                return text.removesuffix(eos)
             # TRL looks only at the completion, so an empty one gets an EOS even if its prompt ends with one
             return text + eos if self.append_eos and not completion.endswith(eos) else text  # pyright: ignore
         if getattr(self.tokenizer, "chat_template", None) is None:

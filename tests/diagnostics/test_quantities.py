@@ -68,7 +68,7 @@ def test_it_is_shown_where_its_record_says(fit, name):
 def test_a_measure_of_texts_has_its_value_here(name):
     assert name in OF_TEXTS
     expected = OF_TEXTS[name]
-    found = QUANTITIES[name].of_texts([text.split() for text in TEXTS])
+    found = QUANTITIES[name].of_texts(TEXTS)
     assert 0 < found < 1
     assert expected is None or found == pytest.approx(expected)
 

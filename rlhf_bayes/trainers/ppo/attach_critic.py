@@ -9,6 +9,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_bayes.lm import Critic
 from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder, set_trainable
 from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.trunk import trunk_of
 
 
 def attach_critic(
@@ -86,7 +87,7 @@ def _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed)
                 "`value_model` with the policy's tokenizer, or set `critic='shared'`."
             )
     else:
-        trunk = lm.base_model
+        trunk = trunk_of(lm)
     sizes = [model.config.get_text_config().vocab_size for model in (lm, trunk)]
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from rlhf_bayes.diagnostics import PreferenceSummary, reward_model_card
 from rlhf_bayes.numerics import agreement
+from rlhf_bayes.rewards import RewardIndex
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def reward_card(
         tags (`list[str]` or `str`, *optional*):
             Further tags for the hub.
     """
-    pairs = trainer.evaluation_pairs
+    pairs, index = trainer.evaluation_pairs, trainer.index
+    saved = RewardIndex.load(trainer.args.output_dir)
+    if saved is not None and saved.normalization == index.normalization:
+        index = saved  # it knows what the saved weights hold of the scale
     # rewards that diverged have no metrics, and a checkpoint is saved all the same
     finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()
     judged = HeldOutRewards(**pairs) if finite else None
@@ -55,7 +59,7 @@ def reward_card(
     settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
     return reward_model_card(
         name=name,
-        index=trainer.index,
+        index=index,
         data=_summary(trainer, dataset_name),
         base_model=trainer.model.config._name_or_path or None,
         metrics=judged and judged.metrics,
