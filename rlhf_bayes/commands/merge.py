@@ -10,12 +10,12 @@ from peft import AutoPeftModelForCausalLM, PeftConfig
 from rich.console import Console
 
 from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder
+from rlhf_bayes.lm.pretrained import is_adapter
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.loading import (
     DEFAULT_ADAPTER,
     adapter_folders,
     found_index,
-    is_adapter,
     load_adapters,
     load_tokenizer,
 )

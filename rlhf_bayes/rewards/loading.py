@@ -1,7 +1,7 @@
 """Classifiers and tokenizers from disk or the hub: nothing in them may be left to chance."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,13 @@ from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.integrations import deepspeed
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from rlhf_bayes.lm.pretrained import ADAPTER_CONFIG, is_adapter, key_names, shown, tokenizer_folder
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 
-ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT_ADAPTER = "default"
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter instead of a whole model."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
 def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Module:
@@ -40,12 +34,12 @@ def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Modul
     if is_adapter(path):
         return load_adapters(path, [DEFAULT_ADAPTER], num_labels)
     model, info = _load(str(path), num_labels)
-    mismatched = _names(info["mismatched_keys"])
+    mismatched = key_names(info["mismatched_keys"])
     if mismatched:
         saved = AutoConfig.from_pretrained(path).num_labels
         raise ValueError(
             f"'{path}' must have {num_labels} label{'s' if num_labels != 1 else ''} here, but its checkpoint has "
-            f"{saved}: {_shown(mismatched)} has another shape. Take each label as a member with "
+            f"{saved}: {shown(mismatched)} has another shape. Take each label as a member with "
             "`RewardEnsemble.from_pretrained`, or one of them as a class with `ClassifierLikelihood`."
         )
     # a head that the checkpoint lacks is drawn at random, with a warning only: the reward would be noise
@@ -53,7 +47,7 @@ def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Modul
     if missing:
         raise ValueError(
             f"`reward_funcs` must name sequence-classification models, got '{path}', whose checkpoint lacks "
-            f"{_shown(missing)}: these would be drawn at random. Train a reward model on it first (TRL's "
+            f"{shown(missing)}: these would be drawn at random. Train a reward model on it first (TRL's "
             "`RewardTrainer`), or pass a model instance if random weights are meant."
         )
     return model
@@ -154,11 +148,11 @@ def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int)
         )
     with _no_load_report():  # of a head drawn at random, which each adapter replaces
         base, info = _load(paths[0], num_labels)
-    missing = [key for key in _names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
+    missing = [key for key in key_names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
     if missing:
         raise ValueError(
             f"'{paths[0]}', the base of the adapters in '{folder}', must hold all weights but the classification "
-            f"head, and lacks {_shown(missing)}: these would be drawn at random. Point `base_model_name_or_path` to "
+            f"head, and lacks {shown(missing)}: these would be drawn at random. Point `base_model_name_or_path` to "
             "the model that the adapters were trained on."
         )
     return base
@@ -167,18 +161,6 @@ def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int)
 def local_folder(path: str | Path) -> Path:
     """A folder as it is; a repository of the hub, downloaded whole."""
     return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
-
-
-@contextmanager
-def whole_weights() -> Iterator[None]:
-    """Load models whole under ZeRO-3, which shards what is loaded: a model that runs by itself on each process."""
-    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
 
 
 def found_index(folder: Path) -> RewardIndex:
@@ -234,9 +216,7 @@ def load_tokenizer(path: str | Path, name: str) -> PreTrainedTokenizerBase:
             f"`reward_processing_classes` must hold the tokenizer of the reward model '{name}', got None: the model "
             "was not loaded from a path, where one could be found. Pass its tokenizer."
         )
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
-    return AutoTokenizer.from_pretrained(str(path))
+    return AutoTokenizer.from_pretrained(tokenizer_folder(path))
 
 
 def _load(path: str, num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -245,10 +225,6 @@ def _load(path: str, num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]
         path, output_loading_info=True, ignore_mismatched_sizes=True, **labels
     )
     return model, info
-
-
-def _names(keys: Iterable[Any]) -> list[str]:
-    return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
 @contextmanager
@@ -265,7 +241,3 @@ def _no_load_report() -> Iterator[None]:
 def is_head(key: str) -> bool:
     """Whether a weight, or a module, is that of a classification head, by its name."""
     return any(part in SEQ_CLS_HEAD_NAMES for part in key.split("."))
-
-
-def _shown(keys: Sequence[str]) -> str:
-    return f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"

@@ -1,0 +1,92 @@
+"""What PEFT adapters do to the base that they sit on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+# Prefixes of `init_lora_weights` under which PEFT subtracts what the new adapter adds from the base's own weights
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Those of which PEFT cannot find the same subtraction again when it reads the saved adapter: it depends on the random
+# state (a randomised SVD), or on statistics of data (covariances, gradients) that are not saved
+_NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
+
+
+def base_causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The transformers causal LM inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def initialisation(config: PeftConfig | None) -> str:
+    """`init_lora_weights` of an adapter's configuration where it is a name, in lower case; else empty."""
+    value = getattr(config, "init_lora_weights", None)
+    return value.lower() if isinstance(value, str) else ""
+
+
+def rewrites_base(config: PeftConfig | None) -> bool:
+    """Whether making the adapter changes the base's own weights, so that the base is not the model as loaded."""
+    return initialisation(config).startswith(_REWRITES_BASE)
+
+
+def trains_biases(config: PeftConfig | None) -> bool:
+    """Whether biases of the base are trained in place: switching the adapter off does not take this back."""
+    return getattr(config, "bias", "none") != "none"
+
+
+def is_prompt_learning(model: Any) -> bool:
+    """Whether a model's active adapter is a prompt of virtual tokens before the text."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def described(model: nn.Module) -> str:
+    """A model by its class, and the kind of its adapter."""
+    kind = getattr(model, "peft_type", None) if hasattr(model, "peft_config") else None
+    name = type(base_causal_lm(model)).__name__
+    return name if kind is None else f"{name} with a {getattr(kind, 'value', kind)} adapter"
+
+
+def check_can_be_read_again(config: PeftConfig, name: str) -> None:
+    """
+    Refuse adapters whose saved weights do not say what was trained.
+
+    Args:
+        config (`PeftConfig`):
+            Of the adapter.
+        name (`str`):
+            What to call it in the error.
+
+    Raises:
+        ValueError: if making the adapter changes the base in a way that reading it cannot repeat.
+    """
+    if initialisation(config).startswith(_NOT_REPEATABLE):
+        raise ValueError(
+            f"`init_lora_weights` must be an initialisation that PEFT repeats when it reads a saved adapter, got "
+            f"{config.init_lora_weights!r} for {name}: the base that it leaves depends on random numbers or on data "
+            "that are not saved with it, so a reloaded policy would be another one. Take 'pissa' or 'olora' (exact), "
+            "or True; convert a trained adapter by `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."
+        )
+
+
+@contextmanager
+def plainly_initialised(model: Any) -> Iterator[None]:
+    """
+    Within: an adapter that is made from a configuration of the model starts from zero and leaves the base as it is.
+
+    Making a second adapter by `init_lora_weights="pissa"` would change the base under the first.
+    """
+    configs = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+    fields = [(config, name) for config in configs for name in ("init_lora_weights", "bias") if hasattr(config, name)]
+    kept = [(config, name, getattr(config, name)) for config, name in fields]
+    for config, name in fields:
+        setattr(config, name, _PLAIN[name])
+    try:
+        yield
+    finally:
+        for config, name, value in kept:
+            setattr(config, name, value)
+
+
+_PLAIN = {"init_lora_weights": True, "bias": "none"}
