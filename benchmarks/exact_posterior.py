@@ -42,6 +42,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 from rlhf_bayes.numerics import forward_kl, reverse_kl, tv
+from rlhf_bayes.numerics.f_divergence import divergence_cases
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 TRAINERS = {
@@ -63,11 +64,12 @@ METHODS = (
     'grpo:{"scale_rewards": "none"}',
     "gdc",
     'gdc:{"num_iterations": 4}',
-    'gdc:{"divergence": "alpha", "alpha": 0.5}',
+    *(
+        "gdc:" + json.dumps({"divergence": name} | ({} if alpha is None else {"alpha": alpha}))
+        for name, alpha in divergence_cases()
+        if name != GDCConfig.divergence
+    ),
     'gdc:{"divergence": "alpha", "alpha": 0.5, "num_iterations": 4}',
-    'gdc:{"divergence": "reverse_kl"}',
-    'gdc:{"divergence": "js"}',
-    'gdc:{"divergence": "tv"}',
     'gdc:{"divergence": "log_variance"}',
     'gdc:{"divergence": "log_variance", "num_iterations": 4}',
     'gdc:{"divergence": "log_variance", "num_iterations": 4, "replay_batches": 8}',

@@ -43,14 +43,17 @@ from transformers import PrinterCallback, TrainerCallback
 from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel
 from rlhf_bayes.likelihoods import Constraint
 from rlhf_bayes.numerics import forward_kl
+from rlhf_bayes.numerics.f_divergence import divergence_cases, divergence_of
 
 METHODS = (
     "{}",
     '{"ess_min": 0}',
     '{"ess_min": 8}',
-    '{"divergence": "alpha", "alpha": 0.5}',
-    '{"divergence": "js"}',
-    '{"divergence": "tv"}',
+    *(
+        json.dumps({"divergence": name} | ({} if alpha is None else {"alpha": alpha}))
+        for name, alpha in divergence_cases()
+        if name != GDCConfig.divergence and not divergence_of(name, alpha).infinite_where_forbidden
+    ),
     '{"num_iterations": 4, "replay_batches": 8}',
     '{"divergence": "log_variance", "num_iterations": 4, "replay_batches": 8}',
     '{"proposal": "adaptive"}',

@@ -34,13 +34,12 @@ from torch import Tensor
 
 from rlhf_bayes.numerics import f_divergence, forward_kl
 from rlhf_bayes.numerics.dpg import BASELINES, dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.f_divergence import divergence_cases, divergence_of
 from rlhf_bayes.numerics.log_variance import log_variance_centres, log_variance_loss
+from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.testing import EnumerableLM
 
 PROMPT, DRAWS, BLOCKS = 2, 4, 50
-LOG_VARIANCE = "log_variance"
-# the last is infinite where completions are forbidden
-DIVERGENCES = (("forward_kl", None), ("alpha", 0.5), ("js", None), ("tv", None), ("reverse_kl", None))
 
 
 @dataclass(frozen=True)
@@ -157,12 +156,15 @@ def rows_of(target: str, stage: str, setting: Setting, groups: int, generator: t
     draws = setting.draws(groups, generator)
     forbids = bool((setting.log_target == -torch.inf).any())
     rows = []
-    for divergence, alpha in DIVERGENCES[: len(DIVERGENCES) - forbids]:
+    for divergence, alpha in divergence_cases():
+        if forbids and divergence_of(divergence, alpha).infinite_where_forbidden:
+            continue
         name, exact = divergence if alpha is None else f"alpha {alpha}", setting.exact(divergence, alpha)
         for baseline in BASELINES:
             coefficients = dpg_coefficients(setting, draws, divergence, alpha, baseline)
             rows.append(Row(target, stage, name, baseline, *measure(setting, exact, draws, coefficients)))
     if setting.on_policy and not forbids:  # else its gradient is another one
+        exact = setting.exact("reverse_kl", None)  # which is the gradient of the log-variance loss on policy
         figures = measure(setting, exact, draws, log_variance_coefficients(setting, draws))
         rows.append(Row(target, stage, LOG_VARIANCE, "mean of the draws", *figures))
     return rows

@@ -217,7 +217,7 @@ def test_nothing_below_the_trainers_imports_trl():
 
 
 def test_numerics_is_pure():
-    allowed = {"math", "typing", "collections", "torch", "numpy", "scipy", "rlhf_bayes"}
+    allowed = {"math", "typing", "collections", "dataclasses", "torch", "numpy", "scipy", "rlhf_bayes"}
     numerics = [imported for imported in package_imports(PACKAGE) if part_of(imported.module) == "numerics"]
     assert {imported.target.split(".")[0] for imported in numerics} <= allowed
 

@@ -5,11 +5,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_bayes.numerics.f_divergence import pseudo_rewards
+from rlhf_bayes.numerics.f_divergence import divergence_of, pseudo_rewards
 from rlhf_bayes.numerics.groups import leave_one_out_baseline
 
 BASELINES = ("leave_one_out", "constant", "none")
 """Names of the baselines of `dpg_advantages`."""
+
+
+def default_baseline(divergence: str, alpha: float | None, num_completions: int) -> str:
+    """
+    The baseline with the least noise for a divergence, as its record says.
+
+    Args:
+        divergence (`str`): one of `DIVERGENCES`.
+        alpha (`float`, *optional*): α of a family, such as `"alpha"`.
+        num_completions (`int`): of a prompt. One alone has no siblings, and gets `"constant"`.
+
+    Raises:
+        ValueError: if the divergence is unknown, or `alpha` does not fit it.
+    """
+    record = divergence_of(divergence, alpha)
+    return record.baseline if num_completions > 1 else "constant"
 
 
 def dpg_baselines(

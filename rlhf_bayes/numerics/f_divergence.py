@@ -1,14 +1,225 @@
-"""f-divergences from a target to a policy: their exact values, and the pseudo-rewards that a policy gradient needs."""
+"""f-divergences from a target to a policy, a record each: pseudo-rewards for a policy gradient, and exact values."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from rlhf_bayes.numerics.divergences import check_normalised, forward_kl, js, reverse_kl, tv
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "js", "tv", "alpha")
-"""Names of the f-divergences. All are 0 only where policy and target agree."""
+
+@dataclass(frozen=True)
+class Divergence:
+    """
+    An f-divergence `D_f(π‖p) = E_p[f(π/p)]` of a policy π from a target p, f convex with f(1) = 0.
+
+    Its functions take `s = log p − log π` of completions, in nats, any shape, fp64 or fp32; `-inf` where p = 0.
+
+    Source: Go et al. 2023, arXiv 2302.08215.
+    """
+
+    help: str
+    """One line for `--help` and for the tables of the docs."""
+    pseudo_reward: Callable[[Tensor], Tensor]
+    """s -> `−f′(π/p)`, without unit: `∇ D_f(π‖p) = −E_π[−f′(π/p)·∇log π]`. At `-inf` the limit."""
+    terms: Callable[[Tensor], Tensor]
+    """fp64 s -> `(p/π)·f(π/p)`, in nats, for the f that is 0 with its slope at 1, and so at least 0. At `-inf` the
+    limit, which is `+inf` where `infinite_where_forbidden`."""
+    exact: Callable[[Tensor, Tensor], Tensor]
+    """Normalised log p, log π (..., N), in nats -> D_f (...), with gradient."""
+    infinite_where_forbidden: bool
+    """Whether it is infinite, and has no gradient, for a policy that can draw a completion whose p is 0."""
+    baseline: str
+    """One of [`~rlhf_bayes.numerics.dpg.BASELINES`]: the one with the least noise for several completions a prompt."""
+
+
+@dataclass(frozen=True)
+class DivergenceFamily:
+    """Divergences with a parameter α."""
+
+    help: str
+    """As of a [`Divergence`]."""
+    alphas: tuple[float, float]
+    """The least and the greatest α, both included."""
+    typical: float
+    """α in tables and benchmarks."""
+    ends: str
+    """What the two ends are, for error messages."""
+    member: Callable[[float], Divergence]
+    """α -> the divergence."""
+    finite_for: str
+    """The α at which members are finite where completions are forbidden, for error messages."""
+
+
+def _tv_pseudo_reward(s: Tensor) -> Tensor:
+    return torch.where(s.isnan(), s, 0.5 * s.sign())  # the sign of nan is 0
+
+
+def _forward_kl_terms(s: Tensor) -> Tensor:
+    forbidden, finite = _split(s)
+    return torch.where(forbidden, 1.0, s.exp() * finite - torch.expm1(finite))
+
+
+def _reverse_kl_terms(s: Tensor) -> Tensor:
+    forbidden, finite = _split(s)
+    return torch.where(forbidden, torch.inf, torch.expm1(finite) - finite)
+
+
+def _js_terms(s: Tensor) -> Tensor:
+    forbidden, finite = _split(s)
+    # −½·s − ½·(1 + p/π)·(log (1 + exp(−s)) − log 2), with the logarithm that stays small taken out
+    ratio, log_mean = s.exp(), softplus(s) - math.log(2)
+    return torch.where(forbidden, 0.5 * math.log(2), 0.5 * (ratio * finite - (1 + ratio) * log_mean))
+
+
+def _split(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Where completions are forbidden, and s with 0 there: a product with -inf would be nan."""
+    forbidden = s == -torch.inf
+    return forbidden, torch.where(forbidden, 0.0, s)
+
+
+_FORWARD_KL = Divergence(
+    help="KL(p‖π): covers all that the posterior wants",
+    pseudo_reward=torch.exp,
+    terms=_forward_kl_terms,
+    exact=forward_kl,
+    infinite_where_forbidden=False,
+    baseline="constant",
+)
+_REVERSE_KL = Divergence(
+    help="KL(π‖p), as RL with a KL penalty does: infinite where completions are forbidden, and refused there",
+    pseudo_reward=lambda s: s - 1,
+    terms=_reverse_kl_terms,
+    exact=reverse_kl,
+    infinite_where_forbidden=True,
+    baseline="leave_one_out",
+)
+
+
+def _alpha(alpha: float) -> Divergence:
+    """The α-divergence (Kruszewski et al. 2025, arXiv 2512.05962): the two KLs at its ends, up to a constant in R."""
+    if alpha == 0:
+        return replace(_FORWARD_KL, pseudo_reward=torch.expm1)
+    if alpha == 1:
+        return replace(_REVERSE_KL, pseudo_reward=lambda s: s, baseline="constant")
+
+    def terms(s: Tensor) -> Tensor:
+        _, finite = _split(s)
+        if alpha < 0.5:
+            # −(p/π)·(exp(−α·s) − 1)/α − (p/π − 1), over 1 − α: as α → 0 the forward KL, with all its digits
+            return (-s.exp() * torch.expm1(-alpha * finite) / alpha - torch.expm1(s)) / (1 - alpha)
+        return (torch.expm1(s) - torch.expm1((1 - alpha) * s) / (1 - alpha)) / alpha
+
+    return Divergence(
+        help=f"the α-divergence, α = {alpha}",
+        # expm1: near α = 1 the exponential is nearly 1
+        pseudo_reward=lambda s: torch.expm1((1 - alpha) * s) / (1 - alpha),
+        terms=terms,
+        exact=lambda log_p, log_q: _exact_alpha(log_p, log_q, alpha),
+        infinite_where_forbidden=False,
+        baseline="constant",
+    )
+
+
+def _exact_alpha(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """`(1 − Σ q^α p^(1−α)) / (α (1 − α))` (Cressie & Read 1984): (..., N) -> (...)."""
+    if log_p.shape != log_q.shape:
+        raise ValueError(
+            f"`log_p` and `log_q` must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
+        )
+    check_normalised(log_p, log_q)
+    # of 1 − Σ q^α p^(1−α), the form that keeps its digits: from p near α = 0, from q near α = 1
+    log_base, log_other, power = (log_p, log_q, alpha) if alpha < 0.5 else (log_q, log_p, 1 - alpha)
+    in_support = log_base != -torch.inf  # (..., N)
+    # both terms before the difference: -inf − -inf would leave a nan in the gradient
+    log_ratio = torch.where(in_support, log_other, 0.0) - torch.where(in_support, log_base, 0.0)
+    deficit = torch.where(in_support, -log_base.exp() * torch.expm1(power * log_ratio), 0.0)  # (..., N)
+    return deficit.sum(-1) / (alpha * (1 - alpha))
+
+
+DIVERGENCES: dict[str, Divergence | DivergenceFamily] = {
+    "forward_kl": _FORWARD_KL,
+    "reverse_kl": _REVERSE_KL,
+    "js": Divergence(
+        help="Jensen–Shannon: bounded, less noise than the KLs",
+        pseudo_reward=lambda s: 0.5 * (softplus(s) - math.log(2)),
+        terms=_js_terms,
+        exact=js,
+        infinite_where_forbidden=False,
+        baseline="constant",
+    ),
+    "tv": Divergence(
+        help="total variation: bounded, as is its pseudo-reward",
+        pseudo_reward=_tv_pseudo_reward,
+        terms=lambda s: 0.5 * (s.exp() - 1).abs(),
+        exact=tv,
+        infinite_where_forbidden=False,
+        baseline="leave_one_out",
+    ),
+    "alpha": DivergenceFamily(
+        help="between the forward KL (`alpha` = 0) and the reverse KL (1)",
+        alphas=(0.0, 1.0),
+        typical=0.5,
+        ends="0 is the forward KL, 1 the reverse KL",
+        member=_alpha,
+        finite_for="below 1",
+    ),
+}
+"""Name -> record. All are 0 only where policy and target agree."""
+
+
+def divergence_of(name: str, alpha: float | None = None) -> Divergence:
+    """
+    The record of an f-divergence; of a family, that of its member α.
+
+    Args:
+        name (`str`): one of `DIVERGENCES`.
+        alpha (`float`, *optional*): α of a family, such as `"alpha"`, and of nothing else.
+
+    Raises:
+        ValueError: if the name is unknown, or α is missing, out of range or given to a divergence without one.
+    """
+    if name not in DIVERGENCES:
+        raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {name!r}.")
+    record = DIVERGENCES[name]
+    if isinstance(record, DivergenceFamily):
+        least, greatest = record.alphas
+        if alpha is None or not least <= alpha <= greatest:
+            raise ValueError(
+                f'`alpha` must be in [{least:g}, {greatest:g}] with `divergence="{name}"`, got {alpha}: {record.ends}.'
+            )
+        return record.member(float(alpha))
+    if alpha is not None:
+        families = " or ".join(f'"{key}"' for key, other in DIVERGENCES.items() if isinstance(other, DivergenceFamily))
+        raise ValueError(
+            f"`alpha` belongs to `divergence={families}`, got {alpha} with {name!r}. Leave it out, or change the "
+            "divergence."
+        )
+    return record
+
+
+def divergence_cases() -> list[tuple[str, float | None]]:
+    """Every divergence as (name, α), a family by its typical α: rows of benchmarks and cases of tests."""
+    return [(name, getattr(record, "typical", None)) for name, record in DIVERGENCES.items()]
+
+
+def names_by_baseline(baseline: str) -> str:
+    """Names, quoted, of the divergences whose default baseline it is, of families by their typical α: for help."""
+    return " and ".join(f"'{name}'" for name, a in divergence_cases() if divergence_of(name, a).baseline == baseline)
+
+
+def finite_where_forbidden() -> list[str]:
+    """Names, quoted, of the divergences that can take forbidden completions, with the α of a family: for messages."""
+    names = []
+    for name, record in DIVERGENCES.items():
+        if isinstance(record, DivergenceFamily):
+            names.append(f"'{name}' {record.finite_for}")
+        elif not record.infinite_where_forbidden:
+            names.append(f"'{name}'")
+    return names
 
 
 def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
@@ -30,42 +241,33 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
         log_density_ratio (`torch.Tensor`): `log p − log π` of completions, p normalised, in nats, any shape; `-inf`
             where p = 0, nan for a completion to be left out.
         divergence (`str`): one of `DIVERGENCES`.
-        alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
+        alpha (`float`, *optional*): α of a family, such as `"alpha"`.
 
     Returns:
         `torch.Tensor`: shape kept, a number without unit, fp64 where it came as fp64, else fp32; nan where nan came.
 
     Raises:
-        ValueError: if the divergence is unknown, `alpha` is missing, out of range or given to another divergence, a
-            ratio is `+inf`, or the reverse KL (or α = 1) meets a forbidden completion.
+        ValueError: if the divergence is unknown, `alpha` does not fit it, a ratio is `+inf`, or a divergence that is
+            infinite there meets a forbidden completion.
 
     Source: Go et al. 2023, arXiv 2302.08215, Table 1; alpha: Kruszewski et al. 2025, arXiv 2512.05962.
     """
-    check_divergence(divergence, alpha)
+    record = divergence_of(divergence, alpha)
     s = log_density_ratio if log_density_ratio.dtype == torch.float64 else log_density_ratio.float()
     if bool((s == torch.inf).any()):
         raise ValueError(
             "`log_density_ratio` must be finite, -inf or nan, got +inf: a completion that was drawn has a positive "
             "probability under the policy, and a target that is not infinite. Look for a reward that is +inf."
         )
-    if divergence == "forward_kl":
-        return s.exp()
-    if divergence == "js":
-        return 0.5 * (torch.nn.functional.softplus(s) - math.log(2))
-    if divergence == "tv":
-        return torch.where(s.isnan(), s, 0.5 * s.sign())  # the sign of nan is 0
-    if divergence == "alpha" and alpha is not None and alpha < 1:
-        # expm1: near α = 1 the exponential is nearly 1
-        return torch.expm1((1 - alpha) * s) / (1 - alpha)
     forbidden = int((s == -torch.inf).sum())
-    if forbidden:
-        name = '"reverse_kl"' if divergence == "reverse_kl" else '"alpha" with `alpha=1`, the reverse KL,'
+    if record.infinite_where_forbidden and forbidden:
+        name = f'"{divergence}"' + ("" if alpha is None else f" with `alpha` = {alpha:g}")
         raise ValueError(
             f"`divergence` {name} is infinite for a policy that can draw a forbidden completion, and {forbidden} of "
-            f'{s.numel()} were forbidden. Use "forward_kl", "js", "tv", or "alpha" below 1, or give forbidden '
+            f"{s.numel()} were forbidden. Use one of {', '.join(finite_where_forbidden())}, or give forbidden "
             "completions a finite log-likelihood."
         )
-    return s - 1 if divergence == "reverse_kl" else s
+    return record.pseudo_reward(s)
 
 
 def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
@@ -78,43 +280,20 @@ def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float 
     Args:
         log_density_ratio (`torch.Tensor`): as for [`pseudo_rewards`].
         divergence (`str`): one of `DIVERGENCES`.
-        alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
+        alpha (`float`, *optional*): α of a family, such as `"alpha"`.
 
     Returns:
         `torch.Tensor`: shape kept, in nats (`"tv"`: a probability), at least 0, fp64 where it came as fp64, else fp32;
-            `+inf` for a forbidden completion under the reverse KL, nan where nan came.
+            `+inf` for a forbidden completion where the divergence is infinite, nan where nan came.
 
     Raises:
         ValueError: if the divergence is unknown, or `alpha` does not fit it.
 
     Source: Go et al. 2023, arXiv 2302.08215, Table 1; for the KLs, Schulman 2020, "Approximating KL divergence".
     """
-    check_divergence(divergence, alpha)
-    if divergence == "alpha":
-        divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(alpha or 0.0), divergence)
-    terms = _terms(log_density_ratio.double(), divergence, float(alpha or 0.0))
-    return terms if log_density_ratio.dtype == torch.float64 else terms.float()
-
-
-def _terms(s: Tensor, divergence: str, alpha: float) -> Tensor:
     # fp64: near 0 a term is a small difference, and far from it p/π passes what fp32 holds
-    forbidden = s == -torch.inf
-    finite = torch.where(forbidden, 0.0, s)
-    ratio = s.exp()  # p/π
-    if divergence == "forward_kl":
-        return torch.where(forbidden, 1.0, ratio * finite - torch.expm1(finite))
-    if divergence == "reverse_kl":
-        return torch.where(forbidden, torch.inf, torch.expm1(finite) - finite)
-    if divergence == "js":
-        # −½·s − ½·(1 + p/π)·(log (1 + exp(−s)) − log 2), with the logarithm that stays small taken out
-        softplus = torch.nn.functional.softplus(s) - math.log(2)
-        return torch.where(forbidden, 0.5 * math.log(2), 0.5 * (ratio * finite - (1 + ratio) * softplus))
-    if divergence == "tv":
-        return 0.5 * (ratio - 1).abs()
-    if alpha < 0.5:
-        # −(p/π)·(exp(−α·s) − 1)/α − (p/π − 1), over 1 − α: as α → 0 the forward KL, with all its digits
-        return (-ratio * torch.expm1(-alpha * finite) / alpha - torch.expm1(s)) / (1 - alpha)
-    return (torch.expm1(s) - torch.expm1((1 - alpha) * s) / (1 - alpha)) / alpha
+    terms = divergence_of(divergence, alpha).terms(log_density_ratio.double())
+    return terms if log_density_ratio.dtype == torch.float64 else terms.float()
 
 
 def f_divergence(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
@@ -125,7 +304,7 @@ def f_divergence(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | N
         log_p (`torch.Tensor`): the target's normalised log-probabilities (..., N), in nats; `-inf` is probability 0.
         log_q (`torch.Tensor`): the policy's (..., N).
         divergence (`str`): one of `DIVERGENCES`.
-        alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
+        alpha (`float`, *optional*): α of a family, such as `"alpha"`.
 
     Returns:
         `torch.Tensor`: (...), in nats (`"tv"`: a probability), with gradient.
@@ -134,44 +313,6 @@ def f_divergence(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | N
         ValueError: if the divergence is unknown, `alpha` does not fit it, the shapes differ, or a distribution does
             not sum to 1.
 
-    Source: Go et al. 2023, arXiv 2302.08215, Table 1; alpha: Cressie & Read 1984, `(1 − Σ q^α p^(1−α)) / (α (1 − α))`.
+    Source: Go et al. 2023, arXiv 2302.08215, Table 1.
     """
-    check_divergence(divergence, alpha)
-    if alpha is None or alpha in (0.0, 1.0):
-        limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
-        name = divergence if alpha is None else limits[alpha]
-        return {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js, "tv": tv}[name](log_p, log_q)
-    if log_p.shape != log_q.shape:
-        raise ValueError(
-            f"`log_p` and `log_q` must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
-        )
-    check_normalised(log_p, log_q)
-    # of 1 − Σ q^α p^(1−α), the form that keeps its digits: from p near α = 0, from q near α = 1
-    log_base, log_other, power = (log_p, log_q, alpha) if alpha < 0.5 else (log_q, log_p, 1 - alpha)
-    in_support = log_base != -torch.inf  # (..., N)
-    # both terms before the difference: -inf − -inf would leave a nan in the gradient
-    log_ratio = torch.where(in_support, log_other, 0.0) - torch.where(in_support, log_base, 0.0)
-    deficit = torch.where(in_support, -log_base.exp() * torch.expm1(power * log_ratio), 0.0)  # (..., N)
-    return deficit.sum(-1) / (alpha * (1 - alpha))
-
-
-def check_divergence(divergence: str, alpha: float | None) -> None:
-    """
-    Refuse a name that is not an f-divergence, and an α that does not belong to it.
-
-    Raises:
-        ValueError: the argument, the rule, and what to pass.
-    """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
-    if divergence == "alpha":
-        if alpha is None or not 0 <= alpha <= 1:
-            raise ValueError(
-                f'`alpha` must be in [0, 1] with `divergence="alpha"`, got {alpha}: 0 is the forward KL, 1 the '
-                "reverse KL."
-            )
-    elif alpha is not None:
-        raise ValueError(
-            f'`alpha` belongs to `divergence="alpha"`, got {alpha} with {divergence!r}. Leave it out, or change the '
-            "divergence."
-        )
+    return divergence_of(divergence, alpha).exact(log_p, log_q)

@@ -6,10 +6,11 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_bayes.numerics import f_divergence
-from rlhf_bayes.numerics.dpg import dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.dpg import default_baseline, dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.f_divergence import divergence_cases, divergence_of
 from rlhf_bayes.numerics.groups import leave_one_out_baseline
 
-CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5)]
+CASES = divergence_cases()
 # four completions: a target, a policy and a proposal without symmetry
 TARGET = torch.tensor([0.45, 0.3, 0.05, 0.2], dtype=torch.float64).log()
 LOGITS = torch.tensor([0.3, -0.8, 0.9, 0.1], dtype=torch.float64, requires_grad=True)
@@ -44,8 +45,8 @@ def exact_gradient(log_target, divergence, alpha):
 @pytest.mark.parametrize("on_policy", [True, False])
 @pytest.mark.parametrize("forbid", [False, True])
 def test_unbiased_by_enumeration_of_every_group_of_draws(divergence, alpha, baseline, on_policy, forbid):
-    if forbid and divergence == "reverse_kl":
-        pytest.skip("the reverse KL refuses forbidden completions: test_f_divergence.py")
+    if forbid and divergence_of(divergence, alpha).infinite_where_forbidden:
+        pytest.skip("it refuses forbidden completions: test_f_divergence.py")
     log_target = CONDITIONED if forbid else TARGET
     log_proposal = LOGITS.detach().log_softmax(-1) if on_policy else PROPOSAL
     tuples = torch.tensor(list(itertools.product(range(4), repeat=3)))  # (64, 3)
@@ -159,6 +160,15 @@ def test_an_outlier_leaves_its_siblings_mean_exact():
     rewards = torch.tensor([1.0, math.exp(45), 3.0], dtype=torch.float64)
     baseline = leave_one_out_baseline(rewards, torch.zeros(3, dtype=torch.long))
     assert baseline[1] == 2.0
+
+
+def test_the_default_baseline_is_that_of_the_record_where_there_are_siblings():
+    expected = {"reverse_kl": "leave_one_out", "tv": "leave_one_out", "forward_kl": "constant"}
+    assert {name: default_baseline(name, None, 2) for name in expected} == expected
+    assert default_baseline("alpha", 1.0, 2) == "constant"
+    assert {default_baseline(*case, 1) for case in CASES} == {"constant"}
+    with pytest.raises(ValueError, match="`divergence` must be one of"):
+        default_baseline("kl", None, 1)
 
 
 def test_refusals():

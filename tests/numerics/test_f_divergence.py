@@ -6,10 +6,17 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_bayes.numerics import DIVERGENCES, f_divergence, js, tv
-from rlhf_bayes.numerics.f_divergence import f_divergence_terms, pseudo_rewards
+from rlhf_bayes.numerics.dpg import BASELINES
+from rlhf_bayes.numerics.f_divergence import (
+    divergence_cases,
+    divergence_of,
+    f_divergence_terms,
+    pseudo_rewards,
+)
 
-CASES = [("forward_kl", None), ("reverse_kl", None), ("js", None), ("tv", None), ("alpha", 0.5), ("alpha", 0.2)]
+CASES = [*divergence_cases(), ("alpha", 0.2)]  # a new record is among them
 INFINITE = [("reverse_kl", None), ("alpha", 1.0)]  # where something is forbidden
+# values of each divergence by another route: add a name to all of these tables
 GENERATORS = {
     "forward_kl": lambda t, alpha: -t.log(),
     "reverse_kl": lambda t, alpha: t * t.log(),
@@ -17,6 +24,48 @@ GENERATORS = {
     "tv": lambda t, alpha: 0.5 * (t - 1).abs(),
     "alpha": lambda t, alpha: (t**alpha - alpha * t + alpha - 1) / (alpha * (alpha - 1)),
 }
+
+
+# of a policy and a target without common support
+DISJOINT = {
+    "forward_kl": math.inf,
+    "reverse_kl": math.inf,
+    "js": math.log(2),
+    "tv": 1.0,
+    "alpha": 4.0,
+}
+# pseudo-reward of a forbidden completion
+FORBIDDEN = {"forward_kl": 0.0, "js": -0.5 * math.log(2), "tv": -0.5, "alpha": -2.0}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence_has_values_here(name):
+    """By name: a record without them has not been checked by another route."""
+    assert name in GENERATORS
+    assert name in DISJOINT
+    case = dict(divergence_cases())[name]
+    assert (name in FORBIDDEN) != ((name, case) in INFINITE)
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_a_record_is_whole(divergence, alpha):
+    assert len(DIVERGENCES[divergence].help) > 10
+    assert not DIVERGENCES[divergence].help.endswith(".")
+    assert divergence_of(divergence, alpha).baseline in BASELINES
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_what_the_mean_of_the_terms_rests_on_is_convex_and_0_at_1(divergence, alpha):
+    """f(t) = t·(p/π)·f(π/p) at π/p = t, from the terms that the record has."""
+    t = torch.linspace(0.02, 6.0, 300, dtype=torch.float64)
+    f = t * f_divergence_terms(-t.log(), divergence, alpha)
+    assert (f[2:] - 2 * f[1:-1] + f[:-2] >= -1e-12).all()
+    assert f.max() > 0.1
+    assert f_divergence_terms(torch.zeros(1, dtype=torch.float64), divergence, alpha).item() == 0
+    generator = GENERATORS[divergence](t, alpha)
+    tilt = (f - generator)[1:].diff() / t[1:].diff()  # f and the generator differ by a multiple of t − 1 only
+    assert_close(tilt, tilt[0].expand_as(tilt), rtol=1e-6, atol=1e-6)
+    assert GENERATORS[divergence](torch.ones(1), alpha).abs().item() < 1e-7
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +102,7 @@ def test_divergence_is_the_expectation_of_the_generator(logits, log_target, dive
 @pytest.mark.parametrize(("divergence", "alpha"), [*CASES, ("alpha", 0.0), ("alpha", 0.8), ("alpha", 1.0)])
 @pytest.mark.parametrize("forbid", [False, True])
 def test_expected_policy_gradient_is_the_exact_gradient(logits, log_target, divergence, alpha, forbid):
-    if forbid and (divergence == "reverse_kl" or alpha == 1.0):
+    if forbid and (divergence, alpha) in INFINITE:
         pytest.skip("infinite with forbidden completions: refused, as another test says")
     log_target = conditioned(log_target) if forbid else log_target
     log_policy = logits.log_softmax(-1)
@@ -64,15 +113,16 @@ def test_expected_policy_gradient_is_the_exact_gradient(logits, log_target, dive
     assert exact.norm() > 1e-3
 
 
-@pytest.mark.parametrize(("divergence", "alpha"), [case for case in CASES if case[0] != "reverse_kl"])
+@pytest.mark.parametrize(("divergence", "alpha"), [case for case in CASES if case not in INFINITE])
 def test_a_forbidden_completion_has_the_limit_of_ever_smaller_targets(divergence, alpha):
-    limit = {"forward_kl": 0.0, "js": -0.5 * math.log(2), "tv": -0.5}.get(divergence, -1 / (1 - (alpha or 0)))
+    limit = -1 / (1 - alpha) if divergence == "alpha" else FORBIDDEN[divergence]
     ratios = torch.tensor([-torch.inf, -400.0], dtype=torch.float64)
     assert_close(pseudo_rewards(ratios, divergence, alpha), torch.full_like(ratios, limit))
 
 
-@pytest.mark.parametrize(("divergence", "alpha"), [("reverse_kl", None), ("alpha", 1.0)])
-def test_the_reverse_kl_refuses_a_forbidden_completion(divergence, alpha):
+@pytest.mark.parametrize(("divergence", "alpha"), INFINITE)
+def test_what_is_infinite_there_refuses_a_forbidden_completion(divergence, alpha):
+    assert divergence_of(divergence, alpha).infinite_where_forbidden
     with pytest.raises(ValueError, match=r"infinite for a policy that can draw a forbidden completion, and 2 of 3"):
         pseudo_rewards(torch.tensor([-torch.inf, 0.5, -torch.inf]), divergence, alpha)
 
@@ -103,8 +153,8 @@ def test_divergence_at_equality_and_without_common_support(log_target, divergenc
     assert_close(f_divergence(log_target, log_target, divergence, alpha).abs().item(), 0.0)
     left, right = torch.tensor([1.0, 0.0, 0.0]).log(), torch.tensor([0.0, 0.5, 0.5]).log()
     value = f_divergence(left, right, divergence, alpha)
-    limits = {"forward_kl": torch.inf, "reverse_kl": torch.inf, "js": math.log(2), "tv": 1.0}
-    assert_close(value.item(), limits[divergence] if alpha is None else 1 / (alpha * (1 - alpha)), rtol=1e-6, atol=0)
+    expected = 1 / (alpha * (1 - alpha)) if divergence == "alpha" else DISJOINT[divergence]
+    assert_close(value.item(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8])
@@ -115,9 +165,8 @@ def test_alpha_has_a_finite_gradient_where_either_is_zero(alpha):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_left_out_completions_stay_nan(divergence):
-    alpha = 0.5 if divergence == "alpha" else None
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_left_out_completions_stay_nan(divergence, alpha):
     assert pseudo_rewards(torch.tensor([0.5, torch.nan]), divergence, alpha).isnan().tolist() == [False, True]
 
 
@@ -156,12 +205,11 @@ def test_the_terms_of_a_divergence_have_it_as_their_mean(logits, log_target, div
     assert_close(mean, exact)
 
 
-def test_a_term_left_out_stays_so():
-    for divergence in DIVERGENCES:
-        alpha = 0.5 if divergence == "alpha" else None
-        terms = f_divergence_terms(torch.tensor([torch.nan, 0.0]), divergence, alpha)
-        assert terms[0].isnan()
-        assert terms[1] == 0
+@pytest.mark.parametrize(("divergence", "alpha"), CASES)
+def test_a_term_left_out_stays_so(divergence, alpha):
+    terms = f_divergence_terms(torch.tensor([torch.nan, 0.0]), divergence, alpha)
+    assert terms[0].isnan()
+    assert terms[1] == 0
 
 
 @pytest.mark.parametrize(("end", "name"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])

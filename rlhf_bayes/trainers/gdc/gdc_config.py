@@ -3,13 +3,12 @@
 import math
 from dataclasses import dataclass, field
 
-from rlhf_bayes.numerics import DIVERGENCES
 from rlhf_bayes.numerics.dpg import BASELINES
-from rlhf_bayes.numerics.f_divergence import check_divergence
+from rlhf_bayes.numerics.f_divergence import divergence_of, names_by_baseline
+from rlhf_bayes.objectives.gdc_losses import GDC_LOSSES
 from rlhf_bayes.trainers.field_help import document_fields
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
-LOG_VARIANCE = "log_variance"
 _REPLAY_SAMPLING = ("uniform", "recency")
 _PROPOSALS = ("policy", "adaptive", "prior")
 
@@ -31,13 +30,10 @@ class GDCConfig(RolloutConfig):
     divergence: str = field(
         default="forward_kl",
         metadata={
-            "help": (
-                "The divergence from the posterior p to the policy π that is minimised: 'forward_kl' is KL(p‖π), "
-                "'reverse_kl' is KL(π‖p), 'js' and 'tv' are Jensen-Shannon's and the total variation, 'alpha' lies "
-                "between the two KLs. 'log_variance' is the variance of log π − log π0 − log_likelihood over the "
-                "completions of a prompt: it needs no importance weights, and Z only where completions are forbidden."
-            ),
-            "choices": [*DIVERGENCES, LOG_VARIANCE],
+            "help": "What is minimised, p being the posterior and π the policy. "
+            + "; ".join(f"'{name}': {loss.help}" for name, loss in GDC_LOSSES.items())
+            + ". The log-variance needs no importance weights, and Z only where completions are forbidden.",
+            "choices": list(GDC_LOSSES),
         },
     )
     alpha: float | None = field(
@@ -47,9 +43,9 @@ class GDCConfig(RolloutConfig):
         default=None,
         metadata={
             "help": (
-                "What is subtracted from the pseudo-reward. Default: 'leave_one_out' for the reverse KL and TV where "
-                "a prompt has several completions, otherwise 'constant', which is −f′(1). Each is the one with less "
-                "noise there."
+                "What is subtracted from the pseudo-reward. Default: where a prompt has several completions, the one "
+                f"with less noise for the divergence, 'leave_one_out' for {names_by_baseline('leave_one_out')}; "
+                "otherwise 'constant', which is −f′(1)."
             ),
             "choices": list(BASELINES),
         },
@@ -146,10 +142,9 @@ class GDCConfig(RolloutConfig):
     )
 
     def _number_rules(self) -> NumberRules:
-        divergences = (*DIVERGENCES, LOG_VARIANCE)
         return super()._number_rules() | {
             "beta": (self.beta, lambda x: 0 < x < math.inf, "positive and finite: at 0 there is no posterior"),
-            "divergence": (self.divergence, divergences.__contains__, f"one of {', '.join(divergences)}"),
+            "divergence": (self.divergence, GDC_LOSSES.__contains__, f"one of {', '.join(GDC_LOSSES)}"),
             "baseline": (self.baseline, BASELINES.__contains__, f"one of {', '.join(BASELINES)}, or None"),
             "proposal": (self.proposal, _PROPOSALS.__contains__, f"one of {', '.join(_PROPOSALS)}"),
             "replay_batches": (self.replay_batches, lambda x: x >= 1, "at least 1 (rollouts)"),
@@ -169,11 +164,11 @@ class GDCConfig(RolloutConfig):
 
     def _check_posterior(self) -> None:
         super()._check_posterior()
-        if self.divergence == LOG_VARIANCE:
-            self._check_log_variance()
-        else:
-            check_divergence(self.divergence, self.alpha)
+        if GDC_LOSSES[self.divergence].has_pseudo_reward:
+            divergence_of(self.divergence, self.alpha)  # refuses an α that does not fit
             self._refuse_for_others("huber_delta", "forbidden_gap")
+        else:
+            self._check_log_variance()
         if self.baseline == "leave_one_out" and self.num_generations == 1:
             raise ValueError(
                 "`num_generations` must be at least 2 with `baseline`='leave_one_out', got 1: there are no others. "

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainerState
 
 from rlhf_bayes.likelihoods import Likelihood
+from rlhf_bayes.objectives.gdc_losses import infinite_where_forbidden, names_that_take_forbidden
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
 from rlhf_bayes.trainers.rollout.reward_funcs import forbids
 
@@ -72,10 +73,10 @@ def check_evidence(args: GDCConfig, reward_funcs: Any, likelihood: Any) -> None:
                 f"`{name}` must be left out with `likelihood`, got {getattr(args, name)}: it belongs to rewards, and "
                 "a likelihood is in nats. Say it where the posterior is made."
             )
-    infinite = args.divergence == "reverse_kl" or (args.divergence == "alpha" and args.alpha == 1)
-    if infinite and forbids(likelihood):
+    if infinite_where_forbidden(args.divergence, args.alpha) and forbids(likelihood):
+        alpha = "" if args.alpha is None else f" with `alpha`={args.alpha:g}"
         raise ValueError(
-            f"`divergence` must not be {args.divergence!r}{' with `alpha`=1' if args.alpha == 1 else ''} for a "
-            "likelihood that forbids completions: KL(π‖p) is infinite for any policy that can draw one, and so is its "
-            "gradient. Use 'forward_kl', 'js', 'tv', 'alpha' below 1, or 'log_variance'."
+            f"`divergence` must not be {args.divergence!r}{alpha} for a likelihood that forbids "
+            "completions: it is infinite for any policy that can draw one, and has no gradient. Use "
+            f"{names_that_take_forbidden()}."
         )

@@ -10,15 +10,16 @@ from torch import Tensor
 from rlhf_bayes.likelihoods import Likelihood, combine_rewards, known_bound
 from rlhf_bayes.lm.forward import CompletionScores
 from rlhf_bayes.numerics import importance_ess
-from rlhf_bayes.numerics.dpg import dpg_advantages, dpg_baselines
+from rlhf_bayes.numerics.dpg import default_baseline, dpg_advantages, dpg_baselines
 from rlhf_bayes.numerics.f_divergence import f_divergence_terms
 from rlhf_bayes.numerics.log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
+from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.normalizers import Normalizers
 from rlhf_bayes.objectives.posterior_metrics import feature_moments, posterior_metrics, satisfaction, target_metrics
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.objectives.replay import ReplayBuffer
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
-from rlhf_bayes.trainers.gdc.gdc_config import LOG_VARIANCE, GDCConfig
+from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
 from rlhf_bayes.trainers.gdc.gdc_evidence import beta_of, check_evidence, check_same_beta, power_of_evidence
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
@@ -208,10 +209,9 @@ class GDCTrainer(RolloutTrainer):
         if self.args.divergence == LOG_VARIANCE or not training:
             baseline = torch.zeros_like(log_policy)
         else:
-            siblings = self.args.divergence in ("reverse_kl", "tv") and self.num_generations > 1
-            kind = self.args.baseline or ("leave_one_out" if siblings else "constant")
-            options = (self.args.divergence, self.args.alpha, kind)
-            baseline = dpg_baselines(log_target, log_policy, log_proposal, keys, *options)
+            options = (self.args.divergence, self.args.alpha)
+            kind = self.args.baseline or default_baseline(*options, self.num_generations)
+            baseline = dpg_baselines(log_target, log_policy, log_proposal, keys, *options, kind)
         return {
             "log_target": log_target,
             "log_z": log_zs.others.float(),

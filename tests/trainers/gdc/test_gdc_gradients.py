@@ -7,17 +7,13 @@ import torch
 from transformers import TrainerCallback
 
 from rlhf_bayes.numerics import f_divergence
+from rlhf_bayes.numerics.f_divergence import divergence_cases
+from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 
 from ..training import Recorder, assert_mean_gradient, gdc_config, keep_log_z, table_reward, trainer
 
-DIVERGENCES = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "js": {},
-    "tv": {},
-    "alpha": {"alpha": 0.5},
-    "log_variance": {},
-}
+DIVERGENCES = {name: {} if alpha is None else {"alpha": alpha} for name, alpha in divergence_cases()}
+DIVERGENCES |= {LOG_VARIANCE: {}}
 
 
 class Moves(TrainerCallback):
@@ -52,7 +48,7 @@ def exact_gradient(policy, value):
 def exact_divergence(toy, policy, prior, log_likelihood, divergence, alpha=None):
     """Mean over prompts, with gradient: ()."""
     log_target = (toy.log_probs(prior).detach() + log_likelihood).log_softmax(-1)  # (P, N)
-    name = "reverse_kl" if divergence == "log_variance" else divergence
+    name = "reverse_kl" if divergence == LOG_VARIANCE else divergence
     return f_divergence(log_target, toy.log_probs(policy), name, alpha).mean()
 
 
