@@ -1,5 +1,6 @@
 """What PEFT adapters do to the base that they sit on."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,23 +71,36 @@ def check_can_be_read_again(config: PeftConfig, name: str) -> None:
         )
 
 
+def plain_copy(config: Any) -> Any:
+    """A configuration for a second adapter on the same base: it starts from zero and leaves the base as it is."""
+    config = copy.deepcopy(config)
+    for name, value in _PLAIN.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
 @contextmanager
 def plainly_initialised(model: Any) -> Iterator[None]:
     """
     Within: an adapter that is made from a configuration of the model starts from zero and leaves the base as it is.
 
-    Making a second adapter by `init_lora_weights="pissa"` would change the base under the first.
+    Making a second adapter by `init_lora_weights="pissa"` would change the base under the first. What is trainable of
+    the model stays so.
     """
-    configs = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
-    fields = [(config, name) for config in configs for name in ("init_lora_weights", "bias") if hasattr(config, name)]
-    kept = [(config, name, getattr(config, name)) for config, name in fields]
-    for config, name in fields:
-        setattr(config, name, _PLAIN[name])
+    configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}
+    if not any(rewrites_base(config) or trains_biases(config) for config in configs.values()):
+        yield
+        return
+    kept, trainable = dict(configs), {name: p.requires_grad for name, p in model.named_parameters()}
+    configs.update({name: plain_copy(config) for name, config in kept.items()})
     try:
         yield
     finally:
-        for config, name, value in kept:
-            setattr(config, name, value)
+        # the new adapters were made of the plain copies, which they keep
+        configs.update(kept)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
 
 _PLAIN = {"init_lora_weights": True, "bias": "none"}

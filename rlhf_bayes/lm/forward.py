@@ -223,7 +223,7 @@ def _check_scores(model: nn.Module) -> None:
             expected, prefixes = _plain_log_probs(model, row)  # (1, 4)
         except torch.OutOfMemoryError:
             raise
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"`model` must give logits for `input_ids` and `attention_mask` alone, and {described(model)} "
                 f"stops: {type(error).__name__}: {error}. Kinds of adapter that need more (`task_ids`) cannot be a "

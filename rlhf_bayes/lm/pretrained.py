@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
-from rlhf_bayes.lm.adapters import check_can_be_read_again
+from rlhf_bayes.lm.adapters import check_can_be_read_again, described
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -20,6 +20,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 def is_adapter(path: str | Path) -> bool:
     """Whether a folder holds a PEFT adapter instead of a whole model."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def task_of(path: str | Path) -> str | None:
+    """What the adapter in a folder is for: "CAUSAL_LM", "SEQ_CLS", …"""
+    return PeftConfig.from_pretrained(str(path)).task_type
 
 
 def tokenizer_folder(path: str | Path) -> str:
@@ -144,12 +149,12 @@ def _load_adapter(path: str, is_trainable: bool, init_kwargs: dict[str, Any]) ->
             f"A causal LM is needed, but the adapter in '{path}' is for {config.task_type}. Pass an adapter that was "
             "trained with `task_type='CAUSAL_LM'`."
         )
+    check_can_be_read_again(config, f"the adapter in '{path}'")
     if not config.base_model_name_or_path:
         raise ValueError(
             f"`base_model_name_or_path` in '{path}/{ADAPTER_CONFIG}' must name the base of the adapter, got "
             f"{config.base_model_name_or_path!r}. Write the base's folder or repository there."
         )
-    check_can_be_read_again(config, f"the adapter in '{path}'")
     revision = {} if config.revision is None else {"revision": config.revision}
     base = load_causal_lm(config.base_model_name_or_path, **{**init_kwargs, **revision})
     weights = load_peft_weights(path, device="cpu")
@@ -165,8 +170,8 @@ def _load_adapter(path: str, is_trainable: bool, init_kwargs: dict[str, Any]) ->
     if missing or unexpected:
         problem = f"lacks {shown(missing)}" if missing else f"has {shown(unexpected)}, which its kind has no place for"
         raise ValueError(
-            f"'{path}' must hold all weights of its {config.peft_type} adapter and no others, but {problem}. Copy the "
-            "whole folder that was saved, or read it with the release of PEFT that wrote it."
+            f"'{path}' must hold all weights of {described(model)} and no others, but {problem}. Copy the whole "
+            "folder that was saved, or read it with the release of PEFT that wrote it."
         )
     return model
 
@@ -181,7 +186,7 @@ def _resize_as_trained(base: PreTrainedModel, weights: dict[str, Tensor]) -> Non
 def _is_embedding(key: str, base: PreTrainedModel) -> bool:
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     names = [name for name, module in base.named_modules() if any(module is end for end in ends)]
-    return any(key.endswith(f"{name}.weight") for name in names)
+    return any(f".{name}." in key and key.endswith("weight") for name in names)
 
 
 def has_whole_weights(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from rlhf_bayes import LanguageModel
 
-from .families import tiny_model, tiny_tokenizer
+from .families import ALL, tiny_model, tiny_tokenizer
 
 PROMPTS = ["abc", "d", "efghij"]
 COMPLETIONS = [[7, 8, 16], [9, 10, 11, 12, 2, 16], [13, 16]]
@@ -51,14 +51,11 @@ KINDS = ["full", *sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE
 
 # what LanguageModel refuses, by its message
 REFUSED = {
-    "MULTITASK_PROMPT_TUNING": "task_ids",
-    "POLY": "task_ids",
-    "SHADOW": "must give logits for `input_ids` and `attention_mask` alone",
     "ADAPTION_PROMPT": "runs another one, which cannot score completions",
     "LILY": "its log-prob of a token changes with the tokens after it",  # it routes by the mean over the sequence
-    ("lfm2", "PREFIX_TUNING"): "must give logits for `input_ids` and `attention_mask` alone",
-    ("bart", "PREFIX_TUNING"): "must give logits for `input_ids` and `attention_mask` alone",
 }
+# what plain PEFT cannot run on a text alone; on other families than llama, it is found by trying
+NOT_RUN = {"MULTITASK_PROMPT_TUNING", "POLY", "SHADOW"}
 # what PEFT itself cannot make of a tiny llama here
 NOT_MADE = {"ADAMSS", "XLORA"}
 
@@ -95,10 +92,10 @@ def adapted(family, kind):
 
 
 @torch.no_grad()
-def row_by_row(model, lm):
+def row_by_row(model):
     """Plain transformers and PEFT: each row alone, without padding."""
     sums = []
-    for prompt, completion in zip(lm.prompt_token_ids(PROMPTS), COMPLETIONS, strict=True):
+    for prompt, completion in zip(tiny_tokenizer()(PROMPTS)["input_ids"], COMPLETIONS, strict=True):
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, -len(completion) - 1 : -1]
         sums.append(logits.log_softmax(-1)[range(len(completion)), completion].sum())
     return torch.stack(sums)
@@ -108,25 +105,24 @@ def check(family, kind, folder):
     model = adapted(family, kind)
     if model is None:
         assert family != "llama" or kind in NOT_MADE, f"PEFT should make {kind}: mend its arguments above"
-        pytest.skip(f"PEFT makes no {kind} of {family}")
-    expected_model = copy.deepcopy(model)
+        return
     tokenizer, options = tiny_tokenizer(), {"max_completion_length": LENGTH}
-    problem = REFUSED.get((family, kind), REFUSED.get(kind))
+    problem = REFUSED.get(kind)
+    try:
+        expected = row_by_row(copy.deepcopy(model))
+    except Exception:  # PEFT's own failures have many types
+        assert family != "llama" or kind in NOT_RUN
+        problem = "must give logits for `input_ids` and `attention_mask` alone"
     if problem is not None:
         with pytest.raises(ValueError, match=problem):
             LanguageModel(model, tokenizer, **options)
         return
     lm = LanguageModel(model, tokenizer, **options)
-    expected = row_by_row(expected_model, lm)
     alone = [lm.log_prob([p], [c]) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert_close(torch.cat(alone), expected, rtol=0, atol=1e-4)
     assert_close(lm.log_prob(PROMPTS, COMPLETIONS), expected, rtol=0, atol=1e-4)
-    assert_close(
-        LanguageModel(saved(model, family, folder), tokenizer, **options).log_prob(PROMPTS, COMPLETIONS),
-        expected,
-        rtol=0,
-        atol=1e-4,
-    )
+    from_disk = LanguageModel(saved(model, family, folder), tokenizer, **options)
+    assert_close(from_disk.log_prob(PROMPTS, COMPLETIONS), expected, rtol=0, atol=1e-4)
 
 
 def saved(model, family, folder):
@@ -151,7 +147,7 @@ def test_each_family_is_scored_as_by_transformers_row_by_row(family, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "full"])
-@pytest.mark.parametrize("family", [family for family in ALL if family != "llama"])
+@pytest.mark.parametrize("family", ["gemma2", "opt", "lfm2", "bart"])
 def test_each_kind_of_adapter_on_each_family(family, kind, tmp_path):
     check(family, kind, tmp_path)
 
