@@ -10,8 +10,8 @@ How close trainers come to the posterior: exact divergences by enumeration, at e
 The toy is that of `rlhf_bayes.testing.EnumerableLM`: 4,681 completions of a prompt, β = 0.5 and a reward without
 symmetry; its prior here is a GPT-2 of 2 layers × 64, 1.8 nats from the posterior. Every method draws the same number
 of completions in batches of 64, with Adam and linear decay; for each, the learning rate with the best median KL(π‖π*)
-over seeds counts, with KL(π*‖π) and the total variation distance beside it. Below stands what exact gradients of
-KL(π‖π*) reach in 100 Adam steps. `--prompts 0 1 2` has one model fit three posteriors at once.
+over seeds is shown, with KL(π*‖π) and the total variation distance beside it. The last row is what exact gradients of
+KL(π‖π*) reach in 100 Adam steps. With `--prompts 0 1 2` one model fits three posteriors at once.
 
 A method is `ppo`, `gdc`, `rloo` or `grpo`, with any field of its config as JSON. `steps_per_generation` splits a
 batch into that many optimizer steps, and `num_iterations` repeats them.
@@ -78,10 +78,10 @@ METHODS = (
 EXACT = "exact gradient"
 EXACT_STEPS, EXACT_LEARNING_RATES = 100, (5e-4, 1e-3, 2e-3)
 BATCH = 64  # completions a rollout
-# PPO's loss is a mean over tokens, RLOO's over completions, so its gradients are some four times smaller here, and the
-# default of 1 would clip all of RLOO's and few of PPO's. Clipping helps: so all of both.
+# PPO's loss is a mean over tokens and RLOO's over completions, so PPO's gradients are about four times smaller here.
+# The default of 1 would clip all gradients of RLOO and few of PPO. Since clipping helps, all of both are clipped.
 MAX_GRAD_NORM = 0.1
-POINTS = 20  # of a curve
+POINTS = 20  # number of points of a curve
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Curve:
 
 
 class Target:
-    """The posterior of some of the toy's prompts, and a prior wide enough that exact gradients come close to it."""
+    """The posterior of some of the toy's prompts, and a prior large enough for exact gradients to come close to it."""
 
     def __init__(self, prompts: tuple[int, ...]):
         self.toy = EnumerableLM("gpt2")
@@ -131,7 +131,7 @@ class Target:
         self.log_posterior = (self.log_prior + self.toy.log_likelihood[list(prompts)]).log_softmax(-1)  # (P, N)
 
     def new_model(self) -> GPT2LMHeadModel:
-        """The prior, to be trained."""
+        """A copy of the prior, to train."""
         token_ids = {"eos_token_id": self.toy.tokenizer.eos_token_id, "pad_token_id": self.toy.tokenizer.pad_token_id}
         config = GPT2Config(
             vocab_size=self.toy.vocab_size,
@@ -155,7 +155,7 @@ class Target:
 
 
 class CurveCallback(TrainerCallback):
-    """Adds a point every so many rollouts, and at the end."""
+    """Adds a point to the curve at regular rollouts, and at the end."""
 
     def __init__(self, curve: Curve, target: Target, steps_per_rollout: int, rollouts: int):
         self.curve, self.target = curve, target
@@ -168,7 +168,7 @@ class CurveCallback(TrainerCallback):
 
 
 def run_cell(cell: Cell) -> Curve:
-    """Train once and measure on the way."""
+    """Train once, and measure during training."""
     started = time.perf_counter()
     target, curve = Target(cell.prompts), Curve()
     curve.add(0, target, target.new_model())
@@ -181,7 +181,7 @@ def run_cell(cell: Cell) -> Curve:
 
 
 def run_cells(cells: list[Cell], jobs: int) -> Iterator[Curve]:
-    """One after another in this process, or in a few at once."""
+    """The curves of cells, run one after another in this process, or in `jobs` processes at once."""
     if jobs == 1:
         quiet()
         yield from map(run_cell, cells)
@@ -210,7 +210,7 @@ def train(target: Target, curve: Curve, cell: Cell) -> None:
     rollouts = cell.samples // BATCH
     with tempfile.TemporaryDirectory() as folder:
         target.new_model().save_pretrained(folder)
-        # RLOO reloads its reference from the path that the model came from
+        # RLOO reloads its reference from the model's path, so the model must be saved
         trainer = trainer_class(
             model=folder,
             reward_funcs=toy_reward,
@@ -232,7 +232,7 @@ def train(target: Target, curve: Curve, cell: Cell) -> None:
                 disable_tqdm=True,
                 **overrides,
             ),
-            # a batch takes BATCH / num_generations rows and must find as many
+            # a batch takes BATCH / num_generations rows, so the dataset needs at least as many
             train_dataset=Dataset.from_dict({"prompt": target.prompts * BATCH}),
             processing_class=toy.tokenizer,
             callbacks=[CurveCallback(curve, target, steps_per_rollout, rollouts)],
@@ -253,7 +253,7 @@ class Summary:
 
     @property
     def other_ends(self) -> list[list[float]]:
-        """KL(π*‖π) and total variation distance of each seed in the end."""
+        """KL(π*‖π) and total variation distance of each seed at the end."""
         return [[curve.forward_kl[-1] for curve in self.curves], [curve.tv[-1] for curve in self.curves]]
 
     @classmethod
@@ -329,7 +329,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-exact", action="store_true", help="leave out exact gradients")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--plot", type=Path, default=Path("exact_posterior.png"))
-    parser.add_argument("--json", type=Path, help="also write every curve there")
+    parser.add_argument("--json", type=Path, help="also write every curve to this file")
     parser.add_argument("--quick", action="store_true", help="one seed, one learning rate, 256 completions")
     args = parser.parse_args(arguments)
     args.methods = args.methods or list(METHODS)
@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
         for rate in args.learning_rates
         for seed in range(args.seeds)
     ]
-    if not args.no_exact:  # no randomness in it: one seed
+    if not args.no_exact:  # it is not random, so one seed suffices
         cells += [Cell(EXACT, rate, 0, EXACT_STEPS, prompts) for rate in EXACT_LEARNING_RATES]
     results: dict[Cell, Curve] = {}
     for number, (cell, curve) in enumerate(zip(cells, run_cells(cells, args.jobs), strict=True), start=1):

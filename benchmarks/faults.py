@@ -1,11 +1,11 @@
-"""Kills trainings at random moments, resumes them, and compares what comes out with a run that nobody disturbed.
+"""Kills trainings at random moments, resumes them, and compares their results with those of an undisturbed run.
 
     python benchmarks/faults.py --kills 50
 
 Each trainer learns on the enumerable toy, with a checkpoint every other step, in the middle of rollouts too. Its
-process is killed with SIGKILL after a random time and started again with `resume_from_checkpoint="auto"`, until there
-were so many kills; a run that ends before is compared and started anew. Weights, optimizer and logged metrics must be
-equal bit for bit.
+process is killed with SIGKILL after a random time and started again with `resume_from_checkpoint="auto"`, until it was
+killed `--kills` times; a run that ends before is compared and started anew. Weights, optimizer and logged metrics must
+be equal bit for bit.
 """
 
 import argparse
@@ -39,18 +39,18 @@ COMMON = {
     "max_steps": STEPS, "learning_rate": 1e-2, "optim": "adamw_torch", "logging_steps": 3, "save_strategy": "steps",
     "save_steps": 2, "save_total_limit": 2,
 }  # fmt: skip
-# four optimizer steps a rollout, so that every other checkpoint is in the middle of one
+# four optimizer steps per rollout, so that every other checkpoint is in the middle of one
 ROLLOUTS = {
     **COMMON, "max_completion_length": 3, "num_generations": 8, "per_device_train_batch_size": 12,
     "steps_per_generation": 2, "num_iterations": 2,
 }  # fmt: skip
 TRAINERS = ("ppo", "gdc", "reward")
-# Trainer's own, which a resumed run measures anew
+# entries of Trainer that a resumed run measures anew
 NOT_COMPARED = ("loss", "_runtime", "_per_second", "step_time", "total_flos")
 
 
 def make(kind: str, folder: Path, reward: Callable[..., list[float]], **changes: Any):
-    """A trainer that draws on all that a checkpoint must hold; `changes` to its configuration."""
+    """A trainer that uses everything that a checkpoint must hold; `changes` are made to its configuration."""
     toy = EnumerableLM(vocab_size=4, max_completion_length=3)
     if kind == "reward":
         return make_reward(toy, folder, changes)
@@ -89,11 +89,12 @@ def run(
     **changes: Any,
 ) -> None:
     """
-    Train to the end, from wherever the folder's checkpoints are, and leave what came out in result.pt.
+    Train to the end, from the last whole checkpoint of the folder, and save the results in result.pt.
 
     Args:
-        prepare (`Callable`, *optional*): Done to the trainer before it trains.
-        changes: To the configuration.
+        kind, folder, reward: As in [`make`].
+        prepare (`Callable`, *optional*): Called with the trainer before it trains.
+        changes: Changes of the configuration.
     """
     quiet()
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -103,7 +104,7 @@ def run(
     trainer.train(resume_from_checkpoint="auto")
     metrics = [
         {name: value for name, value in entry.items() if not name.endswith(NOT_COMPARED)}
-        for entry in trainer.state.log_history[:-1]  # the last one sums up the process
+        for entry in trainer.state.log_history[:-1]  # the last entry is a summary of this process alone
     ]
     result = {"weights": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict(), "metrics": metrics}
     torch.save(result, folder / "result.part")
@@ -122,8 +123,8 @@ def same(first, second) -> bool:
 
 
 def disturbed(kind: str, folder: Path, kills: int, seed: int) -> Counter:
-    """Counts of what happened, `differences` among it, which should be 0."""
-    fork = multiprocessing.get_context("fork")  # what is imported once need not be imported again
+    """Counts of what happened; `differences` should be 0."""
+    fork = multiprocessing.get_context("fork")  # forked processes need not import the libraries again
     generator, counts = random.Random(seed), Counter()
     start = time.monotonic()
     whole = fork.Process(target=run, args=(kind, folder / "whole"))

@@ -1,20 +1,20 @@
 """
-Rare constraints and rash learning rates: does GDCTrainer ever end further from the posterior than it began?
+Rare constraints and large learning rates: does GDCTrainer ever end further from the posterior than it began?
 
     python benchmarks/gdc_robustness.py                                      some hours on one core
     python benchmarks/gdc_robustness.py --quick                              a smoke run of every method
     python benchmarks/gdc_robustness.py --method '{"divergence": "js"}' --method '{}' --z 0.02 0.002 --seeds 2
 
 The toy is that of `exact_posterior.py`, with its three prompts. A constraint is "at least k of the words S", chosen so
-that the share Z of the prior's completions that meet it is about the one asked for. The prior is −log Z nats from the
-posterior, KL(p‖π0), and KL(π‖p) is infinite until the last forbidden completion has no mass, so KL(p‖π) counts:
+that the share Z of the prior's completions that meet it is about the one asked for. The distance of the prior is
+KL(p‖π0) = −log Z. KL(π‖p) is infinite until the last forbidden completion has no mass, so KL(p‖π) is measured:
 
-- exact, by enumeration; a run is worse where it ends above −log Z;
-- and from exact draws of the posterior, those of the prior that meet the constraint (rejection), which is what is left
-  where nothing can be enumerated: log π0 − log Ẑ − log π, averaged, with Ẑ the share of draws that are accepted.
+- exactly, by enumeration; a run is worse where it ends above −log Z;
+- and from exact draws of the posterior, the draws of the prior that meet the constraint (rejection), as one would do
+  with a model that cannot be enumerated: the mean of log π0 − log Ẑ − log π, with Ẑ the share of accepted draws.
 
-A method is any fields of GDCConfig as JSON. `--learning-rate` is that of factor 1, the one that `exact_posterior.py`
-finds best; every method draws the same number of completions in batches of 64, with Adam and linear decay.
+A method is any fields of GDCConfig as JSON. `--learning-rate` is the one of factor 1, which `exact_posterior.py` finds
+best. Every method draws the same number of completions in batches of 64, with Adam and linear decay.
 """
 
 import argparse
@@ -60,12 +60,12 @@ METHODS = (
     '{"proposal": "prior"}',
 )
 WANTED = 0.9  # satisfaction
-DRAWS = 100  # exact ones of each prompt
+DRAWS = 100  # exact draws for each prompt
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """The constraint that a completion holds at least so many tokens of a set."""
+    """The constraint that a completion holds at least `count` tokens of a set."""
 
     tokens: tuple[int, ...]
     count: int
@@ -75,7 +75,7 @@ class AtLeast:
 
 
 class Problem:
-    """A constraint on the toy with about the wanted share of the prior, and its posterior."""
+    """A constraint on the toy that about the wanted share of the prior meets, and its posterior."""
 
     def __init__(self, wanted: float):
         self.target = Target((0, 1, 2))
@@ -109,7 +109,7 @@ class Problem:
         return LanguageModel(model, toy.tokenizer, max_completion_length=toy.max_completion_length, batch_size=4096)
 
     def exact_draws(self, seed: int) -> list["Draws"]:
-        """Of each prompt, by rejection from the prior."""
+        """Exact draws of the posterior for each prompt, by rejection from the prior."""
         prior, generator = self.language_model(self.target.new_model()), torch.Generator().manual_seed(seed)
         result = []
         for prompt in self.target.prompts:
@@ -128,7 +128,7 @@ class Problem:
 
 @dataclass
 class Draws:
-    """Exact draws of the posterior of a prompt, and how many of the prior they took."""
+    """Exact draws of the posterior of a prompt, and how many draws of the prior were needed."""
 
     prompt: str
     ids: list[list[int]]
@@ -136,7 +136,7 @@ class Draws:
     drawn: int
 
     def forward_kl(self, policy: LanguageModel) -> tuple[float, float]:
-        """KL(p‖π) and its squared standard error: the spread over draws, and that of log Ẑ."""
+        """KL(p‖π) and its squared standard error, from the variance over draws and that of log Ẑ."""
         n = len(self.ids)
         log_policy = policy.log_prob([self.prompt] * n, self.ids)
         terms = self.log_prior - math.log(n / self.drawn) - log_policy  # (n,)
@@ -155,7 +155,7 @@ class Cell:
 
 @dataclass
 class Run:
-    """KL(p‖π) and satisfaction, exact, means over prompts; after so many completions."""
+    """Exact KL(p‖π) and satisfaction, means over prompts, at points of the training."""
 
     samples: list[int] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
@@ -170,7 +170,7 @@ class Run:
 
     @property
     def samples_until_satisfied(self) -> int | None:
-        """Completions until satisfaction is there to stay."""
+        """Completions until satisfaction reaches `WANTED` and does not fall below it again."""
         below = [i for i, share in enumerate(self.satisfaction) if not share >= WANTED]
         return self.samples[below[-1] + 1] if below[-1] + 1 < len(self.samples) else None
 
@@ -183,7 +183,7 @@ class Run:
 
 
 class RunCallback(TrainerCallback):
-    """Adds a point every so many rollouts, and counts skipped steps."""
+    """Adds a point at regular rollouts, and counts skipped steps."""
 
     def __init__(self, run: Run, problem: Problem, steps_per_rollout: int, every: int):
         self.run, self.problem, self.steps_per_rollout = run, problem, steps_per_rollout
@@ -198,7 +198,7 @@ class RunCallback(TrainerCallback):
 
 
 def run_cell(cell: Cell, problem: Problem, draws: list[Draws], args: argparse.Namespace) -> Run:
-    """Train once and measure on the way."""
+    """Train once, and measure during training."""
     run, toy = Run(), problem.toy
     model = problem.target.new_model()
     run.add(0, problem, model)
@@ -302,7 +302,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 3.0, 10.0], help="of the learning rate")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=6400, help=f"completions, a multiple of {BATCH}")
-    parser.add_argument("--json", type=Path, help="also write every run there")
+    parser.add_argument("--json", type=Path, help="also write every run to this file")
     parser.add_argument("--quick", action="store_true", help="one constraint, learning rate and seed, 256 completions")
     args = parser.parse_args(arguments)
     args.methods = args.methods or list(METHODS)

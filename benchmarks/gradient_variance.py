@@ -4,13 +4,14 @@ Noise of policy gradients towards a posterior, by divergence and baseline, again
     python benchmarks/gradient_variance.py                         half a minute on one core
     python benchmarks/gradient_variance.py --quick                 a smoke run
 
-The toy is `EnumerableLM` with completions of at most 3 tokens, 585 of them, whose scores ∇log π are all listed. A
-gradient is then a weighted sum of scores, and thousands of estimates from 4 draws each cost no forward pass. The exact
-one comes from another route: autograd through the enumerated divergence. Z is known, so only the estimator is judged.
+The toy is `EnumerableLM` with completions of at most 3 tokens, 585 of them, whose scores ∇log π are all computed once.
+An estimate of a gradient is then a weighted sum of scores, and thousands of them, from 4 draws each, need no forward
+pass. The exact gradient comes from another route: autograd through the enumerated divergence. Z is known, so that only
+the estimator is measured.
 
 - Bias: ‖E ĝ − g‖² over ‖g‖², from all pairs of blocks of estimates, which is unbiased and may be negative; and how
-  many of its standard errors it is from 0.
-- Noise: √(E‖ĝ − g‖²) over ‖g‖, for one prompt and 4 draws; what 64 draws have is a quarter of it.
+  many standard errors it is from 0.
+- Noise: √(E‖ĝ − g‖²) over ‖g‖, for one prompt and 4 draws. With 64 draws it is a quarter of that.
 
 Targets: a reward, one nat from the prior; a condition that a tenth of the prior meets. Policies: the prior, where
 training starts, and one most of the way there, at which draws of the prior are off policy.
@@ -44,7 +45,7 @@ PROMPT, DRAWS, BLOCKS = 2, 4, 50
 
 @dataclass(frozen=True)
 class Row:
-    """How an estimator does."""
+    """Bias and noise of an estimator."""
 
     target: str
     stage: str
@@ -56,7 +57,7 @@ class Row:
 
 
 class Setting:
-    """A policy, its scores, a target and what is drawn from."""
+    """A policy, its scores, a target, and whether draws come from the policy or from the prior."""
 
     def __init__(self, toy: EnumerableLM, policy: torch.nn.Module, log_target: Tensor, on_policy: bool):
         self.parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -81,7 +82,7 @@ class Setting:
         return torch.cat(rows).double()
 
     def draws(self, groups: int, generator: torch.Generator) -> Tensor:
-        """Completions of a prompt: (groups, DRAWS), indices."""
+        """Indices of completions drawn for a prompt: (groups, DRAWS)."""
         flat = torch.multinomial(self.log_proposal.exp(), groups * DRAWS, replacement=True, generator=generator)
         return flat.view(groups, DRAWS)
 
@@ -96,10 +97,10 @@ def dpg_coefficients(setting: Setting, draws: Tensor, divergence: str, alpha: fl
 
 
 def log_variance_coefficients(setting: Setting, draws: Tensor) -> Tensor:
-    """As `dpg_coefficients`, of the log-variance loss."""
+    """Weight of each draw's score in the gradient of the log-variance loss: (groups, DRAWS)."""
     x = draws.flatten()
     log_policy = setting.log_policy.detach()[x].requires_grad_()
-    # p in place of π0·exp(log_likelihood): they differ by a constant, which the variance does not feel
+    # p instead of π0·exp(log_likelihood): their logarithms differ by a constant, which does not change the variance
     evidence = (log_policy, torch.zeros_like(log_policy), setting.log_target[x])
     groups = torch.arange(len(draws)).repeat_interleave(DRAWS)
     loss = log_variance_loss(*evidence, log_variance_centres(*evidence, groups)).sum() / DRAWS
@@ -107,10 +108,10 @@ def log_variance_coefficients(setting: Setting, draws: Tensor) -> Tensor:
 
 
 def measure(setting: Setting, exact: Tensor, draws: Tensor, coefficients: Tensor) -> tuple[float, float, float]:
-    """Bias, its distance from 0 in standard errors, and noise; see the top."""
+    """Bias, its distance from 0 in standard errors, and noise, as the module's docstring defines them."""
     coefficients, gram = coefficients.double(), setting.gram
     norm, along = exact.square().sum().item(), setting.scores @ exact  # (), (N,)
-    # of an estimate Σ c·∇log π, the square: c K c, with the gram matrix K of the scores
+    # the squared norm of an estimate Σ c·∇log π is c K c, with K the Gram matrix of the scores
     inner = gram[draws[:, :, None], draws[:, None, :]]  # (groups, DRAWS, DRAWS)
     mean_square = torch.einsum("gi,gij,gj->g", coefficients, inner, coefficients).mean().item()
     size = len(draws) // BLOCKS
@@ -119,7 +120,7 @@ def measure(setting: Setting, exact: Tensor, draws: Tensor, coefficients: Tensor
     shift = means @ along  # (BLOCKS,)
     products = means @ gram @ means.T - shift[:, None] - shift + norm  # (BLOCKS, BLOCKS), of errors
     pairs = products[~torch.eye(BLOCKS, dtype=torch.bool)]
-    # each pair stands there twice, and pairs are uncorrelated where the bias is 0
+    # each pair is counted twice, and pairs are uncorrelated where the bias is 0
     standard_error = pairs.std().item() / math.sqrt(len(pairs) / 2)
     # E‖ĝ‖² − 2·E[ĝ]·g + ‖g‖²
     noise = math.sqrt(max(mean_square - 2 * shift.mean().item() + norm, 0.0) / norm)
@@ -127,7 +128,7 @@ def measure(setting: Setting, exact: Tensor, draws: Tensor, coefficients: Tensor
 
 
 def trained_towards(toy: EnumerableLM, log_target: Tensor, steps: int) -> torch.nn.Module:
-    """The prior after so many exact steps down KL(p‖π)."""
+    """The prior after `steps` exact gradient steps on KL(p‖π)."""
     policy = toy.random_policy(noise=0.0)
     optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
     for _ in range(steps):
@@ -140,7 +141,7 @@ def trained_towards(toy: EnumerableLM, log_target: Tensor, steps: int) -> torch.
 def targets(toy: EnumerableLM) -> dict[str, Tensor]:
     """log p of every completion, (N,) each."""
     log_prior = toy.log_prior[PROMPT]
-    # to hold the token whose share is nearest to a tenth
+    # the condition is to hold the token that about a tenth of the prior's completions hold
     held = torch.tensor([[token in ids for token in range(toy.vocab_size)] for ids in toy.completion_ids])  # (N, V)
     shares = log_prior.exp() @ held.float()  # (V,)
     allowed = held[:, (shares - 0.1).abs().argmin()]
@@ -163,7 +164,7 @@ def rows_of(target: str, stage: str, setting: Setting, groups: int, generator: t
         for baseline in BASELINES:
             coefficients = dpg_coefficients(setting, draws, divergence, alpha, baseline)
             rows.append(Row(target, stage, name, baseline, *measure(setting, exact, draws, coefficients)))
-    if setting.on_policy and not forbids:  # else its gradient is another one
+    if setting.on_policy and not forbids:  # otherwise its gradient is not that of the reverse KL
         exact = setting.exact("reverse_kl", None)  # which is the gradient of the log-variance loss on policy
         figures = measure(setting, exact, draws, log_variance_coefficients(setting, draws))
         rows.append(Row(target, stage, LOG_VARIANCE, "mean of the draws", *figures))
@@ -202,7 +203,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--groups", type=int, default=50_000, help=f"estimates, a multiple of {BLOCKS}")
     parser.add_argument("--steps", type=int, default=10, help="exact Adam steps to the second policy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write every row there")
+    parser.add_argument("--json", type=Path, help="also write every row to this file")
     parser.add_argument("--quick", action="store_true", help="1,000 estimates")
     args = parser.parse_args(arguments)
     if args.groups <= 0 or args.groups % BLOCKS:

@@ -1,5 +1,5 @@
 """
-Peak memory of PPO by layout of its roles, beside LoRA supervised fine-tuning and beside what `rlhf-bayes memory` says.
+Peak memory of PPO by the layout of its roles, compared with LoRA fine-tuning and with `rlhf-bayes memory`.
 
     python benchmarks/memory.py                 about 15 minutes: the layouts, then how memory grows
     python benchmarks/memory.py --quick         the layouts on a small shape
@@ -7,10 +7,10 @@ Peak memory of PPO by layout of its roles, beside LoRA supervised fine-tuning an
 Every row runs in a process of its own with one thread. The model is a random Llama in fp32; all completions have the
 same length, and each batch is one micro-batch.
 
-- Memory: peak resident set less what was resident after the imports and a miniature run. malloc is told to give freed
-  blocks back, so that what is counted is in use. On a GPU: the peak that torch allocated.
-- Weights are counted, not measured: those read from a file become resident when they are used.
-- Growth: what comes on top of the weights, along one axis at a time; a slope is that of the logarithms.
+- Memory: peak resident set minus the resident set after the imports and a miniature run. malloc is told to return
+  freed blocks, so that only memory in use is counted. On a GPU: the peak that torch allocated.
+- Weights are counted, not measured: weights that are read from a file become resident only when they are used.
+- Growth: memory beyond the weights, along one axis at a time; the slope is that of the logarithms.
 """
 
 import argparse
@@ -62,8 +62,8 @@ GROWTH = {
     "vocabulary": (8192, 32768, 131072),
 }
 GROWING = replace(BASE, layers=4, hidden=128, batch=8)
-WORDS = 1  # of the tokenizer: words take memory that is not the model's
-LORA_RANK, STEPS = 16, 2  # the first makes the optimizer's state, the second has it all
+WORDS = 1  # the tokenizer has one word only: words would take memory that is not the model's
+LORA_RANK, STEPS = 16, 2  # the first step creates the optimizer's state, so the second needs the most memory
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False, "max_steps": STEPS}
 
 
@@ -72,7 +72,7 @@ def lora_config(task_type: str = "CAUSAL_LM") -> LoraConfig:
 
 
 def reward_of(row: dict, base: str, folder: Path, shape: Shape):
-    """A reward function, or the folder of a reward model; its tokens lie in the vocabulary, padding included."""
+    """A reward function, or the folder of a reward model whose tokens, padding too, are in the vocabulary."""
     if row["reward"] == "function":
         return lambda completion_ids, **columns: [float(len(set(ids))) for ids in completion_ids]
     if row["reward"] == "model":
@@ -139,8 +139,8 @@ def work(row: dict, shape: Shape) -> float:
 
 
 def measure(row: dict, shape: Shape) -> float:
-    """The same in a process of its own."""
-    # above a threshold malloc maps each block, and unmaps it when it is freed
+    """Peak MiB of a row in a process of its own."""
+    # blocks above the threshold are mapped by malloc, which unmaps them when they are freed
     own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--row", json.dumps(row), "--shape", json.dumps(asdict(shape))]
     process = subprocess.run(command, capture_output=True, text=True, env=os.environ | own)
@@ -150,7 +150,7 @@ def measure(row: dict, shape: Shape) -> float:
 
 
 def predicted(row: dict, shape: Shape) -> Footprint:
-    """What `rlhf-bayes memory` says of a row; of supervised fine-tuning, only the weights are meant."""
+    """What `rlhf-bayes memory` predicts for a row; for supervised fine-tuning only the weights are used."""
     critic, reward = row.get("critic", "shared"), row.get("reward", "function")
     roles = Roles(LORA_RANK if row.get("lora", True) else None, "all-linear", critic, reward)
     lengths = (shape.batch, shape.prompt, shape.completion)
@@ -160,7 +160,7 @@ def predicted(row: dict, shape: Shape) -> Footprint:
 
 
 def layouts(args: argparse.Namespace, shape: Shape, console: Console) -> None:
-    """Measure each, and print the table and the aims."""
+    """Measure each layout, and print the table and the aims."""
     peaks, expected = {}, {}
     for layout, (name, row) in LAYOUTS.items():
         row = row | {"checkpointing": args.gradient_checkpointing}
@@ -186,7 +186,7 @@ def layouts_table(peaks: dict[int, float], expected: dict[int, Footprint], shape
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Of log y on log x, between the last two points: where what does not grow matters least."""
+    """The slope of log y on log x between the last two points, where constant terms matter least."""
     return float(np.diff(np.log(ys[-2:]))[0] / np.diff(np.log(xs[-2:]))[0])
 
 

@@ -1,11 +1,11 @@
-"""Disturbs trainings once, in each way but SIGKILL at a random moment (`faults.py` does that), and starts them again.
+"""Disturbs trainings once, in all ways but SIGKILL at a random moment (see `faults.py`), and starts them again.
 
     python benchmarks/other_faults.py
     python benchmarks/other_faults.py --trainers gdc --faults sigterm reward-hangs
 
 Each training is that of `faults.py`. After a fault it is started again with `resume_from_checkpoint="auto"`; weights,
-optimizer and logged metrics must be equal bit for bit to those of a run that nobody disturbed. A step whose gradient
-is not finite is left out, so that such runs have nothing to be equal to.
+optimizer and logged metrics must be equal bit for bit to those of an undisturbed run. A step whose gradient is not
+finite is skipped, so runs with this fault are not compared.
 """
 
 import argparse
@@ -41,16 +41,16 @@ STEP = 5  # between two checkpoints
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, in whom, and with what settings."""
+    """A fault, the trainers that it concerns, and their settings."""
 
     happens: str
     trainers: tuple[str, ...] = faults.TRAINERS
     options: dict[str, Any] = field(default_factory=dict)
-    act: Callable[[Any], None] | None = None  # done to the trainer before it trains
+    act: Callable[[Any], None] | None = None  # called with the trainer before it trains
     reward: Callable[..., list[float]] = toy_reward
     num_processes: int = 1
-    afterwards: Callable[[Path], None] | None = None  # done to the folder when the process has ended
-    equal: bool = True  # to a run that nobody disturbed
+    afterwards: Callable[[Path], None] | None = None  # called with the folder after the process has ended
+    equal: bool = True  # whether the run must end equal to an undisturbed one
 
 
 class AtStep(TrainerCallback):
@@ -68,12 +68,12 @@ def signalled(trainer, number: int, rank: int = 0) -> None:
 
 
 def out_of_disk(trainer) -> None:
-    """No file may grow beyond so many bytes."""
+    """Limit the size of files, as if the disk were full."""
     trainer.add_callback(AtStep(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))))
 
 
 def spoilt(trainer, *steps: int) -> None:
-    """An entry of a gradient is nan at these steps."""
+    """Make an entry of the gradient nan at these steps."""
     parameter = next(parameter for parameter in trainer.model.parameters() if parameter.requires_grad)
     parameter.register_hook(lambda gradient: gradient * (math.nan if trainer.state.global_step in steps else 1.0))
 
@@ -85,7 +85,7 @@ def cut(folder: Path) -> None:
 
 
 def unreliable(act: Callable[[int], None]) -> Callable[..., list[float]]:
-    """The toy's reward, that first acts on the number of its late calls."""
+    """The toy's reward, which first calls `act` with the number of the call, from a late call on."""
     late = []
 
     def toy_reward_(prompts, completions, completion_ids, trainer_state, **columns):
@@ -94,7 +94,7 @@ def unreliable(act: Callable[[int], None]) -> Callable[..., list[float]]:
             act(len(late))
         return toy_reward(prompts, completions, completion_ids)
 
-    toy_reward_.__name__ = toy_reward.__name__  # metrics are named after it
+    toy_reward_.__name__ = toy_reward.__name__  # metrics are named after the function
     return toy_reward_
 
 
@@ -158,7 +158,7 @@ def train(kind: str, folder: Path, fault: Fault) -> list[int]:
 
 
 def said(folder: Path) -> str:
-    """The last line that tells what was done about the fault, without the path."""
+    """The last line of the log that says what the trainer did about the fault, without the path."""
     lines = [
         line.replace(f"{folder}/", "") for path in folder.glob("said-*") for line in path.read_text().splitlines()
     ]
@@ -166,7 +166,7 @@ def said(folder: Path) -> str:
 
 
 def disturbed(kind: str, fault: Fault, folder: Path) -> tuple[str, str, str]:
-    """Exit statuses, what was said, and whether the run ended as if nothing had been."""
+    """Exit statuses, the last line of the log, and whether the run ended equal to an undisturbed one."""
     nothing = replace(fault, act=None, reward=toy_reward)
     whole, run = folder / f"whole-{fault.num_processes}", folder / "run"
     if not whole.exists():
@@ -180,7 +180,7 @@ def disturbed(kind: str, fault: Fault, folder: Path) -> tuple[str, str, str]:
         words = words or said(run)
     results = [torch.load(path / "result.pt", weights_only=True) for path in (run, whole)]
     shutil.rmtree(run)
-    return str(codes), words, "yes" if faults.same(*results) else "no" if fault.equal else "no, steps were left out"
+    return str(codes), words, "yes" if faults.same(*results) else "no" if fault.equal else "no, steps were skipped"
 
 
 def main() -> None:
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", choices=faults.TRAINERS, default=faults.TRAINERS)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     args = parser.parse_args()
-    table = Table("trainer", "fault", "exit status", "says", "ends as if nothing had been", show_lines=True)
+    table = Table("trainer", "fault", "exit status", "says", "equal to an undisturbed run", show_lines=True)
     for kind in args.trainers:
         with tempfile.TemporaryDirectory() as folder:
             for fault in (FAULTS[name] for name in args.faults):

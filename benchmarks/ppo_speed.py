@@ -7,14 +7,14 @@ Episodes per second and peak memory of PPOTrainer and GDCTrainer, beside TRL's R
 
 Every row runs in a process of its own with one thread (`speed_worker.py`), and repetitions are interleaved: a table
 entry is the median over repetitions, a ratio the median of the ratios within each. The model is a random Llama of 4
-layers × 128 with 512 tokens; 32 + 32 tokens, batch 32, no early ends, and a reward that costs nothing, so that all
-rows do equal work.
+layers × 128 with 512 tokens. Prompts and completions have 32 tokens, none ends early, the batch is 32, and the reward
+costs nothing, so that all rows do equal work.
 
 - Phases. Generation: everything in `_generate`, tokenising and decoding included. Scoring: log-probs under policy and
   prior, values, rewards, advantages; our forward of the policy is that of the first step too. Training: loss,
   backward, optimizer, and the other forwards. Rest: the trainer's loop, clipping of gradients, `gc`.
 - Floor: bare `generate`, one forward of the prior, and one training forward and backward per epoch of the same model.
-- Memory: peak resident set (`ru_maxrss`) less what was resident after the imports and a miniature run: models,
+- Memory: peak resident set (`ru_maxrss`) minus the resident set after the imports and a miniature run, so models,
   optimizer states and activations.
 """
 
@@ -72,7 +72,7 @@ def old_python() -> Path:
     venv.create(OLD_ENVIRONMENT, with_pip=True, clear=True)
     same = [f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "transformers", "accelerate", "peft")]
     install = [str(python), "-m", "pip", "install", "--quiet", *same, "trl==1.12.0"]
-    # a build such as 2.13.0+cpu is on PyTorch's index; the ones that pip is configured with may hold it too
+    # a build such as 2.13.0+cpu is on PyTorch's index, and perhaps on the indexes that pip is configured with
     build = importlib.metadata.version("torch").partition("+")[2]
     index = ["--extra-index-url", f"https://download.pytorch.org/whl/{build}"] if build else []
     if subprocess.run(install, stderr=subprocess.DEVNULL).returncode != 0:
@@ -82,7 +82,7 @@ def old_python() -> Path:
 
 
 def measure(row: dict, args: argparse.Namespace, old: Path | None) -> dict[str, float]:
-    """One row in a process of its own: milliseconds an episode by phase and in total, and MiB."""
+    """One row in a process of its own: milliseconds per episode by phase and in total, and MiB."""
     python = old if row["method"] == "ppo_1_12" else sys.executable
     command = [str(python), str(HERE / "speed_worker.py"), "--row", json.dumps(row), "--shape", json.dumps(args.shape)]
     process = subprocess.run(
@@ -98,7 +98,7 @@ def measure(row: dict, args: argparse.Namespace, old: Path | None) -> dict[str, 
 
 
 def ratio(results: Results, setting: str, slower: int, faster: int, column: str) -> float:
-    """Median over repetitions of how many times less `faster` needs."""
+    """Median over repetitions of the ratio of what `slower` needs to what `faster` needs."""
     pairs = zip(results[setting, slower], results[setting, faster], strict=True)
     return statistics.median(a[column] / b[column] for a, b in pairs)
 
@@ -152,7 +152,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--no-old", action="store_true", help="leave out trl 1.12, and build no environment")
     parser.add_argument("--shape", type=json.loads, default={}, help='JSON, e.g. {"vocabulary": 32000, "batch": 16}')
-    parser.add_argument("--json", type=Path, help="also write every repetition there")
+    parser.add_argument("--json", type=Path, help="also write every repetition to this file")
     args = parser.parse_args()
     if args.quick:
         args.repetitions, args.rollouts = 1, 3

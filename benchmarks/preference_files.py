@@ -1,15 +1,15 @@
 """
-Two sets of real preferences, read from files: what `reward_methods.py` compares methods on.
+Two sets of real preferences, read from files, on which `reward_methods.py` compares methods.
 
-- `ukp`: UKPConvArg1 (Habernal & Gurevych 2016, CC BY 4.0), `<folder>/ukp_convarg1/{arguments,pairs}.jsonl.gz`. Which
-  of two arguments for one stance convinces more: 4 or 5 crowd workers a pair, 32 topics in 16 discussions. The prompt
-  is the discussion's title and the stance. Held out: whole discussions, both stances.
-- `hh`: harmless-base test split of Anthropic's HH (Bai et al. 2022, MIT), `<folder>/hh_rlhf/pairs.jsonl.gz`: one
-  judgement a pair. Held out: dialogues with all that open alike.
+- `ukp`: UKPConvArg1 (Habernal & Gurevych 2016, CC BY 4.0), `<folder>/ukp_convarg1/{arguments,pairs}.jsonl.gz`. 4 or 5
+  crowd workers per pair say which of two arguments for one stance is more convincing, on 32 topics in 16 discussions.
+  The prompt is the discussion's title and the stance. Whole discussions are held out, with both stances.
+- `hh`: harmless-base test split of Anthropic's HH (Bai et al. 2022, MIT), `<folder>/hh_rlhf/pairs.jsonl.gz`, with one
+  judgement per pair. All dialogues with the same opening are held out together.
 
-A row has `prompt`, `chosen`, `rejected`, `group` (what is held out together) and, for `ukp`, `votes` (chosen,
-rejected, tie), `chosen_prob`, `annotators` and `annotator_votes`. `chosen` is the plurality, or the first argument of
-a tie.
+A row has `prompt`, `chosen`, `rejected`, `group` (rows of a group are held out together) and, for `ukp`, `votes`
+(chosen, rejected, tie), `chosen_prob`, `annotators` and `annotator_votes`. `chosen` is the text that most voted for;
+after a tie it is the first one.
 """
 
 import gzip
@@ -60,16 +60,16 @@ def ukp_row(pair: Row, first: Row, second: Row) -> Row:
 
 
 def load_hh(folder: Path) -> list[Row]:
-    """`group` is what the human says first: dialogues may share it."""
+    """Rows of `hh`. The group of a row is the human's first turn, which several dialogues may share."""
     pairs = read_lines(folder / "hh_rlhf" / "pairs.jsonl.gz")
     return [pair | {"group": pair["prompt"].split("\n\nAssistant:")[0]} for pair in pairs]
 
 
 def fitted(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
     """
-    Rows whose longer text fits into `max_length` tokens, with the beginning of the prompt cut off where it must be.
+    Rows whose longer text fits into `max_length` tokens, if need be without the beginning of the prompt.
 
-    Rows whose answers leave less than a quarter of it to the prompt, or to all of a shorter one, are left out.
+    Rows whose prompt would be cut to less than a quarter of `max_length` are left out.
     """
     ids = {
         text: tokenizer(text)["input_ids"] for row in rows for text in (row["prompt"], row["chosen"], row["rejected"])
@@ -77,7 +77,7 @@ def fitted(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int)
     result = []
     for row in rows:
         prompt = ids[row["prompt"]]
-        # an EOS at the end, and joining two texts may take another token
+        # − 2: an EOS is appended, and the join of two texts may need one token more
         room = max_length - max(len(ids[row["chosen"]]), len(ids[row["rejected"]])) - 2
         if len(prompt) <= room:
             result.append(row)
@@ -89,7 +89,7 @@ def fitted(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int)
 
 @dataclass(frozen=True)
 class Pairs:
-    """What methods learn from, and what they are judged on."""
+    """Pairs to train on, and pairs to evaluate on."""
 
     train: list[Row]
     test: list[Row]
@@ -101,7 +101,7 @@ class Pairs:
 
     @property
     def votes(self) -> Tensor | None:
-        """Their counts: (N, 3)."""
+        """Counts of the votes on the held-out pairs: (N, 3)."""
         return torch.tensor([row["votes"] for row in self.test]) if "votes" in self.test[0] else None
 
 
@@ -109,9 +109,9 @@ def split(
     rows: list[Row], seed: int, share: float, train_pairs: int | None = None, test_pairs: int | None = None
 ) -> Pairs:
     """
-    Train and test rows with no group in common, each cut to a random subset of the size asked for.
+    Train and test rows without a common group, each reduced to a random subset of the given size.
 
-    Groups are drawn for the test until they hold `share` of the rows or more.
+    Groups are drawn for the test until they hold at least `share` of the rows.
     """
     generator = random.Random(seed)
     sizes = Counter(row["group"] for row in rows)
@@ -128,7 +128,7 @@ def split(
 
 
 def in_batches_of_like_length(rows: list[Row], batch: int, seed: int) -> list[Row]:
-    """Rows in an order that pads little: sorted within chunks of 20 batches, the batches shuffled."""
+    """Rows in an order that needs little padding: sorted within chunks of 20 batches, with the batches shuffled."""
     generator = random.Random(seed)
     rows = generator.sample(rows, len(rows))
     chunks = [rows[start : start + 20 * batch] for start in range(0, len(rows), 20 * batch)]
@@ -136,7 +136,7 @@ def in_batches_of_like_length(rows: list[Row], batch: int, seed: int) -> list[Ro
     for chunk in chunks:
         chunk.sort(key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])))
         batches += [chunk[start : start + batch] for start in range(0, len(chunk), batch)]
-    # a batch that is not full goes last, or those after it would be cut across
+    # a batch that is not full goes last: otherwise all batches after it would be shifted
     full = [rows for rows in batches if len(rows) == batch]
     generator.shuffle(full)
     return [row for rows in [*full, *(rows for rows in batches if len(rows) < batch)] for row in rows]

@@ -1,4 +1,4 @@
-"""What the libraries would print beside a benchmark's own table, left out."""
+"""Silences what libraries print, so that a benchmark shows only its own table."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 
 def quiet() -> None:
-    """Errors only, no progress bars but one's own, one thread."""
+    """Log errors only, hide the progress bars of libraries, and use one thread."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

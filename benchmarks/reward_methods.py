@@ -1,5 +1,5 @@
 """
-What votes, annotators and ensembles are worth: reward models on real preferences, compared on held-out topics.
+What votes, annotators and ensembles improve: reward models on real preferences, compared on held-out topics.
 
     python benchmarks/reward_methods.py --data ukp --folder <data> --model <small causal LM>
     python benchmarks/reward_methods.py --data hh --folder <data> --model <small causal LM>
@@ -7,20 +7,21 @@ What votes, annotators and ensembles are worth: reward models on real preference
     python benchmarks/reward_methods.py --data ukp ... --quick                         one seed, few pairs
 
 `<data>` holds `ukp_convarg1/` or `hh_rlhf/` (`preference_files.py` says in which form), neither of which is part of
-this repository. A method is trained from the same base with the same settings on the same pairs, and judged on the
-same held-out ones. A seed draws what is held out, the weights of the head and the order of the pairs; a table entry
-is the mean over seeds ± its standard error, a difference that of the differences within a seed. With a base of 260,000
-parameters a run takes about 25 minutes on one core, and adapters, which the default leaves out, as long again.
+this repository. All methods are trained from the same base with the same settings on the same pairs, and evaluated on
+the same held-out pairs. A seed decides what is held out, the weights of the head and the order of the pairs. A table
+entry is the mean over seeds ± its standard error; a difference is the mean of the differences within a seed. With a
+base of 260,000 parameters a run takes about 25 minutes on one core; adapters, which the default leaves out, take as
+long again.
 
-- Two figures must be beaten: those of a Bradley–Terry fit on word counts, which sees the votes and whose prior is
-  chosen on topics of its training set, and those of the number of words alone.
-- Log loss, Brier score and calibration are against the share of votes, in which a tie is half a vote for either side;
-  where there is one judgement a pair, against that. Accuracy is against the plurality, vote accuracy against a vote
-  drawn at random. Ties are left out of both.
-- With reliability, σ(Δ) is the preference behind the votes. A vote errs with the mean rate of the training set's
-  votes, which a row of its own takes into account.
-- Plurality labels leave out the pairs without one. A pair too long for the model is shortened at the beginning of its
-  prompt, and left out if that would leave too little.
+- Two baselines must be beaten: a Bradley–Terry fit on word counts, which sees the votes and whose prior is chosen on
+  topics of its training set, and the number of words alone.
+- Log loss, Brier score and calibration use the share of votes as target, in which a tie is half a vote for either
+  side, or the single judgement of a pair. Accuracy uses the plurality, vote accuracy a vote drawn at random. Ties are
+  left out of both.
+- With reliability, σ(Δ) is the preference behind the votes. A separate row predicts votes, which err with the mean
+  error rate of the training set.
+- Pairs without a plurality are left out where labels are used. A pair too long for the model loses the beginning of
+  its prompt, and is left out if too little would remain.
 """
 
 import argparse
@@ -59,7 +60,7 @@ from rlhf_bayes.numerics.calibration import reliability_bins
 NOTHING, LENGTH, WORDS, LABEL = "no model (Δ = 0)", "number of words", "bag of words", "label"
 VOTES, RELIABILITY, OF_A_VOTE = "share of votes", "votes, reliability", "  as a vote that may err"
 SMOOTHED, HEADS, LORA = "label, smoothed", "4 heads", "4 LoRA adapters"
-# of crowd workers and researchers on average: Bai et al. 2022, arXiv 2204.05862
+# average agreement of crowd workers and researchers: Bai et al. 2022, arXiv 2204.05862
 HH_AGREEMENT = 0.63
 MEMBERS = 4
 L2 = (10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -67,7 +68,7 @@ L2 = (10.0, 30.0, 100.0, 300.0, 1000.0)
 
 @dataclass(frozen=True)
 class Method:
-    """What a method reads beside the texts, and its options of RewardConfig."""
+    """The columns that a method reads besides the texts, and its fields of RewardConfig."""
 
     columns: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +89,7 @@ METHODS = {
         LORA: Method((), {"num_members": MEMBERS, "ensemble": "lora"}),
     },
 }
-# K adapters take K times the time
+# K adapters take K times as long, so the default leaves them out
 DEFAULT_METHODS = {data: [name for name in methods if name != LORA] for data, methods in METHODS.items()}
 COLUMNS = {
     "log_loss": "log loss, nats",
@@ -121,7 +122,7 @@ def metrics_of(judged: Judged, pairs: files.Pairs) -> dict[str, float]:
 
 
 def judge_words(pairs: files.Pairs, seed: int, max_words: int | None) -> Judged:
-    """A fit on word counts, with the precision of its prior that did best on topics held out of the training set."""
+    """A fit on word counts; the precision of its prior is chosen on topics held out of the training set."""
     started = time.process_time()
 
     def fit(rows: list[files.Row], l2: float) -> BagOfWords:
@@ -147,7 +148,7 @@ def judge_nothing(pairs: files.Pairs) -> Judged:
 def train_and_judge(
     method: Method, pairs: files.Pairs, seed: int, args: argparse.Namespace, on_step: Callable[[int, int], None]
 ) -> dict[str, Judged]:
-    """Train one reward model: predictions by row of the table, of which reliability has two."""
+    """Train one reward model; returns its predictions by row of the table. Reliability has two rows."""
     started = time.process_time()
     rows = pairs.train
     if not method.columns and "votes" in rows[0]:
@@ -167,7 +168,7 @@ def train_and_judge(
                 per_device_train_batch_size=args.batch,
                 per_device_eval_batch_size=2 * args.batch,
                 max_length=None,
-                # the order of `in_batches_of_like_length`
+                # keep the order of `in_batches_of_like_length`
                 train_sampling_strategy="sequential",
                 model_init_kwargs={"dtype": "float32"},
                 use_cpu=True,
@@ -200,18 +201,18 @@ def dataset(rows: list[files.Row], columns: Iterable[str]) -> Dataset:
 
 
 def mean_error_rate(rates: dict[str, float], rows: list[files.Row]) -> float:
-    """Over votes, so that an annotator counts as often as they voted."""
+    """The mean error rate over votes, in which an annotator counts as often as they voted."""
     return statistics.mean(rates[annotator] for row in rows for annotator in row["annotators"])
 
 
 def of_a_vote(judged: Judged, error_rate: float) -> Judged:
-    """P(a vote is for chosen) = (1 − ε)·σ(Δ) + ε·σ(−Δ), as the difference of rewards that gives it."""
+    """Predictions of votes: the difference of rewards whose σ is (1 − ε)·σ(Δ) + ε·σ(−Δ)."""
     delta = ((1 - error_rate) * judged.prob + error_rate * (1 - judged.prob)).logit()[None]  # (1, N)
     return Judged(delta, torch.zeros_like(delta), judged.seconds)
 
 
 class StepCallback(TrainerCallback):
-    """Tells how far training is."""
+    """Shows the progress of training."""
 
     def __init__(self, on_step: Callable[[int, int], None]):
         self.on_step = on_step
@@ -220,11 +221,11 @@ class StepCallback(TrainerCallback):
         self.on_step(state.global_step, state.max_steps)
 
 
-Results = dict[str, list[dict[str, float]]]  # by method, one entry a seed
+Results = dict[str, list[dict[str, float]]]  # metrics by method, one entry per seed
 
 
 def mean_and_error(values: list[float]) -> str:
-    """Over seeds; the error of a single one is unknown."""
+    """Mean and standard error over seeds; the error of a single seed is unknown."""
     mean = statistics.mean(values)
     if len(values) == 1:
         return f"{mean:.4f}"
@@ -244,10 +245,8 @@ def results_table(results: Results, title: str) -> Table:
 
 
 def differences_table(results: Results) -> Table:
-    """Each method less the label, within a seed."""
-    table = Table(
-        title="Less the figure of the label, on the same pairs", caption="log loss and Brier: lower is better"
-    )
+    """The difference of each method to training on the label, within a seed."""
+    table = Table(title="Difference to the label, on the same pairs", caption="log loss and Brier: lower is better")
     table.add_column("method")
     for key in DIFFERENCES:
         table.add_column(COLUMNS[key], justify="right")
@@ -261,7 +260,7 @@ def differences_table(results: Results) -> Table:
 
 
 def bounds(pairs: list[files.Pairs]) -> str:
-    """What no method can beat."""
+    """The bounds that no method can beat, in words."""
     if pairs[0].votes is None:
         ceiling = 1 - noise_from_agreement(HH_AGREEMENT)
         return f"Where annotators agree on {HH_AGREEMENT:.0%} of pairs, accuracy cannot pass {ceiling:.3f}."
@@ -282,9 +281,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="holds ukp_convarg1/ or hh_rlhf/")
     parser.add_argument("--model", type=Path, required=True, help="base of every reward model: a small causal LM")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=0, help="to choose settings on other splits")
-    parser.add_argument("--train-pairs", type=int, default=2500, help="a random subset of the training set; 0 for all")
-    parser.add_argument("--test-pairs", type=int, default=1200, help="of the held-out pairs; 0 for all")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first seed: another one gives other splits")
+    parser.add_argument("--train-pairs", type=int, default=2500, help="size of a random training subset; 0 for all")
+    parser.add_argument("--test-pairs", type=int, default=1200, help="size of a random held-out subset; 0 for all")
     parser.add_argument("--max-length", type=int, help="tokens of a text; default: 512 for ukp, 384 for hh")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=16)
@@ -292,7 +291,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora-learning-rate", type=float, default=3e-3)
     parser.add_argument("--method", dest="methods", action="append", help=f"repeat for several, '{LORA}' among them")
     parser.add_argument("--plot", type=Path, default=Path("reward_methods.png"))
-    parser.add_argument("--json", type=Path, help="also write the figures of every seed there")
+    parser.add_argument("--json", type=Path, help="also write the metrics of every seed to this file")
     parser.add_argument("--quick", action="store_true", help="one seed, 64 pairs to train on, 64 held out")
     args = parser.parse_args(arguments)
     args.methods = args.methods or DEFAULT_METHODS[args.data]
@@ -301,7 +300,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--method must be one of {list(METHODS[args.data])} with --data {args.data}, got {method!r}")
     if args.seeds < 1:
         parser.error(f"--seeds must be 1 or more, got {args.seeds}")
-    # the others are compared with it
+    # the label comes first, since the others are compared with it
     args.methods = [LABEL, *(method for method in dict.fromkeys(args.methods) if method != LABEL)]
     args.max_length = args.max_length or {"ukp": 512, "hh": 384}[args.data]
     if args.quick:
@@ -310,7 +309,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load(args: argparse.Namespace, console: Console) -> list[files.Pairs]:
-    """One entry a seed."""
+    """The pairs of each seed."""
     found = (files.load_ukp if args.data == "ukp" else files.load_hh)(args.folder)
     rows = [
         row for row in found if row["chosen"] != row["rejected"] and row["chosen"].strip() and row["rejected"].strip()
@@ -326,7 +325,7 @@ def load(args: argparse.Namespace, console: Console) -> list[files.Pairs]:
     seeds = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         pairs = files.split(fitting, seed, 0.25, args.train_pairs or None, args.test_pairs or None)
-        # members see the same pairs whatever their order: sorted, an evaluation pads little
+        # the order of evaluation pairs does not matter, and sorted by length they need little padding
         pairs.test.sort(key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])))
         groups = len({row["group"] for row in pairs.test})
         console.print(

@@ -9,12 +9,12 @@ Every row runs in a process of its own with one thread (`reward_speed_worker.py`
 table entry is the median over repetitions, a ratio the median of the ratios within each. The model is a random Llama
 of 4 layers × 128 with 512 tokens; pairs of texts of 64 tokens, 32 pairs a step.
 
-- Time: of a step of the trainer, with everything in it; the median over steps.
-- Memory: peak resident set (`ru_maxrss`) less what was resident after the imports and a miniature run: model,
-  optimizer states and activations. Measured once, in a process of its own in which glibc gives freed memory back at
-  once: what it keeps otherwise can be as much again, and differs from run to run.
-- LoRA members are trained one after the other, so that the activations of one are held at a time: their time grows
-  with their number, and there is no aim for it.
+- Time: that of a whole step of the trainer; the median over steps.
+- Memory: peak resident set (`ru_maxrss`) minus the resident set after the imports and a miniature run, so the model,
+  optimizer states and activations. It is measured once, in a process in which glibc returns freed memory at once:
+  otherwise glibc may keep as much again, and the amount differs from run to run.
+- LoRA members are trained one after the other, so that the activations of only one are held. Their time grows with
+  their number, and there is no aim for it.
 """
 
 import argparse
@@ -46,13 +46,13 @@ AIMS = (
     ("K = 4 LoRA: at most 1.2 × the memory of K = 1, LoRA", LORAS, LORA, "memory", 1.2),
     ("K = 4 LoRA, beside K = 1, LoRA", LORAS, LORA, "time", None),
 )
-# every tensor of 64 KiB or more in pages of its own
+# tensors of 64 KiB or more get pages of their own, which glibc returns when they are freed
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 Results = dict[int, list[dict[str, float]]]
 
 
 def measure(row: dict, shape: dict, steps: int, environment: dict[str, str]) -> dict[str, float]:
-    """One row in a process of its own: milliseconds a pair on the clocks "wall" and "cpu", and MiB of "memory"."""
+    """One row in a process of its own: milliseconds per pair on the clocks "wall" and "cpu", and MiB of "memory"."""
     command = [sys.executable, str(HERE / "reward_speed_worker.py"), "--row", json.dumps(row)]
     process = subprocess.run(
         [*command, "--shape", json.dumps(shape), "--steps", str(steps)],
@@ -66,7 +66,7 @@ def measure(row: dict, shape: dict, steps: int, environment: dict[str, str]) -> 
 
 
 def ratio(results: Results, ours: int, theirs: int, column: str) -> float:
-    """Median over repetitions of how many times as much `ours` needs."""
+    """Median over repetitions of the ratio of what `ours` needs to what `theirs` needs."""
     pairs = zip(results[ours], results[theirs], strict=True)
     return statistics.median(a[column] / b[column] for a, b in pairs)
 
@@ -108,7 +108,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of one repetition of one row")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--shape", type=json.loads, default={}, help='JSON, e.g. {"vocabulary": 32000, "batch": 16}')
-    parser.add_argument("--json", type=Path, help="also write every repetition there")
+    parser.add_argument("--json", type=Path, help="also write every repetition to this file")
     args = parser.parse_args(arguments)
     if args.quick:
         args.repetitions, args.steps = 1, 3

@@ -1,7 +1,7 @@
 """
-One row of `reward_speed.py`: train a small random reward model for a few steps and print what one costs, as JSON.
+One row of `reward_speed.py`: trains a small random reward model for a few steps and prints the cost of one, as JSON.
 
-All texts have the same length, and arrive as token ids, so that all rows do equal work and none of it is tokenising.
+All texts have the same length and are given as token ids, so that all rows do equal work and tokenising costs nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import LlamaForSequenceClassification, TrainerCallback
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured."""
+    """The trainer to measure, and its settings."""
 
     trainer: str  # trl, or ours
     num_members: int = 1
@@ -27,7 +27,7 @@ class Row:
 
 
 class StepTimer(TrainerCallback):
-    """A step lasts until the next one begins."""
+    """Times the steps; a step lasts until the next one begins."""
 
     def __init__(self, clock: Clock):
         self.clock = clock

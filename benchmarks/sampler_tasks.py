@@ -1,4 +1,4 @@
-"""Posteriors whose E[r] and log Z are known, or nearly so, and the samplers that `samplers.py` compares on each."""
+"""Posteriors whose E[r] and log Z are known, exactly or closely, and the samplers that `samplers.py` compares."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -27,36 +27,37 @@ from rlhf_bayes.samplers import (
     Value,
     expectation,
 )
+from rlhf_bayes.samplers.all_samplers import SAMPLERS
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 BEST_OF = 8
-CANDIDATES = 8  # tokens that guided decoding asks the value of, at each step
+CANDIDATES = 8  # number of tokens whose value guided decoding computes at each step
 PPLM_STEP_SIZE = 0.3
-POLICY_STEPS = 40  # of Adam on the exact gradient: on the way to the condition, not there
+POLICY_STEPS = 40  # Adam steps on the exact gradient: the policy comes closer to the condition, but not all the way
 
 
 @dataclass(frozen=True)
 class Task:
-    """A posterior whose E[r] and log Z are known, or nearly so."""
+    """A posterior whose E[r] and log Z are known, exactly or closely."""
 
     name: str
     posterior: Posterior
     beta: float | None
     prompts: list[str]
     rewards_of: Callable[[Draws], Tensor]
-    """(B,) of its rows: what E[r] is the mean of."""
+    """Makes the rewards (B,) of draws, whose mean is E[r]."""
     reward: Tensor
-    """(P,)"""
+    """(P,): E[r] of each prompt."""
     log_z: Tensor
-    """(P,), nats."""
+    """(P,), nats: log Z of each prompt."""
     known_to: tuple[float, float] = (0.0, 0.0)
-    """Standard error of the two, root mean square over prompts."""
+    """Standard errors of these two values, root mean square over prompts."""
     values: dict[str, Value] = field(default_factory=dict)
-    """To guide decoding and SMC."""
+    """Values that guide decoding and SMC, by name."""
     attribute: Callable[[Tensor], Tensor] | None = None
-    """For PPLM: hidden states (B, H) to nats (B,)."""
+    """The attribute of PPLM: from hidden states (B, H) to nats (B,)."""
     policy: LanguageModel | None = None
-    """Trained towards a posterior that is a condition, for GUARD."""
+    """The policy of GUARD, trained towards a posterior that is a condition."""
 
 
 def toy_prior(toy: EnumerableLM, model: nn.Module | None = None) -> LanguageModel:
@@ -70,7 +71,7 @@ def toy_rewards_of(draws: Draws) -> Tensor:
 def toy_task() -> Task:
     toy = EnumerableLM()
     prior = toy_prior(toy)
-    # the range of the reward: it clips nothing, and tells rejection the bound
+    # clipping to the range of the reward changes nothing, and gives rejection sampling its bound
     bounds = float(toy.rewards.min()), float(toy.rewards.max())
     posterior = prior.tilt(toy_reward, toy.beta, reward_clip_range=bounds)
     soft = EnumeratedValue(toy.prompts, toy.completion_ids, toy.log_prior, toy.log_likelihood)
@@ -92,7 +93,7 @@ def without_a_or_b(completion_ids: Sequence[Sequence[int]], **columns) -> list[b
 
 
 def condition_task() -> Task:
-    """The toy on condition that its first two words are absent, with a policy half-way there."""
+    """The toy on condition that its first two words are absent, with a policy trained half-way towards it."""
     toy = EnumerableLM()
     allowed = torch.tensor(without_a_or_b(toy.completion_ids))
     evidence = torch.zeros_like(toy.log_prior).masked_fill(~allowed, -torch.inf)
@@ -140,7 +141,7 @@ def model_task(args: argparse.Namespace) -> Task:
 
 @torch.no_grad()
 def linear_attribute(posterior: Posterior, prompts: Sequence[str], n: int = 128) -> Callable[[Tensor], Tensor]:
-    """Evidence of a completion, forecast from the state after each of its prefixes: ridge regression on n draws."""
+    """A forecast of a completion's evidence from the hidden state after a prefix, by ridge regression on n draws."""
     prior = posterior.prior
     drawn = prior.sample(prompts, n, torch.Generator().manual_seed(20_000))
     evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids)  # (B,)
@@ -156,7 +157,7 @@ def linear_attribute(posterior: Posterior, prompts: Sequence[str], n: int = 128)
 
 
 def methods_of(task: Task) -> dict[str, Callable[[int], Sampler]]:
-    """Name to a sampler for n completions a prompt."""
+    """Samplers by name; each is made for n completions per prompt."""
     prior = task.posterior.prior
     methods: dict[str, Callable[[int], Sampler]] = {
         "importance": lambda n: ImportanceSampler(),
@@ -175,6 +176,10 @@ def methods_of(task: Task) -> dict[str, Callable[[int], Sampler]]:
         methods[f"SMC, {name}"] = lambda n, value=value: SMC(value)
         guided = GuidedProposal(prior, value, num_candidates=CANDIDATES)
         methods[f"importance, guided by {name}"] = lambda n, guided=guided: ImportanceSampler(guided)
+    compared = {type(make(8)) for make in methods.values()}
+    for name, record in SAMPLERS.items():  # those without settings of their own above
+        if task.policy is None and record.sampler not in compared:
+            methods[name] = lambda n, record=record: record.make(task.posterior, None, n)
     if task.attribute is not None:
         pplm = GradientGuidedProposal(prior, task.attribute, step_size=PPLM_STEP_SIZE)
         methods["importance, PPLM"] = lambda n: ImportanceSampler(pplm)
@@ -182,7 +187,7 @@ def methods_of(task: Task) -> dict[str, Callable[[int], Sampler]]:
 
 
 def log_z_error_bar(draws: Draws) -> Tensor:
-    """(P,): the standard error that an interval on log Z stands for."""
+    """(P,): standard errors of log Z, from its intervals."""
     assert draws.log_z is not None
     return (draws.log_z.high - draws.log_z.low) / 2 / float(norm.ppf((1 + draws.log_z.confidence) / 2))
 

@@ -1,22 +1,22 @@
 r"""
-What samplers cost: error of E[r] and of log Z under the posterior against tokens run through the model and seconds.
+The cost of samplers: errors of E[r] and of log Z under the posterior, against tokens run and seconds.
 
     python benchmarks/samplers.py                    about 15 minutes on one core
     python benchmarks/samplers.py --quick            a smoke run of everything
     python benchmarks/samplers.py --model ../shared/models/stories260K --beta 0.25 \
         --reward rlhf_bayes.toy.rewards:vader_reward --prompt 'Once upon a time, there was a' --prompt 'Tom was sad.'
 
-On the toy of `rlhf_bayes.testing.EnumerableLM` (4,681 completions of each of 3 prompts, β = 0.5) the truth is known by
-enumeration. On a language model, by default the bundled one with its sentiment reward, a long importance run stands
-for it; its own standard error is printed, and no error below that can be seen. Errors are root mean squares over
-prompts and repetitions; beside them stands what the sampler's own error bars say, which should be the same.
+On the toy of `rlhf_bayes.testing.EnumerableLM` (4,681 completions of each of 3 prompts, β = 0.5) the exact values are
+known by enumeration. On a language model, by default the bundled one with its sentiment reward, they come from a long
+importance run. Its standard error is printed, and smaller errors cannot be measured. Errors are root mean squares over
+prompts and repetitions. The sampler's own error bars are shown too, and should be the same.
 
 Tokens are all positions that the model was run on, prompts, scoring and padding included. Seconds are of the CPU, and
-include the reward. Best of n has no error bar: it draws from another distribution, and no cost makes that go away.
-GUARD, on a condition of the toy, keeps what a policy draws and the condition allows: its bar is that of its own mean,
-which is not quite the posterior's. PPLM follows a linear forecast of the evidence; backward passes are no tokens here.
+include the reward. Best of n has no error bar, since it draws from another distribution at any cost. GUARD, on a
+condition of the toy, keeps the policy's draws that the condition allows: its error bar is that of its own mean, which
+is not exactly the posterior's. PPLM follows a linear forecast of the evidence; backward passes do not count as tokens.
 
-Then two questions of speed: what our decoding loop costs beside `generate`, and what SMC gains from writing the
+Then two measurements of speed: our decoding loop compared with `generate`, and the gain of SMC from decoding the
 particles of 8 prompts at once.
 """
 
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")  # bars of samplers inside of our own
+os.environ.setdefault("TQDM_DISABLE", "1")  # hide the samplers' progress bars, which would disturb our own
 
 import torch
 from quiet import quiet
@@ -52,7 +52,7 @@ from rlhf_bayes.samplers import SMC, Sampler, expectation
 
 @dataclass
 class Cost:
-    """Of what ran inside of [`measured`]."""
+    """The cost of the code that ran within [`measured`]."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -75,7 +75,7 @@ class Point:
 
 @contextmanager
 def measured(lm: LanguageModel) -> Iterator[Cost]:
-    """Count the positions that the model is run on, padding too, and the CPU's seconds."""
+    """A context that counts the positions that the model is run on, padding too, and the CPU's seconds."""
     cost = Cost()
 
     def count(_, args, kwargs):
@@ -91,7 +91,7 @@ def measured(lm: LanguageModel) -> Iterator[Cost]:
 
 
 def measure(task: Task, method: str, sampler: Sampler, n: int, repetitions: int) -> Point:
-    """Errors and cost of n completions a prompt."""
+    """Errors and cost of n completions for each prompt."""
     costs, reward_errors, reward_bars, log_z_errors, log_z_bars = [], [], [], [], []
     for seed in range(repetitions):
         generator = torch.Generator().manual_seed(seed)
@@ -153,7 +153,7 @@ def decoding_times(lm: LanguageModel, prompts: Sequence[str], n: int, repetition
         for name, run in ways.items():
             start = time.process_time()
             tokens = run(repetition)
-            if repetition > 0:  # the first warms up
+            if repetition > 0:  # the first repetition is a warm-up
                 times[name].append((time.process_time() - start) / tokens)
     return times
 
@@ -174,7 +174,7 @@ def smc_times(task: Task, prompts: Sequence[str], particles: int, repetitions: i
 
 
 def points_table(task: Task, points: Sequence[Point]) -> Table:
-    caption = "error: root mean square over prompts and repetitions; bar: what the sampler's own error bars say"
+    caption = "error: root mean square over prompts and repetitions; bar: the sampler's own standard error"
     if task.known_to != (0.0, 0.0):
         caption += f". The truth is known to {task.known_to[0]:.4f} and {task.known_to[1]:.4f} nats"
     beta = "" if task.beta is None else f", β = {task.beta:g}"
@@ -224,7 +224,7 @@ def plot(tasks: Sequence[Task], points: Sequence[Point], path: Path) -> None:
 
 
 def speed_table(title: str, times: dict[str, list[float]], unit: str, scale: float) -> Table:
-    """Medians, and each one's ratio to the first, turn by turn."""
+    """Medians, and the median of the ratios to the first within each turn."""
     table, (base, *_) = Table("", title=title), times.values()
     for name in ("CPU", f"to {next(iter(times))}"):
         table.add_column(name, justify="right")
@@ -242,11 +242,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.25)
     parser.add_argument("--max-completion-length", type=int, default=32)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 128, 256], help="completions a prompt")
-    parser.add_argument("--method", dest="methods", action="append", help="only these; repeat for several")
-    parser.add_argument("--repetitions", type=int, default=8, help="on the toy; half of them on the model")
-    parser.add_argument("--reference", type=int, default=4096, help="completions a prompt that stand for the truth")
+    parser.add_argument("--method", dest="methods", action="append", help="only this sampler; repeat for several")
+    parser.add_argument("--repetitions", type=int, default=8, help="repetitions on the toy; half as many on the model")
+    parser.add_argument(
+        "--reference", type=int, default=4096, help="completions per prompt of the long importance run"
+    )
     parser.add_argument("--plot", type=Path, default=Path("samplers.png"))
-    parser.add_argument("--json", type=Path, help="also write every number there")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
     parser.add_argument("--quick", action="store_true", help="smallest sizes, once")
     args = parser.parse_args(arguments)
     args.prompts = args.prompts or bundled.prompts()[:2]
@@ -257,7 +259,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sizes must be multiples of 8, got {args.sizes}: chains of one length have an error bar")
     if args.quick:
         args.sizes, args.repetitions, args.reference = [32], 1, 64
-    args.speed = (1, 8) if args.quick else (5, 64)  # repetitions, completions a prompt
+    args.speed = (1, 8) if args.quick else (5, 64)  # repetitions, completions per prompt
     return args
 
 

@@ -1,9 +1,9 @@
 """
-One row of `ppo_speed.py`: train a small random Llama for a few rollouts and print what each phase cost, as JSON.
+One row of `ppo_speed.py`: trains a small random Llama for a few rollouts and prints the cost of each phase, as JSON.
 
-Runs in the environment of this package and, for the PPO that TRL removed, in one with trl 1.12; so `rlhf_bayes` is
-imported only where it is measured. Every completion has the same length: EOS and padding lie outside the model's
-vocabulary, so no trainer gets away with less work than another.
+It runs in the environment of this package and, for the PPO that TRL removed, in one with trl 1.12; so `rlhf_bayes` is
+imported only where it is measured. EOS and padding are outside the model's vocabulary, so every completion has the
+same length, and all trainers do the same work.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from transformers import (
 )
 
 PHASES = ("generation", "scoring", "training")
-WARM_UP = 2  # rollouts: kernels are chosen, pools grow
+WARM_UP = 2  # rollouts that are not measured, in which libraries choose kernels and memory pools grow
 BETA, LEARNING_RATE, NUM_GENERATIONS = 0.05, 1e-4, 4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Model and batch."""
+    """The sizes of the model and of the batch."""
 
     layers: int = 4
     hidden: int = 128
@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured."""
+    """The method to measure, and its settings."""
 
     method: str  # floor, rloo, ppo, gdc, or ppo_1_12
     lora: bool = False
@@ -77,7 +77,7 @@ class Clock:
         spent[phase] = tuple(old + sign * (b - a) for old, a, b in zip(spent[phase], since, now, strict=True))
 
     def timed(self, phase: str, function, *, not_in: str | None = None):
-        """`function`, with its time added to one phase and, where it runs inside another, taken from that one."""
+        """`function` with its time added to a phase, and subtracted from the phase `not_in` in which it runs."""
 
         def wrapper(*args, **kwargs):
             since = self.now()
@@ -121,7 +121,7 @@ def build_model(shape: Shape, cls=LlamaForCausalLM):
 
 
 def build_tokenizer(shape: Shape, words: int | None = None) -> PreTrainedTokenizerFast:
-    """Of as many words as the vocabulary, or fewer; EOS and padding lie outside of it."""
+    """A tokenizer with as many words as the vocabulary, or fewer; EOS and padding are outside of it."""
     vocabulary = {f"w{i}": i for i in range(words or shape.vocabulary)} | {
         "<eos>": shape.vocabulary,
         "<pad>": shape.vocabulary + 1,
@@ -140,7 +140,7 @@ def build_prompts(shape: Shape) -> list[str]:
 
 
 def reward(prompts, completions, completion_ids, **columns) -> list[float]:
-    """Share of even tokens: free, so that the trainers are measured and not a reward model."""
+    """The share of even tokens. It costs nothing, so that trainers are measured rather than a reward model."""
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
@@ -149,7 +149,7 @@ def lora_config(row: Row) -> LoraConfig | None:
 
 
 def run_floor(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
-    """What no trainer can do without: generate, score under the prior, forward and backward."""
+    """The work that every trainer must do: generate, score under the prior, forward and backward."""
     model = build_model(shape)
     model = get_peft_model(model, lora_config(row)) if row.lora else model
     ref_model = None if row.lora else build_model(shape).eval()
@@ -190,7 +190,7 @@ def run_floor(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
 
 
 class OptimizerTimer(TrainerCallback):
-    """The optimizer's step runs outside `training_step`."""
+    """Times the optimizer's step, which runs outside `training_step`."""
 
     def __init__(self, clock: Clock):
         self.clock = clock
@@ -215,7 +215,7 @@ def run_hosted(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
     }
     config_class, trainer_class = classes[row.method]
     with tempfile.TemporaryDirectory() as folder:
-        # RLOO reloads its reference from the path that the model came from
+        # RLOO reloads its reference from the model's path, so the model must be saved
         build_model(shape).save_pretrained(folder)
         trainer = trainer_class(
             model=folder,
@@ -258,7 +258,7 @@ def run_hosted(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
 
 
 class FreeRewardModel(nn.Module):
-    """The reward function in the only form that the old PPO takes: a module with a backbone and a score."""
+    """The reward function as a module with a backbone and a score, the only form that the old PPO accepts."""
 
     base_model_prefix = "backbone"
 
@@ -270,7 +270,7 @@ class FreeRewardModel(nn.Module):
 
 
 def run_ppo_1_12(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
-    """The PPO that TRL removed in 1.13: one loop, so phases are told apart by the calls that open them."""
+    """The PPO that TRL removed in 1.13. It is one loop, so its phases are recognised by their first calls."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     tokenizer = build_tokenizer(shape)
@@ -342,8 +342,8 @@ def resident_mib() -> float:
 
 
 def measured(run: Callable[[Shape, int, Clock], None], shape: Shape, steps: int) -> tuple[Clock, float]:
-    """The clock of a run, and its peak memory above what was resident before it, in MiB."""
-    # a miniature run first, so that the pages of the libraries are resident before the memory of this run is measured
+    """The clock of a run, and its peak memory minus the memory that was resident before it, in MiB."""
+    # a miniature run first makes the pages of the libraries resident before the memory of this run is measured
     run(Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4), 1, Clock())
     gc.collect()
     resident = resident_mib()

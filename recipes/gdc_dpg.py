@@ -1,14 +1,14 @@
-r"""Distributional control: trains a language model so that features of its completions have given means, at least KL.
+r"""Distributional control: trains a language model so that features of its completions have given means.
 
-The target is π0(x|c)·exp(λ·φ(c,x))/Z(c), of all distributions with these means the closest to the prior; a binary
-feature that must always hold, or never, makes it a condition, 0 where the feature is not as asked. Khalifa, Elsahar &
-Dymetman 2021 (arXiv 2012.11635), sections 2.1 to 2.3. Departures: λ by the convex dual, where they descend a squared
-error; a Z for each prompt (Korbak et al. 2022, 2112.00791), pooled over all rollouts, and a baseline; any f-divergence
-(Go et al. 2023, 2302.08215) with `--divergence`; completions drawn from the policy as it is unless `--proposal` is
-given.
+The target is π0(x|c)·exp(λ·φ(c,x))/Z(c), the distribution with these means that is closest to the prior in KL. A
+binary feature that must always or never hold is a condition, so other completions are forbidden. Khalifa, Elsahar &
+Dymetman 2021 (arXiv 2012.11635), sections 2.1 to 2.3. Departures: λ is found by the convex dual, where they use
+gradient steps on a squared error; each prompt has its own Z (Korbak et al. 2022, 2112.00791), pooled over all
+rollouts, and there is a baseline; `--divergence` chooses the f-divergence (Go et al. 2023, 2302.08215); completions
+are drawn from the current policy unless `--proposal` is given.
 
-Without arguments, in about two minutes on two CPU cores, a bundled tiny model learns to write reviews that always hold
-one thing against another ("but"), half of them with a "not":
+Without arguments, in about two minutes on two CPU cores, a bundled tiny model learns to write reviews that all contain
+"but", and half of them "not":
 
     accelerate launch recipes/gdc_dpg.py
 
@@ -35,9 +35,9 @@ from rlhf_bayes.likelihoods import MomentLikelihood
 
 ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {"output_dir": "runs/gdc_dpg", "use_cpu": ON_CPU, "bf16": not ON_CPU, "logging_steps": 5}
-# the means are over all prompts: a report on some of them would show others
+# the means are over all prompts, so a report on fewer prompts would show other means
 DEFAULTS |= {"report_prompts": 32, "report_samples": 64}
-# for the bundled model only: your own starts from TRL's defaults
+# defaults of the bundled model; with another model, TRL's defaults apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "learning_rate": 5e-4,
@@ -54,21 +54,21 @@ TOY_WORDS = ["but=1", "not=0.5"]
 
 @dataclass
 class Arguments(cli.PromptArguments):
-    """What to train on and towards; `GDCConfig` says how, and `ModelConfig` which model."""
+    """Flags for the prompts and the target; `GDCConfig` has those of training, `ModelConfig` those of the model."""
 
     features: list[str] = field(
         default_factory=list,
-        metadata={"action": "extend", "help": "Features and the means they are to have, `module:function=moment`; "
-                  "functions in the protocol of reward functions. 0 or 1 for a binary one is a condition."},
+        metadata={"action": "extend", "help": "Features and the means they must have, `module:function=moment`; the "
+                  "functions have the protocol of reward functions. 0 or 1 for a binary feature is a condition."},
     )  # fmt: skip
     words: list[str] = field(
         default_factory=list,
-        metadata={"action": "extend", "help": "Words of which a share of the completions is to contain one, "
+        metadata={"action": "extend", "help": "The share of completions that must contain one of some words, "
                   "`word,word=share` or `name:word,word=share`. 1: always, 0: never. Default: `but=1` and `not=0.5`, "
                   "with the bundled model only."},
     )  # fmt: skip
-    fit_prompts: int = field(default=32, metadata={"help": "Prompts over which the means are taken, the first ones."})
-    fit_samples: int = field(default=256, metadata={"help": "Completions of each that the prior draws to find λ."})
+    fit_prompts: int = field(default=32, metadata={"help": "The means are over this many prompts, the first ones."})
+    fit_samples: int = field(default=256, metadata={"help": "Completions that the prior draws for each, to find λ."})
 
 
 def parse_arguments() -> tuple[Arguments, GDCConfig, ModelConfig]:
@@ -88,7 +88,7 @@ def parse_arguments() -> tuple[Arguments, GDCConfig, ModelConfig]:
 def evidence_of(
     prior: LanguageModel, constraints: dict, dataset: Dataset, args: Arguments, seed: int
 ) -> MomentLikelihood:
-    """λ·φ with the λ that give the features their means; conditions alone need no draws."""
+    """The evidence λ·φ, with the λ that gives the features their means. Conditions alone need no draws."""
     if all(moment in (0, 1) for _, moment in constraints.values()):
         functions = {name: function for name, (function, _) in constraints.items()}
         return MomentLikelihood(
@@ -109,7 +109,7 @@ def main() -> None:
     args, training_args, model_args = parse_arguments()
     console = Console()
 
-    # data and features, before the model: wrong names are found at once
+    # data and features come before the model, so that wrong names are found at once
     constraints = cli.parse_features(args.features, args.words)
     dataset = args.load(training_args.seed)
 
@@ -117,7 +117,7 @@ def main() -> None:
     training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
     prior = cli.load_language_model(model_args.model_name_or_path, training_args)
     likelihood = evidence_of(prior, constraints, dataset, args, training_args.seed)
-    # draws differ in their last digits between devices, and with them λ: all train towards the same target
+    # λ differs in its last digits between devices; all processes must train towards the same target
     (likelihood.lambdas,) = broadcast_object_list([likelihood.lambdas])
     if likelihood.summary is not None and training_args.process_index == 0:
         console.print(likelihood.summary.table(title="The distribution with these means that is closest to the prior"))
@@ -147,13 +147,13 @@ def print_report(
     constraints: dict,
     dataset: Dataset,
 ) -> None:
-    """Prior and trained policy side by side."""
+    """Print prior and trained policy side by side."""
     console, wanted = Console(), {name: moment for name, (_, moment) in constraints.items()}
     evaluation = cli.evaluate_saved(trainer, args, model_path, lambda prior: Posterior(prior, likelihood), dataset)
     cli.save_evaluation(evaluation, trainer, args, model_path, reward_names=[], moments=wanted)
     cli.print_samples(evaluation, console)
     console.print(control_table(evaluation, wanted, title="Distance to what was asked for"))
-    if evaluation.policy.forbidden.mean == 0:  # otherwise KL(π‖π*) is infinite, and there is no more to say of it
+    if evaluation.policy.forbidden.mean == 0:  # otherwise KL(π‖π*) is infinite
         console.print(evaluation.verdict)
     console.print(str(evaluation.log_z))
     curves = Path(trainer.args.output_dir) / "curves.png"

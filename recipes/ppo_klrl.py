@@ -1,8 +1,8 @@
 r"""PPO with an explicit KL penalty to the prior: trains a language model towards π0(x|c)·exp(r(c,x)/β)/Z(c).
 
 The objective is that of Korbak, Perez & Buckley 2022 (arXiv 2205.11275, equations 3 and 4). Departures from the PPO
-of Ziegler et al. 2019: β is fixed unless `--target_kl` is given, because it says which posterior is meant; the critic
-is a value head on the policy's trunk; the result is judged by its distance to the posterior in nats, log Z − ELBO.
+of Ziegler et al. 2019: β is fixed unless `--target_kl` is given, because it defines the posterior; the critic is a
+value head on the policy's trunk; the result is evaluated by its distance to the posterior in nats, log Z − ELBO.
 
 Without arguments, in about two minutes on two CPU cores, a bundled tiny model learns to write kind reviews:
 
@@ -15,7 +15,7 @@ Any causal LM, prompts and reward, by flags or `--config file.yaml`, as in TRL's
         --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 \
         --reward_func rlhf_bayes.toy.rewards:vader_reward --max_completion_length 64
 
-Against a reward model of reward_models/train.py, the members of an ensemble pooled with caution:
+With a reward model from reward_models/train.py, an ensemble whose members are pooled pessimistically:
 
     accelerate launch recipes/ppo_klrl.py --reward_model_path runs/reward_model --reward_rule pessimistic
 """
@@ -27,12 +27,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import PPOConfig, PPOTrainer, cli, toy
 from rlhf_bayes.numerics import POOLING_RULES
-from rlhf_bayes.numerics.pooling import uses_beta
+from rlhf_bayes.numerics.pooling import rules_help, uses_beta
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {"output_dir": "runs/ppo_klrl", "use_cpu": ON_CPU, "bf16": not ON_CPU, "logging_steps": 1}
-# for the bundled model only: your own starts from TRL's defaults
+# defaults of the bundled model; with another model, TRL's defaults apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "beta": 0.25,
@@ -48,11 +48,11 @@ TOY_DEFAULTS = {
 
 @dataclass
 class Arguments(cli.PromptArguments):
-    """What to train on; `PPOConfig` says how, and `ModelConfig` which model."""
+    """Flags for the prompts and the reward; `PPOConfig` has those of training, `ModelConfig` those of the model."""
 
     reward_func: list[str] | None = field(
         default=None,
-        metadata={"action": "extend", "help": "Reward functions, `module:function`. Several are added up; see "
+        metadata={"action": "extend", "help": "Reward functions, `module:function`. Several are summed; see "
                   "`--reward_weights`. Default: sentiment, with the bundled model only."},
     )  # fmt: skip
     reward_model_path: str | None = field(
@@ -61,7 +61,7 @@ class Arguments(cli.PromptArguments):
     reward_rule: str = field(
         default="mean",
         metadata={"choices": list(POOLING_RULES), "help": "How the members of an ensemble combine. All rules but the "
-                  "mean center them first on completions of the prior."},
+                  f"mean center them first on completions of the prior. {rules_help()}"},
     )  # fmt: skip
     reward_penalty: float | None = field(
         default=None, metadata={"help": "Weight of the variance, for mean_minus_variance. Default: 1/(2 beta)."}
@@ -87,7 +87,7 @@ def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
 def main() -> None:
     args, training_args, model_args = parse_arguments()
 
-    # data and reward, before the model: wrong names are found at once
+    # data and reward come before the model, so that wrong names are found at once
     dataset = args.load(training_args.seed)
     reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []]
     if args.reward_model_path is not None:
@@ -98,7 +98,7 @@ def main() -> None:
     training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
     if args.reward_rule != "mean" or args.reward_penalty is not None:
         prior = cli.load_language_model(model_args.model_name_or_path, training_args)
-        # the last of them; as a path, it would be the members' mean
+        # the reward model is the last one; as a path it would be the mean of its members
         reward_funcs[-1] = cli.load_pooled_reward(
             args.reward_model_path, args.reward_rule, prior, dataset["prompt"], training_args.beta, args.reward_penalty
         )

@@ -1,18 +1,18 @@
 """Preferences → reward model → policy on the bundled toy, where the gold reward behind the preferences is known.
 
 One policy is trained against a reward model that was fitted to few, noisy comparisons, another against the pessimistic
-pool of an ensemble fitted to the same ones, at the same low β. What a policy gains under its proxy, and what that is
-worth in gold reward, is shown as training goes on: over-optimisation (Gao, Schulman & Hilton 2023, arXiv 2210.10760),
-and what an ensemble does about it (Coste et al. 2024, arXiv 2310.02743). Departures: the members are LoRA adapters on
-one base, each with its own head and bootstrap of the pairs; before they are pooled, they are centered on the prior's
-completions of each prompt, since comparisons do not fix their zero.
+pool of an ensemble fitted to the same comparisons, at the same low β. The recipe plots the proxy reward and the gold
+reward of both over training: over-optimisation (Gao, Schulman & Hilton 2023, arXiv 2210.10760), and how an ensemble
+reduces it (Coste et al. 2024, arXiv 2310.02743). Departures: the members are LoRA adapters on one base, each with its
+own head and bootstrap of the pairs; before they are pooled, they are centered on the prior's completions of each
+prompt, since comparisons do not fix their zero.
 
-In some minutes on two CPU cores, three times over, each time from other pairs:
+In some minutes on two CPU cores, with three repetitions on different pairs:
 
     accelerate launch --num_processes 1 recipes/rlhf.py
 
-Members may agree on what is wrong: with `--num_pairs 40`, every single model loses gold reward (−0.56 ± 0.18 from its
-best), and so does one ensemble of three. `--reward_rule mean` shows what averaging alone does.
+Members may share an error: with `--num_pairs 40`, every single model loses gold reward (−0.56 ± 0.18 from its best),
+and so does one ensemble of three. `--reward_rule mean` shows the effect of averaging alone.
 """
 
 import math
@@ -33,6 +33,7 @@ from rlhf_bayes import Completions, LanguageModel, PPOConfig, PPOTrainer, Reward
 from rlhf_bayes.commands.flags import load_pooled_reward
 from rlhf_bayes.diagnostics import plot_overoptimization
 from rlhf_bayes.numerics import POOLING_RULES
+from rlhf_bayes.numerics.pooling import rules_help
 from rlhf_bayes.toy.annotate import ERROR_RATES
 from rlhf_bayes.toy.rewards import sentiment_reward
 
@@ -43,26 +44,29 @@ MAX_COMPLETION_LENGTH = 32
 
 @dataclass
 class Arguments:
-    """The experiment."""
+    """Flags of the experiment."""
 
     annotator: str = field(default="average", metadata={"help": "Whose votes to use.", "choices": list(ERROR_RATES)})
     num_pairs: int = field(default=60, metadata={"help": "Pairs to learn from; ties are left out."})
     num_members: int = field(default=4, metadata={"help": "Members of the ensemble."})
-    reward_rule: str = field(default="pessimistic", metadata={"help": "Their pool.", "choices": list(POOLING_RULES)})
+    reward_rule: str = field(
+        default="pessimistic",
+        metadata={"help": f"Their pool. {rules_help()}", "choices": list(POOLING_RULES)},
+    )
     reward_epochs: int = field(default=12, metadata={"help": "Epochs of reward training."})
     reward_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of reward training."})
-    beta: float = field(default=0.01, metadata={"help": "What a nat from the prior costs, in sd of the reward."})
+    beta: float = field(default=0.01, metadata={"help": "β: reward per nat, in standard deviations of the reward."})
     max_steps: int = field(default=250, metadata={"help": "Optimizer steps of PPO."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of PPO."})
-    batch_size: int = field(default=32, metadata={"help": "Completions in a step of PPO, eight a prompt."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps of which a point in the plot is the mean."})
+    batch_size: int = field(default=32, metadata={"help": "Completions in a step of PPO, eight for each prompt."})
+    logging_steps: int = field(default=10, metadata={"help": "Each point of the plot is the mean of this many steps."})
     num_seeds: int = field(default=3, metadata={"help": "Repetitions, each with its own pairs and weights."})
-    output_dir: str = field(default="runs/rlhf", metadata={"help": "Where models and the plot go."})
+    output_dir: str = field(default="runs/rlhf", metadata={"help": "Where to write models and the plot."})
 
 
 @dataclass(frozen=True)
 class Run:
-    """A policy's training: one entry a logging step, the first before it. Rewards in sd under the prior."""
+    """A policy's training: one entry before it and one per logging step. Rewards are in sd under the prior."""
 
     steps: list[int]
     proxy: list[float]
@@ -74,12 +78,12 @@ class Run:
 
     @property
     def best(self) -> int:
-        """Where gold is highest: where one would stop, if one could see it."""
+        """Index of the highest gold reward, at which one would stop if one could observe it."""
         return max(range(len(self.gold)), key=lambda index: self.gold[index])
 
 
 def judged_pairs(annotator: str, num_pairs: int, seed: int) -> Dataset:
-    """Pairs of the toy as one annotator sees them, without those that they call a tie."""
+    """Pairs of the toy with the votes of one annotator, without ties."""
     rows = []
     for row in toy.preferences("train").shuffle(seed=seed):
         vote = row["annotator_votes"][row["annotators"].index(annotator)]
@@ -94,7 +98,7 @@ def judged_pairs(annotator: str, num_pairs: int, seed: int) -> Dataset:
 def train_reward(
     args: Arguments, folder: str, pairs: Dataset, num_members: int, draws: Completions, seed: int
 ) -> None:
-    """A reward model, or an ensemble, normalised on the prior's completions, into `folder`."""
+    """Train a reward model or an ensemble, normalise it on the prior's completions, and save it in `folder`."""
     trainer = RewardTrainer(
         toy.model_path(),
         RewardConfig(
@@ -106,12 +110,13 @@ def train_reward(
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     trainer.train()
+    trainer.save_model()  # an error of the normalisation costs no training
     trainer.normalize(draws.prompts, draws.completions, f"{len(draws):,} completions of the prior")
     trainer.save_model()
 
 
 def train_policy(args: Arguments, folder: str, reward, draws: Completions, seed: int) -> Run:
-    """PPO against `reward`, with the gold reward looked on: its weight is 0."""
+    """Train by PPO against `reward`. The gold reward has weight 0, so it is only logged."""
     trainer = PPOTrainer(
         toy.model_path(),
         [reward, sentiment_reward],
@@ -137,7 +142,7 @@ def train_policy(args: Arguments, folder: str, reward, draws: Completions, seed:
 
 
 def quieten() -> None:
-    """Twelve trainings in a row: what each would print is left out."""
+    """Silence what each of the many trainings would print."""
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -173,13 +178,13 @@ def main() -> None:
 
 
 def mean_curves(runs: list[Run]) -> tuple[list[int], list[float], list[float]]:
-    """Steps, proxy and gold, the latter two averaged over seeds."""
+    """Steps, and proxy and gold reward averaged over seeds."""
     curves = torch.tensor([[run.proxy, run.gold] for run in runs]).mean(0)  # (2, steps)
     return runs[0].steps, *curves.tolist()
 
 
 def table(runs: dict[str, list[Run]]) -> Table:
-    """A row a policy: proxy, gold and KL to the prior where gold was best and at the end; then the mean over seeds."""
+    """Proxy, gold and KL to the prior where gold was best and at the end: a row per policy, and means over seeds."""
     title = "Rewards in sd under the prior, where both start at 0; KL in nats; * where gold was highest"
     table = Table(title=title, box=box.SIMPLE, pad_edge=False)
     table.add_column("", min_width=max(len(word) for name in runs for word in name.split()))

@@ -1,8 +1,8 @@
 r"""One TRL script, five objectives: the same model, prompts, reward and flags towards the same posterior.
 
-It is a script for TRL's RLOO. Against it stand PPO and distributional policy gradients with three divergences; what
-they differ in is the two class names in OBJECTIVES, as in the README. All of them train towards π0·exp(r/β)/Z, so that
-one number compares them: the distance that is left, in nats.
+It is a script for TRL's RLOO. PPO and distributional policy gradients with three divergences take its place by
+changing the two class names in OBJECTIVES, as in the README. All of them train towards π0·exp(r/β)/Z, so they can be
+compared by one number: the remaining distance, in nats.
 
     accelerate launch recipes/swap_objective.py --objective rloo
     accelerate launch recipes/swap_objective.py --objective ppo
@@ -34,7 +34,7 @@ OBJECTIVES = {
 }
 ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {"use_cpu": ON_CPU, "bf16": not ON_CPU, "logging_steps": 1}
-# for the bundled model only: your own starts from TRL's defaults
+# defaults of the bundled model; with another model, TRL's defaults apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "beta": 0.25,
@@ -45,7 +45,7 @@ TOY_DEFAULTS = {
     "max_completion_length": 32,
     "bf16": False,
     "gradient_checkpointing": False,
-    # dropout would make the reference another distribution than the prior; ours refuse it
+    # with dropout the reference would be another distribution than the prior; our trainers refuse it
     "disable_dropout": True,
 }
 
@@ -63,7 +63,7 @@ class Arguments(cli.PromptArguments):
 
 
 def main() -> None:
-    # the flags depend on the objective: look first
+    # parsed once beforehand, since the flags depend on the objective
     (first_look, *_) = TrlParser(Arguments, add_help=False, allow_abbrev=False).parse_args_and_config(
         return_remaining_strings=True
     )
@@ -75,11 +75,11 @@ def main() -> None:
     if own_model and not args.reward_func:
         raise ValueError("`--reward_func module:function` must be given with `--model_name_or_path`, got none.")
 
-    # data and reward, before the model: wrong names are found at once
+    # data and reward come before the model, so that wrong names are found at once
     dataset = args.load(training_args.seed)
     reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []] or [sentiment_reward]
 
-    # model: from here on, nothing knows which objective it is
+    # from here on, the script is the same for all objectives
     training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
     trainer = trainer_class(
         model=model_args.model_name_or_path,

@@ -1,13 +1,14 @@
-r"""Judges reward models on pairs that they were not trained on: accuracy, log loss, calibration, over-optimisation.
+r"""Evaluates reward models on pairs that they were not trained on: accuracy, log loss, calibration, over-optimisation.
 
-Over-optimisation is how much the best of n completions gains in truth where the model is asked to choose it (Gao,
-Schulman & Hilton 2023, arXiv 2210.10760).
+Over-optimisation is measured by the gold reward of the best of n completions that a model chooses (Gao, Schulman &
+Hilton 2023, arXiv 2210.10760).
 
-Calibration is that of raw logits, Δ_raw = Δ/gain: normalisation, which gives β its meaning, rescales Δ, and σ(Δ) would
-no longer be the probability that was fitted. Best-of-n is estimated from all subsets of the draws, rewards in standard
-deviations under the language model drawn from. An ensemble has a line for its mean, and one for `--reward_rule`.
+Calibration is that of raw logits, Δ_raw = Δ/gain: normalisation rescales Δ, which gives β its meaning, but σ(Δ) is
+then no longer the probability that was fitted. Best-of-n is estimated from all subsets of the draws, with rewards in
+standard deviations under the language model that draws. An ensemble has a line for its mean, and one for
+`--reward_rule`.
 
-On the bundled preferences, with the sentiment that their annotators were made to follow as gold reward, some seconds:
+On the bundled preferences, with the sentiment that simulated their annotators as gold reward, in some seconds:
 
     python reward_models/evaluate.py --reward_model_path runs/reward_model
 
@@ -30,19 +31,20 @@ from rlhf_bayes import LanguageModel, toy
 from rlhf_bayes.commands.flags import load_preferences, load_reward_func, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.numerics import pool
-from rlhf_bayes.numerics.pooling import pool_centered
+from rlhf_bayes.numerics.pooling import POOLING_RULES, pool_centered, rules_help
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel, RewardScorer, load_reward
-from rlhf_bayes.trainers.reward.held_out import BestOfN, best_of_n, held_out_rewards
+from rlhf_bayes.rewards.lengths import OVERLONG
+from rlhf_bayes.trainers.reward.held_out import BestOfN, best_of_n, held_out_rewards, pairs_that_fit
 
 TOY_GOLD = "rlhf_bayes.toy.rewards:sentiment_reward"
 
 
 @dataclass
 class Arguments:
-    """What to judge, and on what."""
+    """Flags for the reward models, and for the data to evaluate them on."""
 
     reward_model_path: list[str] = field(
-        default_factory=list, metadata={"help": "Folders of reward models or ensembles: a row each."}
+        default_factory=list, metadata={"help": "Folders of reward models or ensembles, one row for each."}
     )
     dataset_name: str | None = field(
         default=None,
@@ -53,24 +55,42 @@ class Arguments:
     dataset_split: str = field(default="test", metadata={"help": "Split to judge on."})
     columns: list[str] = field(
         default_factory=list,
-        metadata={"help": "Where columns have other names: `chosen=better rejected=worse votes=counts`."},
+        metadata={"help": "Names of columns that are called otherwise: `chosen=better rejected=worse votes=counts`."},
     )
     drop_columns: list[str] = field(default_factory=list, metadata={"help": "Columns to leave out."})
-    max_pairs: int | None = field(default=None, metadata={"help": "Judge on that many, chosen at random."})
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many pairs, chosen at random. Default: all."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest text, in tokens. Default, and at most: the number of positions of each model."},
+    )
+    overlong: str = field(
+        default="drop",
+        metadata={"help": "What happens to pairs with a longer text: 'drop' them for all models, 'truncate' them from "
+                  "the left, or 'error'.", "choices": list(OVERLONG)},
+    )  # fmt: skip
     gold_reward: str | None = field(
         default=None,
-        metadata={"help": "Reward function, `module:function`, that says what the best of n by a model is worth. "
-                  "Default: sentiment, with the bundled preferences only."},
+        metadata={"help": "Reward function, `module:function`, that scores the best of n completions that a model "
+                  "chooses. Default: sentiment, with the bundled preferences only."},
     )  # fmt: skip
     policy_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Language model to draw completions from. Default: the bundled one, likewise."},
+        metadata={
+            "help": "Language model to draw completions from. Default: the bundled one, with the bundled "
+            "preferences only."
+        },
     )
-    num_prompts: int = field(default=32, metadata={"help": "Prompts of the pairs to draw completions for."})
-    num_samples: int = field(default=128, metadata={"help": "Completions a prompt; the largest n."})
+    num_prompts: int = field(default=32, metadata={"help": "Number of prompts to draw completions for."})
+    num_samples: int = field(default=128, metadata={"help": "Completions for each prompt, which is the largest n."})
     max_completion_length: int = field(default=32, metadata={"help": "Longest completion, in tokens."})
     reward_rule: str = field(
-        default="min", metadata={"help": "How to pool the members of an ensemble, besides the mean."}
+        default="min",
+        metadata={
+            "help": f"How to pool the members of an ensemble; the mean is always shown too. {rules_help()}",
+            "choices": list(POOLING_RULES),
+        },
     )
     reward_beta: float | None = field(default=None, metadata={"help": "β for the rules that have one."})
     reward_penalty: float | None = field(default=None, metadata={"help": "Weight of the variance, for its rule."})
@@ -110,7 +130,7 @@ def main() -> None:
     folder = Path(args.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    # data and gold reward, before the models: wrong names are found at once
+    # data and gold reward come before the models, so that wrong names are found at once
     pairs = load_preferences(
         args.dataset_name or str(toy.preferences_path("test")),
         args.dataset_split,
@@ -121,13 +141,19 @@ def main() -> None:
         args.seed,
     )
     gold = load_reward_func(args.gold_reward) if args.gold_reward else None
-    prompts = prompts_of_pairs(pairs.shuffle(seed=args.seed), args.num_prompts) if gold is not None else []
+    prompts = []
+    if gold is not None:
+        shuffled = pairs.shuffle(seed=args.seed)
+        prompts = prompts_of_pairs(shuffled, args.num_prompts, args.policy_name_or_path, args.max_completion_length)
     paths = args.reward_model_path
     models = {name: load_reward(path, device=device) for name, path in zip(short_names(paths), paths, strict=True)}
 
     # pairs
     with console.status(f"Scoring {len(pairs):,} pairs"):
-        held_out = {name: held_out_rewards(model, pairs) for name, model in models.items()}
+        pairs = pairs_that_fit(list(models.values()), pairs, args.max_length, args.overlong)
+        held_out = {
+            name: held_out_rewards(model, pairs, args.max_length, args.overlong) for name, model in models.items()
+        }
     no_model = next(iter(held_out.values())).without_a_model
     metrics = {"Δ = 0": no_model.metrics} | {name: rewards.metrics for name, rewards in held_out.items()}
     console.print(preference_table(metrics, f"{len(pairs):,} pairs (raw rewards)"))
@@ -152,7 +178,7 @@ def main() -> None:
 
 
 def short_names(paths: list[str]) -> list[str]:
-    """The last parts of each path, as few as tell them apart."""
+    """The shortest ends of the paths that differ from each other."""
     for depth in range(1, max(len(Path(path).parts) for path in paths)):
         names = ["/".join(Path(path).parts[-depth:]) for path in paths]
         if len(set(names)) == len(set(paths)):
@@ -176,7 +202,7 @@ def draw_and_score(
         members = model.member_rewards(draws.prompts, draws.completions).view(-1, *shape)  # (K, P, N)
         proxies[f"{name}, mean"] = members.mean(0)
         if args.reward_rule != "mean":
-            # comparisons leave a constant a prompt open: each member gets the same mean under the draws
+            # comparisons do not fix a constant for each prompt, so each member is centered on the draws
             centers = members.mean(-1, keepdim=True)  # (K, P, 1)
             pooled = pool_centered(members, centers, args.reward_rule, args.reward_beta, args.reward_penalty)
             proxies[f"{name}, {args.reward_rule}"] = pooled  # (P, N)
@@ -184,7 +210,7 @@ def draw_and_score(
 
 
 def best_of_n_table(curves: dict[str, BestOfN], ns: list[int]) -> Table:
-    """A row a proxy: gold reward of the best of n, and that proxy's own in brackets."""
+    """A row for each proxy: the gold reward of its best of n, and the proxy's own reward in brackets."""
     table = Table(title="Gold reward of the best of n, proxy in brackets (standard deviations under the prior)")
     table.add_column("best by")
     for n in ns[::-2][::-1]:

@@ -1,9 +1,10 @@
 r"""Trains a reward model, or an ensemble of them, from pairwise preferences: P(chosen ≻ rejected) = σ(r(c) − r(r)).
 
-The model of Bradley & Terry 1952 under a reward read off the last token, as in Ziegler et al. 2019 (arXiv 1909.08593).
-Departures: it learns from the votes of several annotators where the data have them, not from their majority only; an
-ensemble says where it guesses; and the reward is normalised on completions of the prior, whose β has no meaning else.
-What is printed is of raw rewards, since normalisation would change the probabilities.
+It is the model of Bradley & Terry 1952, with a reward head on the last token as in Ziegler et al. 2019 (arXiv
+1909.08593). Departures: it learns from the votes of several annotators where the data have them, not only from their
+majority; the disagreement of an ensemble shows where it is uncertain; and the reward is normalised on completions of
+the prior, without which β would have no fixed meaning. Printed metrics are of raw rewards, since normalisation would
+change the probabilities.
 
 Without arguments, in about a minute on one CPU core, four heads learn from the bundled preferences of three simulated
 annotators, one of them careless:
@@ -26,11 +27,12 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import unset_hf_deepspeed_config
-from trl import ModelConfig, get_peft_config, get_quantization_config, maybe_extract_prompt
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import LanguageModel, RewardConfig, RewardTrainer, toy
 from rlhf_bayes.commands.flags import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_reliability, preference_table
+from rlhf_bayes.rewards.pairs import prompt_and_texts
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
 from rlhf_bayes.trainers.reward.reward_card import RELIABILITY_PLOT
 
@@ -41,7 +43,7 @@ DEFAULTS = {
     "bf16": not ON_CPU,
     "lora_task_type": "SEQ_CLS",  # the adapters bring their own heads
 }
-# for the bundled model only: your own starts from TRL's defaults
+# defaults of the bundled model; with another model, TRL's defaults apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "num_members": 4,
@@ -57,7 +59,7 @@ TOY_DEFAULTS = {
 
 @dataclass
 class Arguments:
-    """What to learn from; `RewardConfig` says how, and `ModelConfig` which model to start from."""
+    """Flags for the data; `RewardConfig` has those of training, `ModelConfig` those of the model to start from."""
 
     dataset_name: str | None = field(
         default=None,
@@ -67,28 +69,37 @@ class Arguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to judge on. Default: pairs held out of the other one."}
+        default=None, metadata={"help": "Split to evaluate on. Default: pairs held out of the training split."}
     )
-    held_out: float = field(default=0.1, metadata={"help": "Share of the pairs to hold out where there is no split."})
+    held_out: float = field(
+        default=0.1, metadata={"help": "Share of the pairs to hold out if there is no test split."}
+    )
     held_out_by: str | None = field(
-        default=None, metadata={"help": "Column, as `topic`, of which whole groups are held out. Default: pairs."}
+        default=None,
+        metadata={
+            "help": "Column, for instance `topic`: all pairs with the same value are held out "
+            "together. Default: single pairs."
+        },
     )
     columns: list[str] = field(
         default_factory=list,
-        metadata={"help": "Where columns have other names: `chosen=better rejected=worse votes=counts`."},
+        metadata={"help": "Names of columns that are called otherwise: `chosen=better rejected=worse votes=counts`."},
     )
     drop_columns: list[str] = field(
-        default_factory=list, metadata={"help": "Columns to leave out: votes, where the label alone is to be learnt."}
+        default_factory=list, metadata={"help": "Columns to ignore, such as votes, to learn from the label alone."}
     )
-    max_pairs: int | None = field(default=None, metadata={"help": "Learn from that many, chosen at random."})
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "Learn from this many pairs, chosen at random. Default: all."}
+    )
     normalize_on: str = field(
         default="prior",
-        metadata={"help": "What to have mean 0 and standard deviation 1 on: 'prior', draws from a language model; the "
-                  "column 'chosen' or 'rejected', or another one of completions; or 'none'."},
+        metadata={"help": "The completions on which the reward gets mean 0 and standard deviation 1: 'prior', draws "
+                  "from a language model; 'chosen', 'rejected' or another column of completions; or 'none'."},
     )  # fmt: skip
     normalize_samples: int = field(default=1024, metadata={"help": "Completions to normalise on."})
     prior_name_or_path: str | None = field(
-        default=None, metadata={"help": "Language model to draw them from: your policy's. Default: the base model."}
+        default=None,
+        metadata={"help": "Language model to draw them from, the prior of your policy. Default: the base model."},
     )
     max_completion_length: int = field(default=64, metadata={"help": "Longest of these completions, in tokens."})
 
@@ -104,7 +115,7 @@ def parse_arguments() -> tuple[Arguments, RewardConfig, ModelConfig]:
 
 
 def load_data(args: Arguments, seed: int) -> tuple[Dataset, Dataset]:
-    """Pairs to learn from, and pairs to judge on."""
+    """Pairs to train on, and pairs to evaluate on."""
     name = args.dataset_name or str(toy.preferences_path("train"))
     options = {"config": args.dataset_config, "columns": args.columns, "drop_columns": args.drop_columns}
     train = load_preferences(name, args.dataset_train_split, max_pairs=args.max_pairs, seed=seed, **options)
@@ -118,15 +129,13 @@ def load_data(args: Arguments, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def reference(
-    args: Arguments, training_args: RewardConfig, model_path: str, data: Dataset, prompts: list
+    args: Arguments, training_args: RewardConfig, path: str, data: Dataset, prompts: list
 ) -> tuple[list, list, str]:
-    """Prompts, completions and what they are: those that the reward gets mean 0 and standard deviation 1 on."""
+    """Prompts and completions on which the reward is normalised, and a description of them."""
     if args.normalize_on != "prior":
         chosen = data.shuffle(seed=training_args.seed).select(range(min(args.normalize_samples, len(data))))
-        rows = [row | maybe_extract_prompt(row) for row in chosen]
-        completions = [row[args.normalize_on] for row in rows]
-        return [row["prompt"] for row in rows], completions, f"the column `{args.normalize_on}` of its data"
-    path = args.prior_name_or_path or model_path
+        pairs = [(prompt_and_texts(row)[0], row[args.normalize_on]) for row in chosen]
+        return *map(list, zip(*pairs, strict=True)), f"the column `{args.normalize_on}` of its data"
     prior = LanguageModel(path, max_completion_length=args.max_completion_length)
     prior.model.to(training_args.device)
     generator = torch.Generator().manual_seed(training_args.seed)
@@ -137,13 +146,16 @@ def reference(
 def main() -> None:
     args, training_args, model_args = parse_arguments()
 
-    # data, before the model: wrong names are found at once
+    # data come before the model, so that wrong names are found at once
     train, test = load_data(args, training_args.seed)
     if args.normalize_on not in ("prior", "none", *train.column_names):
         raise ValueError(
             f"`normalize_on` must be 'prior', 'none' or a column of {train.column_names}, got {args.normalize_on!r}."
         )
-    prompts = prompts_of_pairs(train, args.normalize_samples) if args.normalize_on == "prior" else []
+    prior_path = args.prior_name_or_path or model_args.model_name_or_path
+    prompts = []
+    if args.normalize_on == "prior":
+        prompts = prompts_of_pairs(train, args.normalize_samples, prior_path, args.max_completion_length)
 
     # model
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
@@ -159,22 +171,30 @@ def main() -> None:
 
     # train
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # at once: whatever fails below costs no training
     trainer.evaluate()
     if args.normalize_on != "none":
         unset_hf_deepspeed_config()  # under ZeRO-3 the prior would be loaded in shards
-        trainer.normalize(*reference(args, training_args, model_args.model_name_or_path, train, prompts))
-    trainer.save_model()
+        try:
+            trainer.normalize(*reference(args, training_args, prior_path, train, prompts))
+        except Exception as error:
+            error.add_note(
+                f"The trained model is in {training_args.output_dir}, with raw rewards. `load_reward(folder)`, "
+                "`normalize` and `save_pretrained` normalise it without another training."
+            )
+            raise
+        trainer.save_model()
 
     # report
     if trainer.is_world_process_zero():
         report(trainer)
         trainer.create_model_card(dataset_name=args.dataset_name or "the bundled toy preferences")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
+    trainer.accelerator.end_training()  # a process that exits before its process group is closed may abort
 
 
 def report(trainer: RewardTrainer) -> None:
-    """How good the model is on pairs that it has not seen, and how far to trust its confidence."""
+    """Print metrics on the held-out pairs, and plot the calibration."""
     console, folder = Console(), Path(trainer.args.output_dir)
     pairs = HeldOutRewards(**trainer.evaluation_pairs)
     title = f"{pairs.chosen.shape[1]:,} pairs held out (raw rewards)"

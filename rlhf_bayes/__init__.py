@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rlhf_bayes.samplers import SMC, BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
     from rlhf_bayes.trainers import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
-# trl takes seconds to import: the layers below it do not wait for it
+# trl takes seconds to import, so each name is imported when it is first used
 _HOMES = {
     "BestOfN": "samplers",
     "ClassifierLikelihood": "likelihoods",

@@ -17,6 +17,7 @@ from rlhf_bayes.likelihoods import (
     RewardLikelihood,
     checked_log_likelihood,
     known_bound,
+    known_forbids,
 )
 from rlhf_bayes.lm.language_model import as_completion
 from rlhf_bayes.rewards import RewardFunc, check_rows
@@ -79,6 +80,11 @@ class Posterior:
     def bound(self) -> float | None:
         """Nats that `log_likelihood` never exceeds, or `None` where no bound is known. Exact rejection needs one."""
         return known_bound(self.likelihood)
+
+    @property
+    def forbids(self) -> bool | None:
+        """Whether `log_likelihood` may be `-inf`, or `None` where the likelihood does not say."""
+        return known_forbids(self.likelihood)
 
     def tilt(self, reward_funcs: RewardFunc | Sequence[RewardFunc], beta: float, **options: Any) -> "Posterior":
         """π*(x | c)·exp(r(c, x)/β)/Z′(c), a reward on top of this evidence: see [`tilt`], which takes the options."""

@@ -213,6 +213,14 @@ class Forbidding(Tilted):
         return torch.where(torch.tensor([ids[0] == 0 for ids in completion_ids]), -torch.inf, values)
 
 
+class SaysThatItForbids(Forbidding):
+    forbids = True
+
+
+class DeniesThatItForbids(Forbidding):
+    forbids = False
+
+
 class ForgetsThePrior(Tilted):
     def log_density(self, prompts, completions, completion_ids=None, columns=None):
         return self.log_likelihood(prompts, completions, completion_ids)
@@ -273,7 +281,7 @@ def prior(toy):
     return LanguageModel(toy.random_policy(noise=0.0), toy.tokenizer, max_completion_length=3)
 
 
-@pytest.mark.parametrize("kind", [Tilted, Forbidding])
+@pytest.mark.parametrize("kind", [Tilted, Forbidding, SaysThatItForbids])
 def test_a_correct_posterior_passes(kind, prior, toy):
     check_posterior(kind(prior), toy.prompts, enumerable=toy)
 
@@ -299,11 +307,25 @@ def test_columns_reach_the_reward(prior, toy):
         (Whitened, "must not depend on the others of its batch"),
         (ByPosition, "must not depend on the order of the rows"),
         (Drifting, "must be deterministic"),
+        (DeniesThatItForbids, "`forbids` must be True, not False"),
     ],
 )
 def test_a_broken_rule_is_named(kind, rule, prior, toy):
     with pytest.raises(AssertionError, match=rule):
         check_posterior(kind(prior), toy.prompts)
+
+
+def test_a_rare_forbidden_completion_is_found_by_enumeration(prior, toy):
+    class ForbidsOne(Tilted):
+        forbids = False
+
+        def log_likelihood(self, prompts, completions, completion_ids=None, columns=None):
+            values = super().log_likelihood(prompts, completions, completion_ids)
+            return torch.where(torch.tensor([ids == [2, 2, 2] for ids in completion_ids]), -torch.inf, values)
+
+    check_posterior(ForbidsOne(prior), toy.prompts)
+    with pytest.raises(AssertionError, match="`forbids` must be True"):
+        check_posterior(ForbidsOne(prior), toy.prompts, enumerable=toy)
 
 
 def test_z_must_be_positive(prior, toy):

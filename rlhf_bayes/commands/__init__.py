@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from importlib import import_module
 
 _COMMANDS = {
-    "memory": "what a training needs of it, by role, before it is launched",
-    "merge": "adapters merged into their base: a model that needs no peft",
+    "memory": "predict how much memory PPO needs, by role",
+    "merge": "merge adapters into their base, for programs that do not read adapters",
     "report": "one page of HTML, and PNGs, on one or several runs",
     "sample": "draw from a posterior without training, and see what other β would give",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command that the arguments name. Wrong input ends it with one line and status 2."""
+    """Run the command that the arguments name. Wrong input ends it with one line and status 2."""
     parser = argparse.ArgumentParser(
         prog="rlhf-bayes",
         description="RLHF as Bayesian inference. `rlhf-bayes <command> --help` lists the arguments of a command.",
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=list(_COMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    # one command alone: reports need none of the seconds that trl takes to import
+    # only the command that is run is imported: trl takes seconds to import, and the report does not need it
     command = import_module(f".{args.command}", __name__)
     try:
         command.main(args.arguments)

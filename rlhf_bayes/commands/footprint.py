@@ -1,4 +1,4 @@
-"""How much memory the roles of PPO take, counted on a model that has shapes and no weights."""
+"""How much memory the roles of PPO take, counted on a model without weights (torch's meta device)."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +11,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from rlhf_bayes.lm.head import chunk_rows
 
 FLOAT = 4  # bytes
-# (rows, V) tensors in fp32 at once: log-softmax, and its two gradients or, in scoring, the reference's and p
+# number of (rows, V) tensors in fp32 that exist at once: the log-softmax with its two gradients in training; with the
+# reference's log-softmax and p in scoring
 _CHUNKS = 3.0
 
 
 @dataclass(frozen=True)
 class Roles:
     """
-    Who holds weights of their own.
+    The roles of PPO that hold weights of their own.
 
     Args:
         lora_r (`int`, *optional*): Rank of the policy's adapter; None trains all weights.
-        lora_target_modules (`str` or `list[str]`, *optional*): As in PEFT; its default for the family.
+        lora_target_modules (`str` or `list[str]`, *optional*): As in PEFT. Default: PEFT's for the model's family.
         critic (`str`): `"shared"` or `"separate"`.
         reward (`str`): `"function"`, `"adapter"` (on the policy's base) or `"model"`.
-        reward_members (`int`): Adapters, or models, of an ensemble.
+        reward_members (`int`): Number of adapters or models of an ensemble.
     """
 
     lora_r: int | None = None
@@ -48,13 +49,13 @@ FOUR_MODELS = Roles(critic="separate", reward="model")
 @dataclass(frozen=True)
 class Run:
     """
-    What is trained on, and how.
+    The shapes and the settings of a training run.
 
     Args:
-        batch_size, prompt_length, completion_length (`int`): Of a micro-batch: sequences, tokens, tokens.
-        dtype (`torch.dtype`): Of the weights that are loaded. Adapters are fp32.
-        gradient_checkpointing (`bool`): Whether layers are run again in the backward pass.
-        zero_stage, num_processes (`int`): DeepSpeed's stage, 0 without it, and over how many processes.
+        batch_size, prompt_length, completion_length (`int`): Size of a micro-batch: sequences, tokens, tokens.
+        dtype (`torch.dtype`): Type of the weights that are loaded. Adapters are fp32.
+        gradient_checkpointing (`bool`): Whether the backward pass runs the layers again.
+        zero_stage, num_processes (`int`): DeepSpeed's ZeRO stage (0 without it), and the number of processes.
     """
 
     batch_size: int = 8
@@ -84,12 +85,12 @@ class Footprint:
 
     @property
     def weights(self) -> float:
-        """Of all roles."""
+        """Bytes of the weights of all roles."""
         return sum(part.weights for part in self.roles.values())
 
     @property
     def peak(self) -> float:
-        """In the phase that needs most. Gradients grow as activations go: the larger of the two counts."""
+        """Bytes in the phase that needs most. Activations are freed as gradients fill: the larger counts."""
         kept = sum(part.weights + part.optimizer for part in self.roles.values())
         gradients = sum(part.gradients for part in self.roles.values())
         return kept + max(gradients, *self.phases.values())
@@ -100,9 +101,9 @@ def footprint(config: PreTrainedConfig, roles: Roles, run: Run) -> Footprint:
     Memory of PPO, without the libraries, fragmentation and buffers of the network.
 
     Args:
-        config (`PreTrainedConfig`): Of the causal LM.
-        roles ([`Roles`]): Who holds weights of their own.
-        run ([`Run`]): What is trained on, and how.
+        config (`PreTrainedConfig`): Configuration of the causal LM.
+        roles ([`Roles`]): The roles that hold weights of their own.
+        run ([`Run`]): The shapes and the settings of the run.
     """
     policy = _model(config, roles, run)
     lm = policy.get_base_model() if roles.lora_r is not None else policy
@@ -124,7 +125,7 @@ def footprint(config: PreTrainedConfig, roles: Roles, run: Run) -> Footprint:
         critic = _part(0, trained + hidden + 1, FLOAT, run)
     found.roles["critic"] = critic
     members = roles.reward_members
-    # an adapter is taken to be of the policy's rank; a model of its own is whole on each process, also under ZeRO-3
+    # assumed: a reward adapter has the policy's rank, and a reward model is whole on each process, under ZeRO-3 too
     if roles.reward == "adapter":
         found.roles["reward"] = Part(_part(0, members * (trained + hidden), FLOAT, run).weights)
     else:
@@ -144,7 +145,7 @@ def _model(config: PreTrainedConfig, roles: Roles, run: Run) -> Any:
 
 def _part(frozen: int, trained: int, trained_size: int, run: Run) -> Part:
     shards = [run.num_processes if run.zero_stage >= stage else 1 for stage in (3, 2, 1)]
-    # Adam's two moments; DeepSpeed keeps weights of less than fp32 a second time, and moments in fp32
+    # Adam has two moments; DeepSpeed keeps them in fp32, and a copy in fp32 of weights of lower precision
     master = run.zero_stage > 0 and trained_size < FLOAT
     optimizer = 3 * FLOAT if master else 2 * trained_size
     return Part(
@@ -166,17 +167,18 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
 
     kept = saved_for_backward(lm, run.batch_size, length, run.gradient_checkpointing)
     layer = saved_for_backward(lm, run.batch_size, length, False) / text.num_hidden_layers
-    if run.gradient_checkpointing:  # the layer that is run again
+    if run.gradient_checkpointing:  # the backward pass runs one layer again at a time
         kept += layer
-    if roles.critic == "separate":  # an adapter's pass is not checkpointed: it would be run again under the policy's
+    # the pass of a critic's adapter is not checkpointed: it would be run again with the policy's adapter active
+    if roles.critic == "separate":
         again = saved_for_backward(lm, run.batch_size, length, run.gradient_checkpointing and roles.lora_r is None)
         kept += again
 
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * run.batch_size * length * heads * width * run.dtype.itemsize  # of a layer
+    cache = 2 * run.batch_size * length * heads * width * run.dtype.itemsize  # bytes of one layer's cache
     return {
-        "generation": cache * (text.num_hidden_layers + 1.0),  # the layer that grows is copied
+        "generation": cache * (text.num_hidden_layers + 1.0),  # + 1: a layer's cache is copied when it grows
         "scoring": layer + 2 * states + scoring,
         "training": kept + 2 * states + training,
     }
@@ -185,16 +187,16 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
 def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_checkpointing: bool) -> float:
     """Bytes that a forward pass of the trunk of a causal LM on the meta device keeps for its backward pass."""
     model: Any = lm
-    odd = length | 1  # sizes of a model are even: none is taken for a length
+    odd = length | 1  # the sizes of a model are even, so none of them is mistaken for the length
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Any] = {}  # the storages are held, so that no address comes twice
+    kept: dict[int, Any] = {}  # holds the storages, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        # without a device, attention keeps its (T, T) weights; the kernels of a device do not
+        # on the meta device attention keeps its (T, T) weights; the kernels of real devices do not
         if storage._cdata not in weights and tuple(tensor.shape[-2:]) != (odd, odd):
             kept[storage._cdata] = storage
         return tensor
@@ -202,7 +204,7 @@ def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_che
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.base_model(
             inputs_embeds=torch.zeros(batch_size, odd, _width(model), dtype=model.dtype).requires_grad_(),
-            # a mask that is whole, since one of padding would be looked into
+            # a full mask: transformers would read the entries of a padding mask, and meta tensors have none
             attention_mask=torch.ones(batch_size, 1, odd, odd, dtype=torch.bool),
             position_ids=torch.zeros(batch_size, odd, dtype=torch.long),
             use_cache=False,

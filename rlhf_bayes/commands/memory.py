@@ -1,4 +1,4 @@
-"""Predicts the memory of PPO by role, beside four full models."""
+"""`rlhf-bayes memory`: predicts the memory of PPO by role, and compares it with four full models."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's flags to a parser."""
     parser.add_argument("--model", default=model_path(), help="Folder or name on the hub. Default: the bundled model.")
     parser.add_argument("--lora", type=int, metavar="R", help="Rank of the policy's adapter; without, all is trained.")
     parser.add_argument(
@@ -38,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `rlhf-bayes memory`, and prints the table."""
+    """Parse the arguments after `rlhf-bayes memory`, and print the table."""
     parser = argparse.ArgumentParser(prog="rlhf-bayes memory", description=__doc__, allow_abbrev=False)
     add_arguments(parser)
     run(parser.parse_args(arguments))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table."""
+    """Print the table for parsed arguments."""
     for name in ("lora", "reward_members", "batch", "prompt", "completion", "processes"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -1,4 +1,4 @@
-"""`rlhf-bayes merge`: adapters merged into their base, for what does not read adapters."""
+"""`rlhf-bayes merge`: merges adapters into their base, for programs that do not read adapters."""
 
 import argparse
 import shutil
@@ -25,7 +25,7 @@ from rlhf_bayes.rewards.loading import (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `rlhf-bayes merge`, and writes the merged model."""
+    """Parse the arguments after `rlhf-bayes merge`, and write the merged model."""
     parser = argparse.ArgumentParser(
         prog="rlhf-bayes merge",
         description="Merges a policy's adapter, or those of a reward model, into the base that they name, and writes "
@@ -47,20 +47,20 @@ def merge(folder: Path, output_dir: Path) -> list[str]:
     """
     Merge the adapters in a folder into their base: W + B·A·α/r for LoRA, in the precision of the base on disk.
 
-    A reward ensemble of K adapters becomes K models in `member_0`, …; its `reward_model.json` goes along, and so does
-    a critic that reads the policy's own hidden states, or has a trunk of its own.
+    A reward ensemble of K adapters becomes K models in `member_0`, …; its `reward_model.json` is copied. A critic is
+    copied too, if it reads the policy's own hidden states or has a trunk of its own.
 
     Args:
         folder (`Path`):
-            Where a trainer saved its model.
+            The folder in which a trainer saved its model.
         output_dir (`Path`):
-            New or empty.
+            A folder that is new or empty.
 
     Returns:
-        `list[str]`: what was left behind, for the user to know.
+        `list[str]`: messages for the user, on what was not copied.
 
     Raises:
-        ValueError: if the folder holds no adapter or one that cannot be merged, `output_dir` holds something else, or
+        ValueError: if the folder holds no adapter or one that cannot be merged, `output_dir` is not empty, or
             the merged model computes something else.
     """
     if not is_adapter(folder):
@@ -98,12 +98,12 @@ def _merge_reward(folder: Path, output_dir: Path) -> None:
     index = found_index(folder)
     tokenizer = load_tokenizer(folder, folder.name)
     if index.kind != "lora":
-        _save_merged(load_adapters(folder, [DEFAULT_ADAPTER], num_labels=None), tokenizer, output_dir)
+        _save_merged(load_adapters(folder, [DEFAULT_ADAPTER], num_labels=None, dtype="auto"), tokenizer, output_dir)
         index.save(output_dir)
         return
     names = [f"member_{member}" for member in range(index.num_members)]
     for name, place in zip(names, adapter_folders(folder, index.members), strict=True):
-        _save_merged(load_adapters(place, [DEFAULT_ADAPTER]), tokenizer, output_dir / name)
+        _save_merged(load_adapters(place, [DEFAULT_ADAPTER], dtype="auto"), tokenizer, output_dir / name)
         RewardIndex(append_eos=index.append_eos).save(output_dir / name)
     replace(index, kind="models", members=names).save(output_dir)
 

@@ -10,7 +10,7 @@ from rlhf_bayes.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `rlhf-bayes report`, and writes the page."""
+    """Parse the arguments after `rlhf-bayes report`, and write the page."""
     parser = argparse.ArgumentParser(
         prog="rlhf-bayes report",
         description="Reads output folders of trainers and of `rlhf-bayes sample`, and writes a page for a browser.",

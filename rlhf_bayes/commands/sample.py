@@ -1,4 +1,4 @@
-"""`rlhf-bayes sample`: draws from a posterior by one or more samplers, whether they agree, and what other β give."""
+"""`rlhf-bayes sample`: draws from a posterior by several samplers, compares them, and estimates other β."""
 
 import math
 import os
@@ -15,7 +15,6 @@ from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported
 
 from rlhf_bayes import cli, toy
 from rlhf_bayes.commands.sampling import (
-    SAMPLERS,
     Method,
     agreement_table,
     checks_table,
@@ -29,16 +28,17 @@ from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
 from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_weights
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_report, write_sampling
+from rlhf_bayes.samplers.all_samplers import SAMPLERS, samplers_of_the_posterior
 from rlhf_bayes.toy.rewards import sentiment_reward
 
-DEFAULT_SAMPLERS = ("importance", "rejection", "metropolis_hastings", "smc")
+DEFAULT_SAMPLERS = tuple(samplers_of_the_posterior())
 ENGINE_MEMORY = 0.5
-"""Share of the GPU that vLLM may take: the transformers model scores on the same."""
+"""Share of the GPU's memory that vLLM may take: the transformers model that scores needs the rest."""
 
 
 @dataclass
 class Arguments:
-    """What to draw from, and how."""
+    """The posterior to draw from, and the samplers."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "The prior: a causal LM. Default: the bundled one, with its own reward."}
@@ -52,41 +52,46 @@ class Arguments:
     dataset_split: str = field(default="train", metadata={"help": "Split that holds the prompts."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts: texts or chats."})
     prompt: list[str] | None = field(
-        default=None, metadata={"action": "extend", "help": "Prompts, in place of a dataset."}
+        default=None, metadata={"action": "extend", "help": "Prompts to use instead of a dataset."}
     )
     max_prompts: int = field(default=8, metadata={"help": "Use that many prompts of the dataset, chosen at random."})
     reward_func: list[str] | None = field(
         default=None,
-        metadata={"action": "extend", "help": "Reward functions, `module:function`. Several are added up."},
+        metadata={"action": "extend", "help": "Reward functions, `module:function`. Several are summed."},
     )
     reward_model_path: str | None = field(default=None, metadata={"help": "A reward model; added to the functions."})
     reward_clip_range: list[float] | None = field(
         default=None,
-        metadata={"help": "Lowest and highest reward. With a highest one, rejection is exact. Default: none; −1 1 "
-                  "with the bundled model."},
+        metadata={"help": "Lowest and highest reward; others are clipped. With a highest one, rejection sampling is "
+                  "exact. Default: none; −1 1 with the bundled model."},
     )  # fmt: skip
     condition: str | None = field(
         default=None, metadata={"help": "A predicate that must hold, `module:function`; with or without a reward."}
     )
     beta: float = field(default=0.25, metadata={"help": "Units of reward per nat of evidence."})
     what_if_beta: list[float] | None = field(
-        default=None, metadata={"action": "extend", "help": "Other β to look at. Default: from β/8 to 8·β."}
+        default=None, metadata={"action": "extend", "help": "Other β to estimate. Default: from β/8 to 8·β."}
     )
     sampler: list[str] | None = field(
         default=None,
-        metadata={"action": "extend", "choices": list(SAMPLERS), "help": "How to draw; several are compared. Default: "
-                  "all but best_of_n, which draws from another distribution."},
-    )  # fmt: skip
-    num_samples: int = field(default=128, metadata={"help": "Completions a prompt, of each sampler."})
+        metadata={
+            "action": "extend",
+            "choices": list(SAMPLERS),
+            "help": "Samplers; several are compared. Default: all that target the posterior. "
+            + "; ".join(f"'{name}', {record.guarantee}: {record.help}" for name, record in SAMPLERS.items())
+            + ".",
+        },
+    )
+    num_samples: int = field(default=128, metadata={"help": "Completions that each sampler draws for each prompt."})
     proposal: str | None = field(
-        default=None, metadata={"help": "A trained policy to draw from, in place of the prior."}
+        default=None, metadata={"help": "A trained policy that samplers draw from instead of the prior."}
     )
     policy: list[str] | None = field(
         default=None,
-        metadata={"action": "extend", "help": "Trained policies, whose distance to the posterior is to be told."},
+        metadata={"action": "extend", "help": "Trained policies. Their distance to the posterior is estimated."},
     )
     max_completion_length: int | None = field(
-        default=None, metadata={"help": "Tokens. Default: 64; 32 with the bundled model."}
+        default=None, metadata={"help": "Longest completion, in tokens. Default: 64; 32 with the bundled model."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the prior."})
     batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
@@ -96,15 +101,17 @@ class Arguments:
     )
     vllm: bool = field(
         default=False,
-        metadata={"help": "Draw the prior's completions by vLLM. SMC steps through transformers as ever, and so do "
-                  "the proposal and the policies."},
+        metadata={"help": "Draw the prior's completions by vLLM. SMC, the proposal and the policies still use "
+                  "transformers."},
     )  # fmt: skip
-    seed: int = field(default=0, metadata={"help": "Of all that is drawn."})
-    output_dir: str = field(default="runs/sample", metadata={"help": "A folder for each sampler, and the report."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    output_dir: str = field(
+        default="runs/sample", metadata={"help": "Where to write the report, and a folder for each sampler."}
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `rlhf-bayes sample`, draws, prints tables and writes the report."""
+    """Parse the arguments after `rlhf-bayes sample`, draw, print tables and write the report."""
     (args,) = TrlParser(cast(Any, Arguments), prog="rlhf-bayes sample").parse_args_and_config(args=arguments)
     _check(args)
     _check_policies(args)
@@ -115,14 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
-        name: SAMPLERS[name](posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
+        name: SAMPLERS[name].make(posterior, proposal, args.num_samples) for name in args.sampler or DEFAULT_SAMPLERS
     }
 
     console, generator = Console(), torch.Generator().manual_seed(args.seed)
     output_dir, doing = Path(args.output_dir), f"{args.num_samples} completions of each of {len(prompts)} prompts"
     about = {"beta": beta, "reward_names": names, "settings": _settings(args)}
 
-    # the prior: what other β would do
+    # draws of the prior, from which the posteriors of other β are estimated
     with console.status(f"The prior: {doing}"):
         from_prior = draw_from_prior(posterior, beta, prompts, args.num_samples, generator, columns)
     found = {}
@@ -132,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(what_if_table(found["what_if"], beta))
     folders = [_save(output_dir / "prior", from_prior, {**about, **found})]
 
-    # the posterior, by each sampler
+    # draws of the posterior, by each sampler
     methods = [from_prior]
     for name, sampler in samplers.items():
         with console.status(f"{name}: {doing}"):
@@ -144,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folders.append(_save(output_dir / name, method, {**about, "settings": settings, "info": method.draws.info}))
     console.print(agreement_table(methods), checks_table(methods), sep="\n")
 
-    # policies: how far they are from it, all by the same draws of the prior
+    # the distance of each policy to the posterior, all estimated with the same draws of the prior
     scored = None
     for number, path in enumerate(args.policy or [], start=1):
         with console.status(f"{path}: {doing}"):
@@ -175,7 +182,7 @@ def load_prompts(args: Arguments) -> tuple[list[Any], dict[str, list]]:
 
 
 def load_evidence(args: Arguments) -> tuple[list[Any], Any | None]:
-    """Reward functions, and the predicate."""
+    """The reward functions and the predicate that the flags name."""
     reward_funcs: list[Any] = [cli.load_reward_func(name) for name in args.reward_func or []]
     if args.reward_model_path is not None:
         reward_funcs.append(args.reward_model_path)
@@ -186,7 +193,7 @@ def load_evidence(args: Arguments) -> tuple[list[Any], Any | None]:
 
 
 def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -> LanguageModel:
-    """A model or an adapter; a policy gets the tokenizer and the completions of its prior."""
+    """A model or an adapter; a policy uses the tokenizer and the completion length of its prior."""
     with whole_weights():
         model: Any = load_causal_lm(path, dtype=args.dtype)
     length = args.max_completion_length or (32 if args.model_name_or_path is None else 64)
@@ -214,7 +221,7 @@ def make_posterior(
     if args.reward_clip_range is not None:
         clip = args.reward_clip_range[0], args.reward_clip_range[1]
     elif reward_funcs == [sentiment_reward]:
-        clip = (-1.0, 1.0)  # its range: rejection can be exact
+        clip = (-1.0, 1.0)  # the range of the bundled reward: with a bound, rejection is exact
     likelihood = RewardLikelihood(reward_funcs, args.beta, reward_clip_range=clip, device=prior.device)
     posterior, names = Posterior(prior, likelihood), likelihood.reward_names
     return (posterior, names) if predicate is None else (posterior.condition(predicate), [*names, str(args.condition)])
@@ -261,7 +268,7 @@ def _check(args: Arguments) -> None:
 
 
 def _check_policies(args: Arguments) -> None:
-    """Before anything is drawn: they are there, and have the prior's tokens."""
+    """Check, before anything is drawn, that the policies exist and have the tokens of the prior."""
     named = [("--policy", path) for path in args.policy or []]
     if args.proposal is not None:
         named.insert(0, ("--proposal", args.proposal))
@@ -272,7 +279,7 @@ def _check_policies(args: Arguments) -> None:
             tokens = AutoTokenizer.from_pretrained(path).get_vocab()
         except (OSError, ValueError) as error:
             if any((Path(path) / name).is_file() for name in ("config.json", "adapter_config.json")):
-                continue  # saved without a tokenizer: it is taken on trust
+                continue  # saved without a tokenizer, so its tokens cannot be compared
             raise ValueError(
                 f"`{flag}` must be the folder of a trained policy, or a name on the hub, got {path!r}, which is not "
                 f"there when read from {os.getcwd()}. Correct the path."

@@ -1,7 +1,7 @@
 """What `rlhf-bayes sample` does with one sampler, and how it compares several."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,57 +14,12 @@ from torch import Tensor
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 from rlhf_bayes.posterior import Posterior
-from rlhf_bayes.samplers import (
-    SMC,
-    BestOfN,
-    Draws,
-    ImportanceSampler,
-    MetropolisHastings,
-    PrefixValue,
-    Proposal,
-    RejectionSampler,
-    Sampler,
-    expectation,
-)
-
-QUASI_TV = 0.05
-"""Total variation distance that rejection may leave where no bound is known."""
-
-
-_MAX_CHAINS, _MIN_STATES = 16, 4
-
-
-def _rejection(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
-    if posterior.bound is not None and proposal is None:
-        return RejectionSampler()
-    return RejectionSampler(proposal, max_tv=QUASI_TV)
-
-
-def _metropolis_hastings(posterior: Posterior, proposal: Proposal | None, n: int) -> Sampler:
-    # an error bar wants chains of one length, of some states; side by side, many cost little more than few
-    fitting = [chains for chains in range(1, _MAX_CHAINS + 1) if n % chains == 0 and n >= _MIN_STATES * chains]
-    if not fitting:
-        raise ValueError(f"`--num_samples` must be at least {_MIN_STATES} for metropolis_hastings, got {n}.")
-    return MetropolisHastings(proposal=proposal, num_chains=max(fitting), burn_in=32, thin=4)
-
-
-def _smc(posterior: Posterior, proposal: Any, n: int) -> Sampler:
-    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
-
-
-SAMPLERS: dict[str, Callable[[Posterior, Proposal | None, int], Sampler]] = {
-    "importance": lambda posterior, proposal, n: ImportanceSampler(proposal),
-    "rejection": _rejection,
-    "metropolis_hastings": _metropolis_hastings,
-    "smc": _smc,
-    "best_of_n": lambda posterior, proposal, n: BestOfN(proposal=proposal),
-}
-"""Name -> from the posterior, a proposal or None for the prior, and the number of completions a prompt."""
+from rlhf_bayes.samplers import Draws, IndependentRows, Sampler, expectation
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Over prompts, with the standard error of the draws for these prompts."""
+    """A mean over prompts; its standard error is that of the draws, for these prompts."""
 
     value: float
     standard_error: float
@@ -79,18 +34,18 @@ class Mean:
 
 @dataclass(frozen=True)
 class Method:
-    """What one sampler gave."""
+    """The draws of one sampler, and the estimates from them."""
 
     name: str
     draws: Draws
     rewards: Tensor | None
-    """(B,) of its rows, where the evidence is a reward."""
+    """(B,): reward of each row, where the evidence is a reward."""
     estimates: dict[str, Mean]
-    """`reward`, `length` and `log_z`, as far as they are known."""
+    """`reward`, `length` and `log_z`, those that the draws give."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One for each completion, as a file of JSON lines holds them."""
+        """A dictionary for each completion, for a file of JSON lines."""
         draws = self.draws
         return [
             {
@@ -113,9 +68,15 @@ def draw_from_prior(
     generator: torch.Generator,
     columns: Mapping[str, Sequence],
 ) -> Method:
-    """The prior's own completions: what other β are read off, and where each estimate would start."""
+    """Completions of the prior. The estimates for other β use them, and tables compare samplers with them."""
     drawn = posterior.prior.sample(prompts, n, generator)
-    return _method("prior", Draws.of(drawn, len(prompts), guarantee="none"), posterior, beta, columns)
+    return _method(
+        "prior",
+        Draws.of(drawn, len(prompts), guarantee="none", dependence=IndependentRows()),
+        posterior,
+        beta,
+        columns,
+    )
 
 
 def draw_by(
@@ -128,12 +89,12 @@ def draw_by(
     generator: torch.Generator,
     columns: Mapping[str, Sequence],
 ) -> Method:
-    """Draws of a sampler, and the posterior's means by them."""
+    """Draws of a sampler, and the means of the posterior that they estimate."""
     return _method(name, sampler.sample(posterior, prompts, n, generator, columns), posterior, beta, columns)
 
 
 def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Table:
-    """A row for each β; the one that was asked for is bold."""
+    """A row for each β, with the one that was asked for in bold."""
     caption = "From draws of the prior alone. ± standard error; ESS and k̂ of the worst prompt."
     table = Table(title="What if β were another", caption=caption)
     for column in ("β", r"E\[r]", "KL(π*‖π0), nats", "log Z, nats", "ESS", "k̂"):
@@ -149,8 +110,8 @@ def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Tabl
 
 
 def agreement_table(methods: Sequence[Method]) -> Table:
-    """A row for each sampler; below, whether those that target the posterior agree within their errors."""
-    caption = "± standard error of the draws, for these prompts; none: another distribution"
+    """A row for each sampler; the last row says whether those that target the posterior agree within their errors."""
+    caption = "± standard error of the draws, for these prompts; guarantee none: another distribution"
     table = Table(
         title="The posterior by each sampler", caption=caption, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
@@ -169,10 +130,10 @@ def agreement_table(methods: Sequence[Method]) -> Table:
 
 
 def checks_table(methods: Sequence[Method]) -> Table:
-    """A row for each sampler: what its draws cost, and what it says of them."""
+    """A row for each sampler: the cost of its draws, and its own checks of them."""
     caption = "Checks of the worst prompt"
     if any("rhat" in method.draws.info for method in methods):
-        caption += ". R-hat of short chains is high; ESS allows for it"
+        caption += ". R-hat of short chains is high; the ESS accounts for it"
     table = Table(title="How they were drawn", caption=caption, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("rows", "distinct", "tokens"):
@@ -194,7 +155,7 @@ def agreement(methods: Sequence[Method], name: str) -> str:
     estimates. Estimates without a guarantee, or not to be trusted, do not take part.
     """
     found = [method.estimates[name] for method in methods if name in method.estimates and _targets(method)]
-    # what never varies has no error but that of rounding
+    # an estimate that never varies has a standard error of rounding only, so it cannot be tested
     found = [mean for mean in found if mean.trustworthy and mean.standard_error > 1e-9 * abs(mean.value)]
     if len(found) < 2:
         return "–"
@@ -206,7 +167,7 @@ def agreement(methods: Sequence[Method], name: str) -> str:
 
 
 def _checks(info: Mapping[str, Any]) -> str:
-    """What a sampler says of itself, for the worst prompt."""
+    """A sampler's own checks of its draws, for the worst prompt, in words."""
     shown = {
         "importance_ess": ("ESS ≥ {:.0f}", min),
         "khat": ("k̂ ≤ {:.2f}", max),
@@ -251,7 +212,7 @@ def _mean(draws: Draws, values: Tensor) -> Mean:
     if draws.guarantee != "none":
         found = expectation(draws, values)
         return _over_prompts(found.mean, found.standard_error, _trustworthy(draws))
-    # of the draws' own distribution, which is not the posterior
+    # without a guarantee the mean is that of the distribution drawn from, which is not the posterior
     of_prompts = [values[draws.prompt_index == prompt] for prompt in range(draws.num_prompts)]
     means = torch.stack([of.mean() for of in of_prompts])
     errors = torch.stack([of.std() / len(of) ** 0.5 for of in of_prompts])
@@ -265,7 +226,7 @@ def _over_prompts(means: Tensor, errors: Tensor, trustworthy: bool) -> Mean:  # 
 
 
 def _trustworthy(draws: Draws) -> bool:
-    # a standard error is an estimate too: it wants some independent draws of each prompt
+    # the standard error is an estimate too, so it needs several independent draws of each prompt
     sizes = [
         size
         for name in ("effective_sample_size", "ancestors")

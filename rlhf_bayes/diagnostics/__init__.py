@@ -1,4 +1,4 @@
-"""Criticism: how far a policy is from the posterior, in nats."""
+"""Model criticism: how far a policy is from the posterior, in nats."""
 
 from rlhf_bayes.diagnostics.callback import PosteriorCallback
 from rlhf_bayes.diagnostics.control import control_table, feature_means, guarded_forward_kl, plot_control

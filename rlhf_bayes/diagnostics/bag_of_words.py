@@ -1,4 +1,4 @@
-"""A Bradley–Terry fit on word counts: what a reward model must beat."""
+"""A Bradley–Terry fit on word counts, the baseline that a reward model must beat."""
 
 import re
 import warnings
@@ -14,21 +14,21 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit
 from torch import Tensor
 
-LENGTH = "<number of words>"  # holds what no word does, so it is none
+LENGTH = "<number of words>"  # contains spaces and brackets, so no word has this name
 _TOKEN = re.compile(r"\w+(?:['’]\w+)?|[^\w\s]")
 
 
 @final
 class BagOfWords:
     r"""
-    A linear reward on word counts, fitted to preferences by maximum a posteriori: convex, so there is one answer.
+    A linear reward on word counts, fitted to preferences by maximum a posteriori. The fit is convex, so it is unique.
 
         r(x) = Σ_w θ_w·log(1 + count_w(x)),    min_θ  Σ_i −p_i·log σ(Δ_i) − (1 − p_i)·log σ(−Δ_i) + l2/2·‖θ‖²
 
     with Δ_i = r(chosen_i) − r(rejected_i). Words are lower-case, punctuation marks are words, and the number of words
     is a feature of its own. The prompt is the same on both sides and cancels, so only completions are read.
 
-    Made by [`BagOfWords.fit`]. Usable as a TRL reward function.
+    [`BagOfWords.fit`] makes it. It is a reward function in TRL's protocol.
 
     Args:
         weights (`dict[str, float]`):
@@ -63,18 +63,18 @@ class BagOfWords:
             chosen_prob (`Sequence[float]`, *optional*):
                 (N,), share of votes for `chosen`. Default: 1 for every pair.
             l2 (`float`, *optional*, defaults to `10.0`):
-                Precision of the Gaussian prior on each weight: about that many pairs must speak for a word before it
-                counts in full.
+                Precision of the Gaussian prior on each weight: about that many pairs must support a word before it
+                gets its full weight.
             min_count (`int`, *optional*, defaults to `2`):
-                A word counts when at least so many completions hold it; repeats of a completion in other pairs do not
-                add to that.
+                A word is used if at least this many different completions contain it.
             max_words (`int`, *optional*):
-                Keep the words in the most completions. 0 keeps none, which leaves the length.
+                Keep only this many words, those in the most completions. 0 keeps none, which leaves the length.
             bigrams (`bool`, *optional*, defaults to `False`):
                 Also count pairs of neighbouring words.
 
         Raises:
-            `ValueError`: no pairs, columns of different lengths, a probability outside [0, 1], or `l2` not positive.
+            `ValueError`: if there are no pairs, columns have different lengths, a probability is outside [0, 1], or
+                `l2` is not positive.
         """
         targets = _check(chosen, rejected, chosen_prob, l2)
         texts = [_text(completion) for completion in [*chosen, *rejected]]
@@ -108,14 +108,15 @@ def _check(chosen: Sequence, rejected: Sequence, chosen_prob: Any, l2: float) ->
         )
     if not l2 > 0:
         raise ValueError(
-            f"`l2` must be positive, got {l2}: without a prior, a word on one side only has no finite weight."
+            f"`l2` must be positive, got {l2}: without a prior, a word that is always on one side has an infinite "
+            "weight."
         )
     if chosen_prob is None:
         return np.ones(len(chosen))
     targets = np.asarray(chosen_prob, dtype=np.float64)  # (N,)
     if targets.shape != (len(chosen),):
         raise ValueError(f"`chosen_prob` must hold one number per pair, {len(chosen)}; got the shape {targets.shape}.")
-    outside = targets[~((targets >= 0) & (targets <= 1))]  # nan lies outside too
+    outside = targets[~((targets >= 0) & (targets <= 1))]  # nan counts as outside
     if outside.size:
         raise ValueError(f"`chosen_prob` must lie in [0, 1], got {outside[0]}. Pass the share of votes for `chosen`.")
     return targets

@@ -1,4 +1,4 @@
-"""What was asked of a policy and what it does: means of features, conditions met, and the curves on the way."""
+"""Tables and images of distributional control: means of features against their targets, conditions, and curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 
 
 def feature_means(draws: ScoredDraws) -> dict[str, Estimate]:
-    """Mean over prompts of each feature that the evidence tells of."""
+    """Mean over prompts of each feature that the evidence reports."""
     return {
         name: over_prompts(values.double().mean(-1), values.double().var(-1) / values.size(-1))
         for name, values in draws.features.items()
@@ -24,16 +24,16 @@ def feature_means(draws: ScoredDraws) -> dict[str, Estimate]:
 
 def guarded_forward_kl(evaluation: Evaluation) -> Estimate | None:
     r"""
-    KL(π*‖π′) of what is left of the policy when its forbidden completions are thrown away:
+    KL(π*‖π′) for the policy π′ whose forbidden completions are rejected:
 
         π′ = π·1[allowed]/A,    KL(π*‖π′) = KL(π*‖π) + log A
 
-    for a share A of the policy's completions that is allowed. π′ is what [`~rlhf_bayes.samplers.RejectionSampler`]
-    draws from, given the policy as its proposal: all its completions meet the condition.
+    where A is the share of the policy's completions that are allowed. [`~rlhf_bayes.samplers.RejectionSampler`] with
+    the policy as its proposal draws from π′, so all its completions meet the condition.
 
     Returns:
-        `Estimate`: nats, over the prompts; None where there is no posterior, or the policy draws nothing allowed for
-        some prompt.
+        `Estimate`: nats, mean over the prompts; None where there is no posterior, or where for some prompt no draw of
+        the policy is allowed.
 
     Source: GUARD, Kim et al. 2024, arXiv 2410.06716.
     """
@@ -43,7 +43,7 @@ def guarded_forward_kl(evaluation: Evaluation) -> Estimate | None:
         return None
     gain = over_prompts(shares.log(), (1 - shares) / shares / evaluation.from_policy.log_prob.size(-1))
     mean = forward_kl.mean + gain.mean
-    # as if the two were independent: a prompt whose policy is far off has more to gain, so this errs on the safe side
+    # assumes independence: the two are negatively correlated over prompts, so the error is rather too large
     errors = [
         (getattr(forward_kl, name) ** 2 + getattr(gain, name) ** 2) ** 0.5
         for name in ("standard_error", "draws_standard_error")
@@ -61,15 +61,15 @@ def guarded_forward_kl(evaluation: Evaluation) -> Estimate | None:
 
 def control_table(evaluation: Evaluation, wanted: Mapping[str, float], title: str | None = None) -> Table:
     """
-    [`fit_table`] of prior and policy, below the means of the features.
+    A table of prior and policy: the means of the features, then the rows of [`fit_table`].
 
     Args:
         evaluation ([`Evaluation`]):
-            Of a posterior whose evidence tells its features.
+            The evaluation of a posterior whose evidence reports its features.
         wanted (`Mapping[str, float]`):
-            name -> the mean asked for, of each feature.
+            Feature -> the mean asked for.
         title (`str`, *optional*):
-            Above it.
+            Title of the table.
     """
     fits = fit_table({"prior (before)": evaluation.prior, "policy (after)": evaluation.policy})
     table = Table(title=title)
@@ -83,7 +83,7 @@ def control_table(evaluation: Evaluation, wanted: Mapping[str, float], title: st
         table.add_row("KL from posterior, its forbidden draws rejected", "–", "–" if guarded is None else str(guarded))
     table.add_section()
     for label, *cells in zip(*(column.cells for column in fits.columns), strict=True):
-        if set(cells) != {"–"}:  # features have no reward
+        if set(cells) != {"–"}:  # evidence of features has no reward, so this row would be empty
             table.add_row(label, *cells)
     return table
 
@@ -103,13 +103,13 @@ def plot_control(
         log_history (`Sequence[Mapping[str, float]]`):
             `trainer.state.log_history`. Panels without data stay empty.
         wanted (`Mapping[str, float]`):
-            name -> the mean asked for, of each feature: dashed lines.
+            Feature -> the mean asked for, drawn as a dashed line.
         kl_to_prior (`Estimate`, *optional*):
-            KL(π*‖π0), where the policy should end; drawn where trustworthy.
+            KL(π*‖π0), at which the policy should end; drawn if it is trustworthy.
         path (`str` or `Path`):
             Where the image goes; the suffix gives its format.
     """
-    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    # Figure rather than pyplot, which would need a display and could change the caller's backend
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -131,7 +131,7 @@ def plot_control(
         moments.axhline(moment, color=f"C{index}", linestyle="--", linewidth=1)
     curve(divergences, "posterior/forward_kl", "KL(π*‖π), nats", "C0")
     curve(divergences, "posterior/tv", "total variation", "C2")
-    divergences.set_ylim(bottom=0)  # whatever the error, it is not below
+    divergences.set_ylim(bottom=0)  # a divergence is not negative, even if its error bar is
     curve(prior, "posterior/kl_to_prior", "KL(π‖π0)", "C0")
     if kl_to_prior is not None and kl_to_prior.trustworthy:
         prior.axhline(kl_to_prior.mean, color="C1", linestyle="--", label="KL(π*‖π0)")

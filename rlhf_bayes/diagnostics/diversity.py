@@ -1,4 +1,4 @@
-"""Signs of a collapsed distribution, read off sets of texts: repetition within and between them."""
+"""Measures of diversity of sets of texts, repetition within and between them, which show a collapsed policy."""
 
 import math
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
     """
     Distinct n-grams over all n-grams of a set of texts, in [0, 1]; 0 where there are none.
 
-    It falls with the number of texts and their length: compare equal numbers of them.
+    It falls with the number of texts and their length, so compare sets of equal size.
 
     Args:
         texts (`Sequence` of token sequences): words or token ids of each text.
@@ -30,7 +30,7 @@ def distinct_n(texts: Sequence[Tokens], n: int) -> float:
 
 def repeated_ngrams(texts: Sequence[Tokens], n: int = 4) -> float:
     """
-    Share of a text's n-grams that it has said before, mean over the texts that have n-grams, in [0, 1] ("seq-rep-n").
+    Share of a text's n-grams that occur earlier in it, mean over the texts with n-grams, in [0, 1] ("seq-rep-n").
 
     Args:
         texts (`Sequence` of token sequences): words or token ids of each text.
@@ -49,15 +49,15 @@ def duplicates(texts: Sequence[Tokens]) -> float:
 
 def self_bleu(texts: Sequence[Tokens], max_n: int = 4) -> float:
     r"""
-    BLEU of each text with all others as its references, mean over texts, in [0, 1]: 1 where all are the same.
+    BLEU of each text with all others as its references, mean over texts, in [0, 1]: 1 where all texts are equal.
 
         BLEU = BP · (Π_{n ≤ max_n} p_n)^(1/max_n),
         p_n = Σ_g min(count_g, largest count_g in a reference) / Σ_g count_g,    g: the text's n-grams
 
-    BP is 1, or e^(1 − r/c) for a text of c tokens shorter than the reference nearest in length, of r. A precision
-    without a match counts as 0.1 matches (smoothing method 1 of Chen & Cherry 2014), n-grams longer than the text as
-    one that does not match; a text that shares no token has BLEU 0. It rises with the number of texts: compare equal
-    numbers of them.
+    BP is 1, or e^(1 − r/c) for a text of c tokens that is shorter than the reference nearest in length, of r tokens. A
+    precision without a match counts as 0.1 matches (smoothing method 1 of Chen & Cherry 2014); n-grams longer than the
+    text count as one n-gram that does not match. A text that shares no token has BLEU 0. The measure rises with the
+    number of texts, so compare sets of equal size.
 
     Args:
         texts (`Sequence` of token sequences): words or token ids of each text, at least two.
@@ -73,7 +73,7 @@ def self_bleu(texts: Sequence[Tokens], max_n: int = 4) -> float:
     log_precisions = [0.0] * len(texts)
     for n in range(1, max_n + 1):
         counts = [Counter(ngrams(text, n)) for text in texts]
-        # the two largest counts of each n-gram: of the references, it is the second where the text has the first
+        # the two largest counts of each n-gram: if the text itself has the largest, its references have the second
         largest: defaultdict[tuple, list[int]] = defaultdict(lambda: [0, 0])
         for count in counts:
             for gram, number in count.items():

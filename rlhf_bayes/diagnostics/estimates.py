@@ -1,4 +1,4 @@
-"""From scored draws to numbers: how far policy and prior are from the posterior, each number with its uncertainty."""
+"""Estimates from scored draws: how far policy and prior are from the posterior, each with its uncertainty."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from rlhf_bayes.numerics.mixture import log_fitted_mixture
 
 NOT_TRUSTWORTHY = "not trustworthy"
 CONFIDENCE = 0.95
-MIN_DRAWS = 25  # fewer have no tail to judge
+MIN_DRAWS = 25  # with fewer draws, k̂ cannot be fitted to the tail
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Estimate:
 
     mean: float
     standard_error: float
-    """For prompts like these: from the spread between prompts, which holds that of the draws. With one prompt, that
-    of its draws alone."""
+    """Standard error for prompts like these: from the variance between prompts, which contains that of the draws. With
+    one prompt it is the error of its draws alone."""
     low: float
-    """Lower end of the 95% confidence interval, from Student's t with one degree of freedom less than prompts."""
+    """Lower end of the 95% confidence interval, from Student's t with one degree of freedom fewer than prompts."""
     high: float
-    """Upper end."""
+    """Upper end of the interval."""
     draws_standard_error: float
-    """For these very prompts: from the draws alone, which more completions make smaller. nan where it is not known."""
+    """Standard error for these very prompts, which falls with more completions; nan where it is not known."""
     trustworthy: bool = True
 
     def __str__(self) -> str:
@@ -49,42 +49,42 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LogZEstimate:
-    """log Z of P prompts and what says whether to believe it."""
+    """log Z of P prompts, with diagnostics of whether it can be trusted."""
 
     log_z: Tensor
     """(P,) fp64, nats."""
     standard_error: Tensor
     """(P,), nats, over the draws."""
     importance_ess: Tensor
-    """(P,): draws that count under the posterior."""
+    """(P,): effective sample size of the weights."""
     khat: float
     """
-    Pareto shape of the weights of all prompts together, each divided by its prompt's Z: to first order, the mean of
-    log Z over prompts is the mean of these. Infinite where too few are distinct to say. (Of 16 prompts one by one,
-    some k̂ is above its threshold by chance, even when no weight has a tail.)
+    Pareto shape of the weights of all prompts together, each divided by its prompt's Z; to first order, the mean of
+    log Z over prompts is the mean of these weights. It is infinite where too few weights are distinct to fit it. (With
+    a k̂ for each of 16 prompts, some would exceed the threshold by chance, even if no weight has a heavy tail.)
     """
     num_draws: int
-    """A prompt, from prior and policy together."""
+    """Draws for each prompt, from prior and policy together."""
 
     @classmethod
     def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor) -> "LogZEstimate":
-        """From log-weights (P, N) and what they gave."""
-        relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where no weight is above 0
+        """From log-weights (P, N), and the log Z and standard errors that they gave."""
+        relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where every weight is 0
         relative = relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
         shape = math.inf if _ties(relative) else float(khat(relative))
         return cls(log_z, standard_error, importance_ess(log_weights), shape, log_weights.size(1))
 
     @property
     def enough_draws(self) -> Tensor:
-        """(P,) bool: at least 25 draws, of which 10 count."""
+        """(P,) bool: whether there are at least 25 draws with an effective sample size of at least 10."""
         return (self.importance_ess >= MIN_IMPORTANCE_ESS) & (self.num_draws >= MIN_DRAWS)
 
     @property
     def trustworthy(self) -> bool:
         """
-        Whether to believe the mean over prompts: enough draws of each, and k̂ below the threshold for that many.
+        Whether the mean over prompts can be trusted: each prompt has enough draws, and k̂ is below its threshold.
 
-        Where k̂ is infinite, equal weights leave too short a tail to say anything, and the sample sizes decide.
+        Where k̂ is infinite, too many weights are equal to fit the tail, and only the sample sizes decide.
         """
         return bool(self.enough_draws.all()) and (self.khat < self._threshold or self.khat == math.inf)
 
@@ -122,17 +122,17 @@ class PosteriorFit:
     """
 
     reward: Estimate | None
-    """E_q[r], in the reward's own unit."""
+    """E_q[r], in the reward's own units."""
     kl_to_prior: Estimate
-    """KL(q‖π0), by the exact KLs of its tokens."""
+    """KL(q‖π0), from the exact KL at each token."""
     elbo: Estimate | None
     """E_q[ℓ] − KL(q‖π0) ≤ log Z."""
     log_z: Estimate | None
-    """log Z: the best ELBO there is."""
+    """log Z: the best possible ELBO."""
     gap: Estimate | None
-    """KL(q‖π*) = log Z − ELBO. Reverse KL: large where q goes beyond the posterior."""
+    """KL(q‖π*) = log Z − ELBO, the reverse KL: large where q draws what the posterior does not."""
     forward_kl: Estimate | None
-    """KL(π*‖q). Large where q leaves out what the posterior holds."""
+    """KL(π*‖q), the forward KL: large where q misses what the posterior draws."""
     jeffreys: Estimate | None
     """KL(q‖π*) + KL(π*‖q), in which log Z cancels."""
     tv: Estimate | None
@@ -144,29 +144,29 @@ class PosteriorFit:
     posterior_kl_to_prior: Estimate | None
     """KL(π*‖π0): how far that policy is from the prior."""
     entropy: Estimate
-    """Of q."""
+    """Entropy of q."""
     prior_perplexity: Estimate
-    """exp of the mean −log π0 a token of q's completions: high where they are unlike the prior's."""
+    """exp of the mean −log π0 per token of q's completions: high where the prior would seldom draw them."""
     distinct_1: Estimate
-    """Distinct words over all words of a prompt's completions; falls with their number, see `distinct_n`."""
+    """Distinct words over all words of a prompt's completions; it falls with their number, see `distinct_n`."""
     distinct_2: Estimate
     """The same for pairs of neighbouring words."""
     self_bleu: Estimate
     """BLEU-4 of each completion with the prompt's others as references: 1 where all are the same."""
     repeated_4grams: Estimate
-    """Share of a completion's 4-grams that it has said before."""
+    """Share of a completion's 4-grams that occur earlier in it."""
     duplicates: Estimate
     """Share of a prompt's completions that equal an earlier one."""
     num_draws: int
-    """Completions of q a prompt; those of two fits whose diversity is compared must be equal."""
+    """Completions of q for each prompt. The diversity of two fits can be compared only if these are equal."""
 
     def without_posterior(self) -> "PosteriorFit":
-        """The same where the evidence is no more than a reward: for β = 0."""
+        """A copy without the numbers that need a posterior, for β = 0."""
         names = ("elbo", "log_z", "gap", "forward_kl", "jeffreys", "tv", "posterior_reward", "posterior_kl_to_prior")
         return replace(self, **dict.fromkeys(names))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON: one dictionary an estimate; None for what is not known or not finite."""
+        """Plain numbers for JSON, one dictionary per estimate; None for what is unknown or not finite."""
         return {
             name: {key: _plain(number) for key, number in value.items()} if isinstance(value, dict) else value
             for name, value in asdict(self).items()
@@ -177,35 +177,36 @@ def posterior_fits(
     from_prior: ScoredDraws, from_policy: ScoredDraws, prior_draws_under_policy: Tensor, beta: float | None
 ) -> tuple[PosteriorFit, PosteriorFit, LogZEstimate]:
     r"""
-    Prior and policy against the posterior, from draws of both.
+    Estimate prior and policy against the posterior, from draws of both.
 
-    Of the 2n pooled draws of a prompt, each weighs v_i ∝ π*(x_i) / (ω·π0(x_i) + (1 − ω)·π(x_i)), see
-    [`~rlhf_bayes.numerics.log_fitted_mixture`]. With ℓ = log_likelihood and q either of π0 and π:
+    Each of the 2n pooled draws of a prompt has the weight v_i ∝ π*(x_i) / (ω·π0(x_i) + (1 − ω)·π(x_i)), see
+    [`~rlhf_bayes.numerics.log_fitted_mixture`]. With ℓ = log_likelihood, and π0 or π as q:
 
         log Ẑ = log mean w,    ELBO = E_q[ℓ − log(q/π0)],    KL(q‖π*) = log Z − ELBO
         KL(π*‖q) = Σ_i v_i·(ℓ − log(q/π0))(x_i) − log Z,    TV = ½ Σ_i |v_i − q(x_i)/(N·mixture(x_i))|
 
-    Bias and variance of each by the jackknife within each prompt; intervals for means over prompts from the spread
-    between prompts, as if these had been drawn from all that matter.
+    The jackknife within each prompt removes the bias and gives the variance. Intervals for means over prompts come
+    from the variance between prompts, as if the prompts were a random sample.
 
     Args:
         from_prior (`ScoredDraws`):
-            Drawn from the prior.
+            Draws of the prior.
         from_policy (`ScoredDraws`):
-            Drawn from the policy, for the same prompts.
+            Draws of the policy, for the same prompts.
         prior_draws_under_policy (`Tensor` (P, n)):
             log π of the prior's draws, nats.
         beta (`float`, *optional*):
-            Turns evidence back into reward; None where it has no such scale.
+            Units of reward per nat, which turn evidence into reward; None where the evidence is no reward.
 
     Returns:
         The prior's [`PosteriorFit`], the policy's, and log Z of each prompt.
 
     Raises:
-        ValueError: if there are fewer than two draws a prompt.
+        ValueError: if there are fewer than two draws for each prompt.
 
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 5 to 7; the KL as in Amini, Vieira & Cotterell
-    2025, arXiv 2504.10637. The ELBO keeps the log-ratio of the tokens drawn: at the optimum it has no variance then.
+    2025, arXiv 2504.10637. The ELBO uses the log-ratio of the drawn tokens, with which it has no variance at the
+    optimum.
     """
     pool = _Pool.of(from_prior, from_policy, prior_draws_under_policy)
     names: list[str] = []
@@ -253,12 +254,12 @@ class _Pool:
         return [part["evidence"].size(1) for part in (self.prior, self.policy)]
 
     def log_weights(self) -> Tensor:
-        """log of P/mixture at the pooled draws: (P, N)."""
+        """The log of the unnormalised posterior over the mixture at the pooled draws: (P, N)."""
         pooled, log_mixture = self._pooled([self.prior, self.policy])
         return pooled["log_prior"] + pooled["evidence"] - log_mixture
 
     def statistics(self, kept: list[Tensor]) -> dict[str, Tensor]:
-        """Each (P,), from the draws at these positions."""
+        """All statistics, (P,) each, from the draws at the given positions."""
         parts = [
             {name: column[:, rows] for name, column in part.items()}
             for part, rows in zip((self.prior, self.policy), kept, strict=True)
@@ -267,7 +268,7 @@ class _Pool:
         evidence, log_prior = pooled["evidence"], pooled["log_prior"]
         log_weights = log_prior + evidence - log_mixture  # (P, N)
         normaliser = importance_log_z(log_weights)
-        weights = log_weights.softmax(-1)  # nan where all are 0
+        weights = log_weights.softmax(-1)  # nan where all weights are 0
         expected_evidence = torch.where(weights > 0, weights * evidence, 0.0).sum(-1)
         found = {
             "log_z": normaliser,
@@ -317,7 +318,7 @@ def _fit(
         kl_to_prior=of(f"{name}/kl_to_prior"),
         elbo=of(f"{name}/elbo"),
         log_z=of("log_z", trustworthy=trusted),
-        # a forbidden draw makes the gap infinite, whatever log Z is
+        # with a forbidden draw the gap is infinite, whether or not log Z can be trusted
         gap=of(f"{name}/gap", trustworthy=trusted or bool((columns[f"{name}/elbo"][0] == -torch.inf).any())),
         forward_kl=of(f"{name}/forward_kl", trustworthy=trusted),
         jeffreys=of(f"{name}/jeffreys", trustworthy=trusted),
@@ -337,28 +338,28 @@ def _fit(
 
 
 def _ties(log_weights: Tensor) -> bool:
-    """Whether the largest weights (N,) are few values over and over, as for short completions or a reward of steps."""
-    # a Pareto distribution fitted to clumps has whatever shape the gaps between them give
+    """Whether the largest weights (N,) have few distinct values, as with short completions or a discrete reward."""
+    # the shape of a Pareto distribution fitted to tied weights depends only on the gaps between them
     tail = log_weights.topk(min(len(log_weights), math.ceil(3 * math.sqrt(len(log_weights))))).values
     return len(tail.mul(1e4).round().unique()) < len(tail) / 2
 
 
 def over_prompts(values: Tensor, variances: Tensor | None = None, trustworthy: bool = True) -> Estimate:
     """
-    The mean of one number a prompt, its interval clustered by prompt.
+    The mean over prompts of one number per prompt, with an interval clustered by prompt.
 
     Args:
         values (`Tensor` (P,)):
-            Estimates.
+            Estimates for each prompt.
         variances (`Tensor` (P,), *optional*):
-            Of each, over its draws.
+            The variance of each estimate over its draws.
         trustworthy (`bool`):
-            Whether the mean is to be believed.
+            Whether the mean can be trusted.
     """
     prompts, mean = len(values), values.mean().item()
     draws_error = math.nan if variances is None else math.sqrt(variances.sum().item()) / prompts
     error = (values.std() / math.sqrt(prompts)).item() if prompts > 1 else draws_error
-    # a lone prompt's error is that of the jackknife, from its groups
+    # with one prompt the error is the jackknife's, whose degrees of freedom come from its groups
     half = float(student.ppf((1 + CONFIDENCE) / 2, (prompts if prompts > 1 else NUM_GROUPS) - 1)) * error
     return Estimate(mean, error, mean - half, mean + half, draws_error, trustworthy)
 

@@ -1,4 +1,4 @@
-"""How far any policy is from a posterior, and how far the prior was."""
+"""Evaluates how far a policy is from a posterior, and how far the prior is."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,26 +20,26 @@ from rlhf_bayes.samplers import Draws, Proposal
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Prior and policy beside each other, and the draws that say so. Prints as a table in rich."""
+    """Estimates for prior and policy, and the draws that they come from. Prints as a table in rich."""
 
     prior: PosteriorFit
-    """Where training starts."""
+    """The prior, where training starts."""
     policy: PosteriorFit
-    """Where the policy is."""
+    """The policy."""
     log_z: LogZEstimate
-    """Of each prompt; says whether to believe what rests on it."""
+    """log Z of each prompt, and whether it can be trusted."""
     from_prior: ScoredDraws
-    """The prior's completions; may be passed to the next `evaluate` of the same prompts."""
+    """The prior's completions, which may be passed to the next `evaluate` of the same prompts."""
     from_policy: ScoredDraws
     """The policy's completions."""
     beta: float | None
-    """Of the posterior, where its evidence has one."""
+    """β of the posterior; None where its evidence has none."""
     sandwich: LogZSandwich | None = None
-    """log Z from below and from above, where exact draws were given."""
+    """Bounds on log Z, where exact draws were given."""
 
     @property
     def verdict(self) -> str:
-        """In words: is the posterior what is wanted, is it reached, and can one tell?"""
+        """Sentences that say how far the policy is from the posterior, or why that cannot be told."""
         if self.policy.log_z is None:
             return "No posterior, so no distance to it."
         bounds = "" if self.sandwich is None else f" From exact draws, {self.sandwich}."
@@ -96,8 +96,8 @@ def evaluate(
 
         log Z − ELBO = KL(π‖π*),    KL(π*‖π),    their sum,    TV(π, π*),    E_π[r],    KL(π‖π0),    log Z, …
 
-    log Z comes from both sets of draws at once, so it is good where either of prior and policy is near the posterior.
-    It says when neither is: such estimates print as "not trustworthy".
+    log Z comes from both sets of draws together, so it is precise where the prior or the policy is near the posterior.
+    Where neither is, estimates are marked "not trustworthy".
 
     Args:
         policy (`LanguageModel` or [`~rlhf_bayes.samplers.Proposal`]):
@@ -107,25 +107,25 @@ def evaluate(
         prompts (`Sequence` of `str` or of chat messages):
             P prompts; intervals are for prompts like these.
         n (`int`, *optional*, defaults to `128`):
-            Completions a prompt, from each of policy and prior; at least 2. Below 13, nothing that needs log Z is
-            trusted.
+            Completions for each prompt, from the policy and from the prior; at least 2. Below 13, nothing that needs
+            log Z is trusted.
         generator (`torch.Generator`, *optional*):
             Makes the draws reproducible.
         columns (`Mapping[str, Sequence]`, *optional*):
             Columns of the dataset that reward functions ask for, P entries each.
         from_prior (`ScoredDraws`, *optional*):
-            The prior's draws of an earlier evaluation, for the same prompts and posterior. Default: n new ones.
+            The prior's draws of an earlier evaluation, for the same prompts and posterior. Default: n new draws.
         exact_draws ([`~rlhf_bayes.samplers.Draws`], *optional*):
             Exact draws of the posterior for the same prompts, from a sampler: log Z is then bounded from above too.
         show_progress (`bool`, *optional*, defaults to `False`):
-            Show a bar.
+            Whether to show a progress bar.
 
     Returns:
         [`Evaluation`]
 
     Raises:
-        ValueError: on fewer than two completions a prompt, no prompts, draws of other prompts, or a policy with
-            another support than the prior's.
+        ValueError: if n is below 2, there are no prompts, draws are of other prompts, or the policy has another
+            support than the prior.
 
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, section 3; see [`posterior_fits`] for the estimators.
     """
@@ -139,7 +139,7 @@ def evaluate(
     exact = None
     if exact_draws is not None:
         exact = exact_log_weights(exact_draws, policy, posterior, columns, list(prompts))
-    # the policy first: it is refused where it does not fit, before anything is drawn
+    # the policy comes first: if it does not fit, it is refused before anything is drawn
     from_policy = draw(policy, posterior, prompts, n, generator, columns, show_progress)
     if from_prior is None:
         from_prior = draw(posterior.prior, posterior, prompts, n, generator, columns, show_progress)

@@ -1,4 +1,4 @@
-"""The model card of a reward model: what it was trained on, how far to trust it, and how to load it."""
+"""The model card of a reward model: its data, its metrics, and how to load it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,15 +39,15 @@ _METRICS = {
 @dataclass(frozen=True)
 class PreferenceSummary:
     """
-    The comparisons behind a reward model, as its card tells them.
+    A summary of the comparisons that a reward model was trained on, for its card.
 
     Args:
         dataset (`str`): name of the data.
         num_train (`int`): pairs trained on.
         num_eval (`int`): held-out pairs; 0 if there were none.
-        labels (`str`): what the labels are: votes, the plurality, a probability.
-        split (`str`, *optional*): how the held-out pairs were set apart: by topic, at random.
-        num_dropped (`int`): pairs left out of training: over-long, unusable.
+        labels (`str`): the kind of labels: votes, the plurality, a probability.
+        split (`str`, *optional*): how the held-out pairs were chosen: by topic, at random.
+        num_dropped (`int`): pairs left out of training, because they were too long or unusable.
         agreement (`float`, *optional*): probability that two votes on a pair agree, ties left out, in [0, 1].
         error_rates (`Mapping[str, float]`, *optional*): annotator -> probability of a wrong vote, as learnt.
 
@@ -90,23 +90,23 @@ def reward_model_card(
 
     Args:
         name (`str`):
-            Of the repository or folder, as it is to be loaded.
+            Name of the repository or folder, as users load it.
         index ([`~rlhf_bayes.rewards.RewardIndex`]):
-            What is stored beside the weights: the kind of ensemble, EOS, normalisation.
+            The facts stored beside the weights: the kind of ensemble, EOS, normalisation.
         data ([`PreferenceSummary`]):
-            What it was trained on.
+            The comparisons it was trained on.
         base_model (`str`, *optional*):
-            What training started from; goes into the header unless it is a folder on this machine.
+            The model that training started from. It is put into the header unless it is a local folder.
         metrics (`Mapping[str, float]`, *optional*):
-            On held-out pairs, from `trainer.evaluate()` or [`~rlhf_bayes.numerics.preference_metrics`].
+            Metrics on held-out pairs, from `trainer.evaluate()` or [`~rlhf_bayes.numerics.preference_metrics`].
         bins (`ReliabilityBins`, *optional*):
             Calibration on the same pairs.
         reliability_plot (`str`, *optional*):
             File of the reliability plot, relative to the card.
         settings (`Mapping[str, object]`, *optional*):
-            Settings of training worth telling.
+            Settings of training to show.
         tags (`Sequence[str]`, *optional*):
-            For the hub, beside ours.
+            Further tags for the hub.
 
     Raises:
         ValueError: if there are metrics or bins but `data` counts no held-out pairs.
@@ -142,7 +142,7 @@ def _header(index: RewardIndex, base_model: str | None, tags: Sequence[str]) -> 
 
 
 def _introduction(name: str, index: RewardIndex, base_model: str | None, base_is_local: bool) -> str:
-    # a folder says nothing to others but its last part
+    # of a local folder only the last part is shown, since others do not have it
     base = None if base_model is None else f" from `{Path(base_model).name if base_is_local else base_model}`"
     return (
         f"# {Path(name).name}\n\nA reward model: {_KINDS[index.kind].format(index.num_members)}, trained{base or ''} "

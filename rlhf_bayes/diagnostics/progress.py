@@ -1,4 +1,4 @@
-"""A progress bar that says how training goes."""
+"""A progress bar that shows metrics of training."""
 
 from typing import ClassVar
 

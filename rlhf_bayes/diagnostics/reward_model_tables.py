@@ -1,4 +1,4 @@
-"""How good reward models are, as a table and as images: calibration, and gold reward against the proxy's."""
+"""Tables and images of reward models: metrics, calibration, and gold reward against proxy reward."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from rlhf_bayes.numerics.calibration import ReliabilityBins
 
-# metric: heading (its lines are kept, so that the table fits 80 columns), decimals
+# metric: (heading, with line breaks so that the table fits 80 columns; decimals)
 _COLUMNS = {
     "accuracy": ("accuracy", 3),
     "log_loss": ("log\nloss\n(nats)", 3),
@@ -28,15 +28,16 @@ def preference_table(metrics: Mapping[str, Mapping[str, float]], title: str | No
     """
     A row per reward model, a column per metric of [`~rlhf_bayes.numerics.preference_metrics`].
 
-    "of a member": log loss of a member alone. "votes right, at most": accuracy on single votes, and what the
-    annotators' agreement allows. "sd of Δ": over members, in units of reward. "split": share of pairs on which members
-    prefer different texts. Columns that no model has are left out; "–" stands where only some have one.
+    "of a member" is the log loss of a single member, "votes right, at most" the accuracy on single votes and its upper
+    bound by the annotators' agreement, "sd of Δ" the standard deviation over members, in units of reward, and "split"
+    the share of pairs on which members prefer different texts. Columns that no model has are left out; "–" stands for
+    a missing metric.
 
     Args:
         metrics (`Mapping[str, Mapping[str, float]]`):
-            Name -> metrics, with or without the prefix `eval_` of `trainer.evaluate()`; other entries do not count.
+            Name -> metrics, with or without the prefix `eval_` of `trainer.evaluate()`; other entries are ignored.
         title (`str`, *optional*):
-            Above the table.
+            Title of the table.
 
     Raises:
         ValueError: if a model has none of these metrics.
@@ -76,15 +77,15 @@ def plot_reliability(
         path (`str` or `Path`):
             Where the image goes; the suffix gives its format.
         num_pairs (`int`, *optional*):
-            Pairs in all, the same for each model: bars are counts then, and points get two standard errors of a share
-            of single labels (wider than those of shares of several votes).
+            Total number of pairs, the same for each model. Bars are then counts, and points get error bars of two
+            standard errors for single labels (those of several votes would be narrower).
 
     Raises:
         ValueError: if there is no model, or `num_pairs` is below 1.
 
     Source: Guo et al. 2017, arXiv 1706.04599, figure 1.
     """
-    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    # Figure rather than pyplot, which would need a display and could change the caller's backend
     from matplotlib.figure import Figure
 
     named = {"": bins} if isinstance(bins, ReliabilityBins) else dict(bins)
@@ -107,7 +108,7 @@ def plot_reliability(
 
 
 def _draw_reliability(axes, counts, name: str, bins: ReliabilityBins, place: tuple[int, int], num_pairs: int | None):
-    """Points in `axes`, bars in `counts`; `place` = (which model, of how many)."""
+    """Draw points in `axes` and bars in `counts`; `place` = (index of the model, number of models)."""
     index, num_models = place
     color = f"C{index}"
     width = 0.5 / len(bins.weight)
@@ -131,21 +132,21 @@ def plot_overoptimization(
     ylabel: str = "reward",
 ) -> None:
     """
-    Proxy reward (dashed) and gold reward (solid) as an image, one colour a model; a dot marks the best gold reward.
+    Image of proxy reward (dashed) and gold reward (solid), one colour per model; a dot marks the best gold reward.
 
-    A proxy that rises while gold falls is over-optimised. Give both in one unit, normalised on the same completions,
-    and compare models at the same KL: with d = √KL, gold goes as d(α − β·log d) under RL, as d(α − β·d) for the best
-    of n.
+    A proxy that rises while gold falls is over-optimised. Give both in the same unit, normalised on the same
+    completions, and compare models at the same KL: with d = √KL, gold follows d(α − β·log d) under RL, and
+    d(α − β·d) for the best of n.
 
     Args:
         runs (`Mapping[str, tuple]`):
-            Name -> (x, proxy, gold), three sequences of one length; x is steps, or √KL(policy‖prior) in √nats.
+            Name -> (x, proxy, gold), three sequences of the same length; x is steps, or √KL(policy‖prior) in √nats.
         path (`str` or `Path`):
             Where the image goes; the suffix gives its format.
         xlabel (`str`, defaults to `"optimizer step"`):
-            What x is, with its unit.
+            Label of x, with its unit.
         ylabel (`str`, defaults to `"reward"`):
-            The unit of both rewards.
+            Label of the rewards, with their unit.
 
     Raises:
         ValueError: if there is no run, or its sequences are empty, not finite or of different lengths.

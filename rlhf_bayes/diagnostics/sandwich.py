@@ -1,4 +1,4 @@
-"""log Z from below and from above, where exact draws of the posterior exist."""
+"""Lower and upper bounds on log Z, where exact draws of the posterior exist."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from rlhf_bayes.samplers import Draws, Proposal
 
 @dataclass(frozen=True)
 class LogZSandwich:
-    """Means over prompts, nats: the mean of log Z lies between their expectations, and the closer, the more draws."""
+    """Bounds, means over prompts, in nats: log Z lies between their expectations. With more draws they are closer."""
 
     lower: Estimate
     upper: Estimate
@@ -26,18 +26,18 @@ class LogZSandwich:
 
 def log_z_sandwich(log_weights: Tensor, exact_log_weights: Sequence[Tensor]) -> LogZSandwich:
     r"""
-    Bounds on log Z that hold in expectation for any proposal, however bad.
+    Bounds on log Z that hold in expectation for any proposal.
 
         E[log 1/n Σ_i w(x_i)]  ≤  log Z  ≤  E[log 1/n (w(x*) + Σ_{i<n} w(x_i))],    x_i ~ q,  x* ~ π*
 
-    Unlike an effective sample size, the upper bound sees what the proposal never draws.
+    Unlike an effective sample size, the upper bound detects completions that the proposal never draws.
 
     Args:
         log_weights (`Tensor` (P, n)):
-            log of P/q of draws from q, nats.
+            log of P/q at draws from q, nats.
         exact_log_weights (`Sequence[Tensor]`):
-            The same of exact draws from the posterior, any number of them for each of the P prompts; the bound is
-            their mean.
+            log of P/q at exact draws from the posterior, any number of them for each of the P prompts; the bound is
+            the mean over them.
 
     Raises:
         ValueError: if a prompt has no exact draw.
@@ -66,7 +66,7 @@ def exact_log_weights(
     exact: Draws, policy: Proposal, posterior: Posterior, columns: Mapping[str, Sequence] | None, prompts: list[Prompt]
 ) -> list[Tensor]:
     """
-    log of P/π of a sampler's draws, by prompt.
+    log of P/π at a sampler's draws, one tensor for each prompt.
 
     Raises:
         ValueError: if the sampler does not draw exactly, or drew for other prompts.

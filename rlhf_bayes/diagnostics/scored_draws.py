@@ -1,4 +1,4 @@
-"""Completions drawn from a policy or from the prior, scored: what every estimate here is made of."""
+"""Completions drawn from a policy or from the prior, with the scores that all estimates are computed from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Proposal
 from rlhf_bayes.samplers.scored import check_columns, check_prompts, check_proposal
 
-_ROWS_AT_ONCE = 1024  # between two movements of the progress bar
+_ROWS_AT_ONCE = 1024  # rows between two updates of the progress bar
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class ScoredDraws:
     log_likelihood: Tensor
     """Evidence, r/β; `-inf` where it forbids the completion."""
     kl: Tensor
-    """Σ_t KL(q(· | x_<t) ‖ π0(· | x_<t)), exact at each token: its mean is KL(q‖π0)."""
+    """Σ_t KL(q(· | x_<t) ‖ π0(· | x_<t)), with exact terms; its mean estimates KL(q‖π0)."""
     entropy: Tensor
-    """Σ_t of the entropy of q(· | x_<t), exact at each token: its mean is the entropy of q."""
+    """Σ_t of the entropy of q(· | x_<t), with exact terms; its mean estimates the entropy of q."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
-    """name -> (P, n): what the evidence read off the completions, where it tells."""
+    """name -> (P, n): features of the completions, where the evidence reports them."""
 
     @property
     def lengths(self) -> Tensor:
-        """(P, n): tokens, EOS included."""
+        """(P, n): number of tokens, EOS included."""
         return torch.tensor([[len(ids) for ids in rows] for rows in self.completion_ids])
 
     @property
@@ -59,7 +59,7 @@ class ScoredDraws:
 
     def rows(self, reward_scale: float | None) -> list[dict[str, Any]]:
         """
-        One for each completion, as a file of JSON lines holds them: `prompt`, `completion`, `reward` and `features`.
+        A dictionary for each completion, for a file of JSON lines: `prompt`, `completion`, `reward` and `features`.
 
         Args:
             reward_scale (`float`, *optional*):
@@ -97,25 +97,25 @@ def draw(
 
     Args:
         source (`LanguageModel` or [`~rlhf_bayes.samplers.Proposal`]):
-            What to draw from: a policy, or `posterior.prior`. A policy needs the prior's tokenizer and
+            The distribution to draw from: a policy, or `posterior.prior`. A policy needs the prior's tokenizer and
             `max_completion_length`.
         posterior (`Posterior`):
-            Gives the prior and the evidence.
+            The posterior, whose prior and evidence score the draws.
         prompts (`Sequence` of `str` or of chat messages):
             P prompts.
         n (`int`):
-            Completions a prompt.
+            Completions for each prompt.
         generator (`torch.Generator`, *optional*):
-            Makes the draw reproducible.
+            Makes the draws reproducible.
         columns (`Mapping[str, Sequence]`, *optional*):
             Columns of the dataset that reward functions ask for, P entries each.
         show_progress (`bool`, *optional*, defaults to `False`):
-            Show a bar.
+            Whether to show a progress bar.
 
     Raises:
-        ValueError: if there are no prompts, a column has not one entry a prompt, or the source draws completions of
+        ValueError: if there are no prompts, a column does not have P entries, or the source draws completions of
             another support than the prior's.
-        TypeError: if the source is none, such as a bare model.
+        TypeError: if the source cannot be drawn from, for example a bare model.
     """
     _check(source, posterior, prompts, columns)
     parts: list[tuple[Completions, Tensor, dict[str, Tensor]]] = []
@@ -169,7 +169,7 @@ def _check(
 def _score(source: Proposal, prior: LanguageModel, drawn: Completions) -> list[Tensor]:
     """log q(x), log π0(x), and the summed token KLs and entropies of q: four of (B,), on the CPU."""
     if not isinstance(source, LanguageModel):
-        # of a proposal that is no model, only log q is known
+        # for a proposal that is not a language model, only log q is known
         log_prob = drawn.log_prob.cpu()
         log_prior = prior.log_prob(drawn.prompts, drawn.completion_ids).cpu()
         return [log_prob, log_prior, log_prob - log_prior, -log_prob]

@@ -10,6 +10,7 @@ from rlhf_bayes.likelihoods.likelihood import (
     checked_evidence,
     checked_log_likelihood,
     known_bound,
+    known_forbids,
 )
 from rlhf_bayes.likelihoods.moment_likelihood import MomentLikelihood
 from rlhf_bayes.likelihoods.moment_summary import MomentSummary
@@ -31,4 +32,5 @@ __all__ = [
     "checked_log_likelihood",
     "combine_rewards",
     "known_bound",
+    "known_forbids",
 ]

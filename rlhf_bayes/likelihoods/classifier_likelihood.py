@@ -40,6 +40,7 @@ class ClassifierLikelihood:
     Attributes:
         bound (`float`): 0 nats; no completion is more than certain. A draw from the prior that is kept with
             probability exp(log_likelihood) is an exact draw from the posterior.
+        forbids (`bool`): False; no completion is impossible for a classifier with finite logits.
 
     Raises:
         `TypeError` or `ValueError`: no classifier, a regression, a reward model of `RewardTrainer`, or a label that
@@ -49,6 +50,7 @@ class ClassifierLikelihood:
     """
 
     bound: float | None = 0.0
+    forbids: bool | None = False
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class Constraint(EvidenceLikelihood):
 
     Attributes:
         bound (`float`): 0 nats. A draw from the prior that meets the predicate is an exact draw from the posterior.
+        forbids (`bool`): True.
         name (`str`): of the predicate.
 
     Raises:
@@ -36,6 +37,7 @@ class Constraint(EvidenceLikelihood):
     """
 
     bound: float | None = 0.0
+    forbids: bool | None = True
 
     def __init__(self, predicate: Callable):
         if isinstance(predicate, (str, nn.Module)) or not callable(predicate):

@@ -57,7 +57,7 @@ class EnsembleLikelihood:
         beta (`float`):
             Units of reward per nat of evidence; positive and finite.
         rule (`str`, *optional*, defaults to `"mean"`):
-            One of `"mean"`, `"pessimistic"`, `"mean_minus_variance"`, `"min"`, `"marginal"`.
+            One of [`~rlhf_bayes.numerics.POOLING_RULES`].
         penalty (`float`, *optional*):
             Weight of the variance, per unit of reward, for `"mean_minus_variance"`. Default: 1 / (2 beta).
         centers (`PromptCenters` or `False`, *optional*):
@@ -66,6 +66,8 @@ class EnsembleLikelihood:
 
     Attributes:
         pooled (`PooledReward`): The same as a reward function, for a trainer.
+        forbids (`bool` or `None`): `None`, because an ensemble does not say whether a member returns `-inf`. Set it to
+            True for one that does.
 
     Raises:
         `TypeError` or `ValueError`: an argument outside of its range, or missing for the rule.
@@ -73,6 +75,8 @@ class EnsembleLikelihood:
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, ask for evidence that knows its uncertainty; for the rules
     see [`~rlhf_bayes.numerics.pool`].
     """
+
+    forbids: bool | None = None
 
     def __init__(
         self,

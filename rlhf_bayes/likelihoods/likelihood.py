@@ -21,9 +21,15 @@ class Likelihood(Protocol):
     """
     Evidence of completions. Any object with this method makes a posterior, `Posterior(prior, likelihood)`.
 
-    It may also have an attribute `bound` (`float` or `None`), in nats, that `log_likelihood` never exceeds for any
-    prompt and completion: what exact sampling by rejection needs. Without one, no bound is known. And it may have a
-    method `evidence`, with the arguments of `log_likelihood`, that returns [`Evidence`].
+    It may also have, each optional:
+
+    - an attribute `bound` (`float` or `None`), in nats, that `log_likelihood` never exceeds for any prompt and
+      completion: what exact sampling by rejection needs. Without one, no bound is known.
+    - an attribute `forbids` (`bool` or `None`): True if `log_likelihood` may be `-inf`, False if it never is.
+      Objectives that are infinite for a forbidden completion, such as PPO's, refuse evidence with True before the
+      model loads. Without the attribute, or with None, they train until `-inf` comes, and then save a checkpoint and
+      stop with an error. Samplers and the other objectives take `-inf` either way.
+    - a method `evidence`, with the arguments of `log_likelihood`, that returns [`Evidence`].
     """
 
     def log_likelihood(
@@ -101,6 +107,22 @@ def checked_evidence(
 def known_bound(likelihood: Likelihood) -> float | None:
     """`likelihood.bound` in nats, or `None` where none is known."""
     return getattr(likelihood, "bound", None)
+
+
+def known_forbids(likelihood: Any) -> bool | None:
+    """
+    `likelihood.forbids`: whether it may return `-inf`, or `None` where it does not say.
+
+    Raises:
+        `TypeError`: neither a bool nor `None`.
+    """
+    forbids = getattr(likelihood, "forbids", None)
+    if forbids is not None and not isinstance(forbids, bool):
+        raise TypeError(
+            f"`{type(likelihood).__name__}.forbids` must be True, False or None, got {forbids!r} of type "
+            f"{type(forbids).__name__}. Set it to True if `log_likelihood` may be -inf, to False if it never is."
+        )
+    return forbids
 
 
 def _checked(result: Any, likelihood: Likelihood, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:

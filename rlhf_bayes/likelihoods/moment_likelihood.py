@@ -44,6 +44,7 @@ class MomentLikelihood(EvidenceLikelihood):
 
     Attributes:
         bound (`float` or `None`): Σ_f max(λ_f·low_f, λ_f·high_f), nats, if the bounds of all features are known.
+        forbids (`bool`): whether some λ_f is infinite.
 
     Raises:
         `TypeError` or `ValueError`: no feature, names that do not agree, λ that is NaN, bounds that are none.
@@ -93,6 +94,11 @@ class MomentLikelihood(EvidenceLikelihood):
             low, high = self.feature_bounds.get(name, (-math.inf, math.inf))
             total += max(lam * low, lam * high)
         return total if total < math.inf else None
+
+    @property
+    def forbids(self) -> bool | None:
+        """Whether some λ is infinite: then the feature is a condition."""
+        return any(map(math.isinf, self.lambdas.values()))
 
     def features(
         self,

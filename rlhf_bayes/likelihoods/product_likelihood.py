@@ -8,7 +8,14 @@ from typing import Any, final
 
 from torch import Tensor
 
-from rlhf_bayes.likelihoods.likelihood import Evidence, EvidenceLikelihood, Likelihood, checked_evidence, known_bound
+from rlhf_bayes.likelihoods.likelihood import (
+    Evidence,
+    EvidenceLikelihood,
+    Likelihood,
+    checked_evidence,
+    known_bound,
+    known_forbids,
+)
 
 
 @final
@@ -28,6 +35,7 @@ class ProductLikelihood(EvidenceLikelihood):
 
     Attributes:
         bound (`float` or `None`): Σ_k a_k · bound_k, nats, if every bound is known; it need not be reached.
+        forbids (`bool` or `None`): True if one of them forbids, False if none does, `None` if one does not say.
         likelihoods (`list[Likelihood]`): the experts, flat.
         powers (`list[float]`): their powers.
 
@@ -65,6 +73,12 @@ class ProductLikelihood(EvidenceLikelihood):
                 return None
             total += power * bound
         return total
+
+    @property
+    def forbids(self) -> bool | None:
+        """True if one of the experts forbids, False if none does, `None` if one does not say and no other forbids."""
+        said = [known_forbids(part) for part in self.likelihoods]
+        return True if True in said else None if None in said else False
 
     def evidence(
         self,

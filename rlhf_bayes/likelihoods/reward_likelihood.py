@@ -43,9 +43,15 @@ class RewardLikelihood(EvidenceLikelihood):
         device (`torch.device`, *optional*):
             Where to put reward models that are loaded from a path.
 
+    Attributes:
+        forbids (`bool` or `None`): `None`, because a reward function does not say whether it returns `-inf`. Set it to
+            True for one that does.
+
     Raises:
         `TypeError` or `ValueError`: an argument outside of its range.
     """
+
+    forbids: bool | None = None
 
     def __init__(
         self,

@@ -71,6 +71,26 @@ def check_can_be_read_again(config: PeftConfig, name: str) -> None:
         )
 
 
+def check_leaves_base(config: Any, name: str) -> None:
+    """
+    Refuse adapters that share a base with others, and change it when they are made.
+
+    Args:
+        config (`PeftConfig`):
+            Of one of the adapters.
+        name (`str`):
+            What to call them in the error.
+
+    Raises:
+        ValueError: if the initialisation rewrites the base.
+    """
+    if rewrites_base(config):
+        raise ValueError(
+            f"`init_lora_weights` must leave the base as it is for {name}, which share one, got "
+            f"{config.init_lora_weights!r}: each would change it under the others. Set `init_lora_weights=True`."
+        )
+
+
 def plain_copy(config: Any) -> Any:
     """A configuration for a second adapter on the same base: it starts from zero and leaves the base as it is."""
     config = copy.deepcopy(config)

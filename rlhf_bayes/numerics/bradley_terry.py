@@ -1,4 +1,4 @@
-"""Pairwise preferences: losses under soft and noisy labels, what votes say, and how well a reward predicts them.
+"""Pairwise preferences: losses for soft and noisy labels, agreement of votes, and metrics of a reward's predictions.
 
 Δ = r(chosen) − r(rejected), and P(chosen ≻ rejected) = σ(Δ) (Bradley & Terry 1952). `chosen_prob` is the share of
 votes for `chosen`, a tie being half a vote for each side.
@@ -41,11 +41,11 @@ def bradley_terry_loss(delta: Tensor, chosen_prob: Tensor | None = None) -> Tens
 
 def smoothed(chosen_prob: Tensor, noise: float) -> Tensor:
     """
-    The label after a vote that is wrong with probability ε: `(1 − ε) p + ε (1 − p)`.
+    The probability of a vote that is wrong with probability ε: `(1 − ε) p + ε (1 − p)`.
 
     Args:
         chosen_prob (`torch.Tensor`): p in [0, 1], any shape.
-        noise (`float`): ε in [0, 1/2]; of [`noise_from_agreement`], or a label smoothing.
+        noise (`float`): ε in [0, 1/2], from [`noise_from_agreement`], or a label smoothing.
 
     Returns:
         `torch.Tensor`: probability, same shape, fp32 or better; p itself where ε = 0.
@@ -70,8 +70,8 @@ def noise_from_agreement(agreement: float) -> float:
         agreement (`float`): probability a that two annotators agree on a pair, in (1/2, 1].
 
     Returns:
-        `float`: ε in [0, 1/2). No prediction is right about a vote with more than probability 1 − ε; where pairs
-            differ in how clear they are, even less is possible (Jensen).
+        `float`: ε in [0, 1/2). No model predicts a vote with a probability above 1 − ε. Where some pairs are clearer
+            than others, the bound is lower still (by Jensen's inequality).
 
     Raises:
         ValueError: if `agreement` is outside (1/2, 1].
@@ -112,7 +112,7 @@ def agreement(votes: Tensor) -> float:
     """
     Probability that two votes on a pair agree, ties left out: `Σ c(c − 1) + r(r − 1)  /  Σ n(n − 1)`, n = c + r.
 
-    Unbiased, whatever the number of votes on a pair: the pairs of votes are pooled.
+    The pairs of votes are pooled over all pairs of texts, so it is unbiased for any numbers of votes.
 
     Args:
         votes (`torch.Tensor`): counts (N, 3) for chosen, rejected and tie.
@@ -135,7 +135,8 @@ def noisy_vote_loss(delta: Tensor, votes: Tensor, error_rate: Tensor) -> Tensor:
     """
     Cross-entropy of votes by annotators who err: `−v log q − (1 − v) log(1 − q)`, `q = (1 − ε) σ(Δ) + ε σ(−Δ)`.
 
-    Unlike a smoothed label it bounds what one vote can say: its gradient vanishes once the vote is surely an error.
+    Unlike the loss of a smoothed label it bounds the influence of one vote: its gradient vanishes where the vote is
+    almost surely an error.
 
     Args:
         delta (`torch.Tensor`): r(chosen) − r(rejected), (B, 1).
@@ -161,7 +162,7 @@ def vote_error_prob(delta: Tensor, votes: Tensor, error_rate: Tensor) -> Tensor:
     """
     Posterior probability that a vote was an error: `ε σ(−Δ) / q` for a vote for chosen, `ε σ(Δ) / (1 − q)` against it.
 
-    Averaged over an annotator's votes it is the next ε of expectation maximisation. A tie takes half of each.
+    Its mean over an annotator's votes is the next ε of expectation maximisation. A tie counts as half of each vote.
 
     Args:
         delta (`torch.Tensor`): r(chosen) − r(rejected), (B, 1).
@@ -177,7 +178,7 @@ def vote_error_prob(delta: Tensor, votes: Tensor, error_rate: Tensor) -> Tensor:
     Source: Dawid & Skene 1979, for two classes and one error rate an annotator.
     """
     log_right, log_wrong, v = _vote_mixture(delta, votes, error_rate)
-    # sigmoid of the log-odds: 0/0 cannot come up
+    # the sigmoid of the log-odds, rather than the quotient, which may be 0/0
     return v * (log_wrong[0] - log_right[0]).sigmoid() + (1 - v) * (log_wrong[1] - log_right[1]).sigmoid()
 
 
@@ -185,7 +186,7 @@ def preference_metrics(
     chosen: Tensor, rejected: Tensor, chosen_prob: Tensor | None = None, votes: Tensor | None = None
 ) -> dict[str, float]:
     """
-    How well K reward models predict N preferences, together: `prob = mean_k σ(Δ_k)`, `reward = mean_k r_k`.
+    How well the mean of K reward models predicts N preferences: `prob = mean_k σ(Δ_k)`, `reward = mean_k r_k`.
 
     - `accuracy`: sign of Δ of the mean reward against the plurality label; pairs with p = 1/2 are left out, Δ = 0
       counts half.
@@ -203,9 +204,9 @@ def preference_metrics(
         votes (`torch.Tensor`, *optional*): counts (N, 3) for chosen, rejected and tie.
 
     Returns:
-        `dict[str, float]`: what the data say something about. Other names are left out, never nan: `accuracy` where
-            every pair is a tie, a standard deviation of one pair or member, `vote_…` without votes, the ceiling where
-            no pair has two votes or they agree no more than by chance.
+        `dict[str, float]`: the metrics that the data determine. Others are left out rather than nan: `accuracy` where
+            every pair is a tie, the standard deviation of one pair or member, `vote_…` without votes, the ceiling
+            where no pair has two votes or votes agree no more than by chance.
 
     Raises:
         ValueError: if there are no pairs, the shapes do not fit, rewards are not finite, or probabilities or votes are
@@ -227,7 +228,7 @@ def preference_metrics(
     labelled = target != 0.5
     if labelled.any():
         metrics["accuracy"] = float(torch.where(target > 0.5, hits, 1 - hits)[labelled].mean())
-    # in log space: σ(Δ) may round to 0 or 1
+    # in log space, since σ(Δ) may round to 0 or 1
     log_prob, log_not_prob = (
         F.logsigmoid(sign * delta).logsumexp(0) - math.log(num_members) for sign in (1, -1)
     )  # (N,)
@@ -270,7 +271,11 @@ def _hits(delta: Tensor) -> Tensor:
 
 
 def _vote_mixture(delta: Tensor, votes: Tensor, error_rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (2, B, A) of a vote for and against `chosen` that is right, that is wrong; and the votes."""
+    """
+    Log-probabilities of a right vote and of a wrong one, each (2, B, A), and the votes (B, A).
+
+    The first dimension is a vote for `chosen`, then one against it.
+    """
     if delta.dim() != 2 or delta.size(1) != 1 or votes.dim() != 2 or len(votes) != len(delta):
         raise ValueError(
             f"`delta` must be (B, 1) and `votes` (B, A), got {tuple(delta.shape)} and {tuple(votes.shape)}: add a "
@@ -290,7 +295,7 @@ def _checked_votes(votes: Tensor) -> Tensor:
             "column of zeros where ties were not allowed."
         )
     votes = fp32(votes)
-    # not (… outside …): nan must be refused too
+    # written as "not inside", so that nan is refused too
     wrong = ~((votes >= 0) & (votes < torch.inf) & (votes == votes.round()))
     if wrong.any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether predicted probabilities come true: reliability, calibration error, Brier score."""
+"""Calibration of predicted probabilities: reliability bins, calibration error, Brier score."""
 
 from typing import NamedTuple
 
@@ -19,9 +19,10 @@ class ReliabilityBins(NamedTuple):
 
 def reliability_bins(prob: Tensor, target: Tensor, num_bins: int = 10) -> ReliabilityBins:
     """
-    How often predictions of a confidence come true. Folded: which text is called `chosen` says nothing.
+    How often predictions of a given confidence come true.
 
-    Confidence is `max(prob, 1 − prob)`, accuracy the target of the predicted side (1/2 where prob is 1/2).
+    Confidence is `max(prob, 1 − prob)`, accuracy the target of the predicted side (1/2 where prob is 1/2). So it does
+    not matter which of the two texts is called `chosen`.
 
     Args:
         prob (`torch.Tensor`): predicted P(chosen ≻ rejected), (N,).
@@ -56,7 +57,7 @@ def expected_calibration_error(prob: Tensor, target: Tensor, num_bins: int = 10)
     """
     Mean distance of confidence and accuracy: `Σ_b weight_b |accuracy_b − confidence_b|` over [`reliability_bins`].
 
-    Never negative, and not 0 for a perfect model on a finite sample: compare models on the same pairs.
+    On a finite sample it is positive even for a perfect model, so compare models on the same pairs.
 
     Args:
         prob (`torch.Tensor`): predicted P(chosen ≻ rejected), (N,).
@@ -79,7 +80,7 @@ def brier_score(prob: Tensor, target: Tensor) -> float:
     """
     Mean squared error of the probability: `mean (prob − target)²`.
 
-    Against shares of votes it is lower than against single votes by the mean of p(1 − p), the same for all models.
+    With shares of votes as targets it is lower than with single votes by the mean of p(1 − p), for every model alike.
 
     Args:
         prob (`torch.Tensor`): predicted P(chosen ≻ rejected), (N,).
@@ -110,7 +111,7 @@ def checked_probability(name: str, probability: Tensor, like: Tensor | None = No
                 "one value a pair."
             )
     probability = fp32(probability)
-    # not (… outside …): nan must be refused too
+    # written as "not inside", so that nan is refused too
     wrong = ~((probability >= 0) & (probability <= 1))
     if wrong.any():
         value = probability.detach()[wrong][0].item()

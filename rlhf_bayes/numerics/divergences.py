@@ -45,7 +45,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def jeffreys(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
-    KL(p‖q) + KL(q‖p). Estimated from samples of both it needs no normaliser.
+    KL(p‖q) + KL(q‖p). Its estimate from samples of both needs no normaliser.
 
     Args:
         log_p (`torch.Tensor`): normalised log-probabilities (..., N), in nats; `-inf` is probability 0.
@@ -76,7 +76,7 @@ def js(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     check_normalised(log_p, log_q)
     outside = (log_p == -torch.inf) & (log_q == -torch.inf)  # (..., N)
-    # filled before logaddexp, whose gradient at -inf, -inf is nan
+    # −inf is replaced before logaddexp, whose gradient is nan where both arguments are −inf
     log_m = torch.logaddexp(torch.where(outside, 0.0, log_p), torch.where(outside, 0.0, log_q)) - math.log(2)
     return 0.5 * (exact_token_kl(log_p, log_m) + exact_token_kl(log_q, log_m))
 
@@ -100,10 +100,10 @@ def tv(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def check_normalised(log_p: Tensor, log_q: Tensor) -> None:
-    """Refuse two tensors (..., N) that are not log-probabilities: ValueError."""
+    """Raise ValueError unless two tensors (..., N) are normalised log-probabilities of the same shape."""
     for name, log_prob in (("log_p", log_p), ("log_q", log_q)):
         log_mass = log_prob.detach().logsumexp(-1)  # (...)
-        # not (… <= …): nan must be refused too
+        # written as "not small", so that nan is refused too
         if not bool((log_mass.abs() <= 1e-2).all()):
             worst = log_mass.flatten()[log_mass.abs().nan_to_num(torch.inf).argmax()]
             raise ValueError(

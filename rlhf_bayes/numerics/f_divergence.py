@@ -124,13 +124,27 @@ def _alpha(alpha: float) -> Divergence:
     )
 
 
-def _exact_alpha(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
-    """`(1 − Σ q^α p^(1−α)) / (α (1 − α))` (Cressie & Read 1984): (..., N) -> (...)."""
+def _exact_pearson(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`Σ (q − p)²/p`: (..., N) -> (...)."""
+    _check_distributions(log_p, log_q)
+    in_support = log_p != -torch.inf  # (..., N)
+    log_ratio = torch.where(in_support, log_q, 0.0) - torch.where(in_support, log_p, 0.0)
+    missed = (~in_support & (log_q != -torch.inf)).any(-1)
+    return torch.where(missed, torch.inf, (log_p.exp() * torch.expm1(log_ratio).square()).sum(-1))
+
+
+def _check_distributions(log_p: Tensor, log_q: Tensor) -> None:
+    """Refuse tensors (..., N) of different shapes, or that are not log-probabilities: ValueError."""
     if log_p.shape != log_q.shape:
         raise ValueError(
             f"`log_p` and `log_q` must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
         )
     check_normalised(log_p, log_q)
+
+
+def _exact_alpha(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
+    """`(1 − Σ q^α p^(1−α)) / (α (1 − α))` (Cressie & Read 1984): (..., N) -> (...)."""
+    _check_distributions(log_p, log_q)
     # of 1 − Σ q^α p^(1−α), the form that keeps its digits: from p near α = 0, from q near α = 1
     log_base, log_other, power = (log_p, log_q, alpha) if alpha < 0.5 else (log_q, log_p, 1 - alpha)
     in_support = log_base != -torch.inf  # (..., N)
@@ -158,6 +172,14 @@ DIVERGENCES: dict[str, Divergence | DivergenceFamily] = {
         exact=tv,
         infinite_where_forbidden=False,
         baseline="leave_one_out",
+    ),
+    "pearson": Divergence(
+        help="Pearson's χ², E_p[(π/p − 1)²]: infinite where completions are forbidden, and refused there",
+        pseudo_reward=lambda s: -2 * torch.expm1(-s),
+        terms=lambda s: 4 * torch.sinh(s / 2).square(),  # (p/π)·(π/p − 1)², which is inf at s = -inf
+        exact=_exact_pearson,
+        infinite_where_forbidden=True,
+        baseline="constant",
     ),
     "alpha": DivergenceFamily(
         help="between the forward KL (`alpha` = 0) and the reverse KL (1)",
@@ -232,6 +254,7 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
         reverse_kl   f = t·log t                               R = s − 1                              −∞, refused
         js           f = ½·(t·log t − (t + 1)·log ((t+1)/2))   R = ½·(log (1 + exp(s)) − log 2)        −½·log 2
         tv           f = ½·|t − 1|                             R = ½·sign(s)                           −½
+        pearson      f = (t − 1)²                              R = 2 − 2·exp(−s)                      −∞, refused
         alpha        f = (t^α − α·t + α − 1) / (α·(α − 1))     R = (exp((1−α)·s) − 1) / (1 − α)        −1 / (1 − α)
 
     The last column is the limit where the target is 0, a forbidden completion. α = 0 is the forward KL and α = 1 the

@@ -50,7 +50,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
 
 
 def check_right_padded(mask: Tensor) -> None:
-    """Refuse a mask (B, T) in which a valid token follows padding."""
+    """Raise ValueError if a valid token follows padding in a mask (B, T)."""
     resumed = (mask[:, 1:] & ~mask[:, :-1]).any(-1)  # (B,)
     if resumed.any():
         raise ValueError(

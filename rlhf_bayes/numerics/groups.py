@@ -1,4 +1,4 @@
-"""Completions in groups, those of one prompt: leave-one-out means, and centres that outliers do not move."""
+"""Statistics of groups, the completions of one prompt: leave-one-out baselines, and robust centres."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Groups(NamedTuple):
-    """Where each completion stands in a table with a row for each group, (G, M) with M the largest group's size."""
+    """The place of each completion in a table (G, M) with a row for each group; M is the largest group's size."""
 
     row: Tensor
     """(B,): the completion's group, from 0 to G − 1."""
     column: Tensor
-    """(B,): its place in the group."""
+    """(B,): the completion's place in its group."""
     sizes: Tensor
-    """(G,): completions of each group."""
+    """(G,): the number of completions of each group."""
 
     def table(self, values: Tensor, fill: float) -> Tensor:
         """(B,) -> (G, M), `fill` where a group has fewer than M."""
@@ -28,7 +28,7 @@ class Groups(NamedTuple):
 
 def grouped(groups: Tensor) -> Groups:
     """
-    The table's layout for the group of each completion.
+    The layout of the table for completions whose groups are given.
 
     Args:
         groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt, in any order.
@@ -57,21 +57,21 @@ def leave_one_out_baseline(
 
         b_i = R₀ + Σ_{j≠i} w_j·(R_j − R₀) / max(Σ_{j≠i} w_j, n − 1),    w = π/q
 
-    On policy, where w = 1, the plain mean of the others. Off policy, weight that the others lack counts as R₀: a ratio
-    of their sums alone would take the word of a few draws that π has left, however large their R.
+    On policy, where w = 1, it is the plain mean of the others. Off policy, if their weights sum to less than n − 1,
+    the missing weight counts with R₀. The plain ratio of sums would instead rest on a few draws that π hardly makes
+    any more, however large their R.
 
-    It does not depend on x_i, so the gradient `w_i·(R_i − b_i)·∇log π(x_i)` stays unbiased, whatever b_i is. The
-    baseline must be multiplied by w_i as the reward is: under q ≠ π the expectation of `∇log π` alone is not 0.
+    b_i does not depend on x_i, so the gradient `w_i·(R_i − b_i)·∇log π(x_i)` is unbiased for any b_i. The baseline
+    must be multiplied by w_i like the reward: under q ≠ π the expectation of `∇log π` alone is not 0.
 
     Args:
         rewards (`torch.Tensor`): rewards or pseudo-rewards (B,); nan for a completion to be left out.
         groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt.
         log_ratio (`torch.Tensor`, *optional*): log π − log q (B,), in nats, for rewards drawn from q; `None` is 0.
-        default (`float`, defaults to `0.0`): R₀, a guess of E_π[R] that no draw has touched.
+        default (`float`, defaults to `0.0`): R₀, a guess of E_π[R] that does not depend on the draws.
 
     Returns:
-        `torch.Tensor`: (B,), in the unit of the rewards, fp64 for fp64, else fp32; R₀ where no other completion
-            counts.
+        `torch.Tensor`: (B,), in units of the rewards, fp64 for fp64, else fp32; R₀ where no other completion counts.
 
     Raises:
         ValueError: if the shapes differ, or `groups` is not integers.
@@ -91,7 +91,7 @@ def leave_one_out_baseline(
     weights = layout.table(log_ratio.detach().double(), -torch.inf).exp()  # (G, M)
     weights, excess = torch.where(counted, weights, 0.0), torch.where(counted, excess, 0.0)
     others = torch.maximum(sum_of_others(weights), sum_of_others(counted.double()))  # (G, M)
-    # without others the sum is 0 as well
+    # without others the numerator is 0 as well, so the baseline is the default
     baseline = default + sum_of_others(weights * excess) / torch.where(others > 0, others, 1.0)
     return layout.rows(baseline).to(rewards.dtype if rewards.dtype == torch.float64 else torch.float32)
 
@@ -104,10 +104,10 @@ def huber_centre(values: Tensor, delta: float | None) -> Tensor:
 
     Args:
         values (`torch.Tensor`): (G, M); nan is left out.
-        delta (`float`, *optional*): δ, in the unit of the values.
+        delta (`float`, *optional*): δ, in units of the values.
 
     Returns:
-        `torch.Tensor`: (G, 1), constant; nan for a row with nothing in it.
+        `torch.Tensor`: (G, 1), without gradient; nan for a row that holds only nan.
 
     Source: Huber 1964, Annals of Mathematical Statistics 35(1).
     """
@@ -117,7 +117,7 @@ def huber_centre(values: Tensor, delta: float | None) -> Tensor:
         return mean
     low = torch.where(values.isnan(), torch.inf, values).amin(-1, keepdim=True)
     high = torch.where(values.isnan(), -torch.inf, values).amax(-1, keepdim=True)
-    # the sum of clipped deviations falls in c: halve the bracket until it has the last digits of fp64
+    # the sum of clipped deviations falls with c, so bisection finds its zero, here to the precision of fp64
     for _ in range(64):
         middle = 0.5 * (low + high)  # (G, 1)
         too_low = (values - middle).clamp(-delta, delta).nansum(-1, keepdim=True) > 0
@@ -126,7 +126,11 @@ def huber_centre(values: Tensor, delta: float | None) -> Tensor:
 
 
 def sum_of_others(table: Tensor) -> Tensor:
-    """Sum of a row's other entries: (G, M) -> (G, M). Not total less own: an outlier would take all digits."""
+    """
+    For each entry, the sum of its row's other entries: (G, M) -> (G, M).
+
+    It is not computed as total minus own entry: a large entry would cancel all digits of the others.
+    """
     zero = torch.zeros_like(table[:, :1])
     before = torch.cat([zero, table.cumsum(-1)[:, :-1]], -1)
     after = torch.cat([table.flip(-1).cumsum(-1).flip(-1)[:, 1:], zero], -1)

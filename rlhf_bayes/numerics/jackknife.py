@@ -1,4 +1,4 @@
-"""Bias and variance of any statistic of independent draws, by leaving groups of them out."""
+"""The jackknife: bias and variance of any statistic of independent draws, by leaving groups of them out."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,19 +12,20 @@ def jackknife(
     statistic: Callable[[list[Tensor]], Tensor], sizes: Sequence[int], num_groups: int = NUM_GROUPS
 ) -> tuple[Tensor, Tensor]:
     r"""
-    A statistic with its bias of order 1/n removed, and its variance.
+    A statistic without its bias of order 1/n, and its variance.
 
         θ = G·θ̂ − (G − 1)·mean_g θ̂_g,    Var = (G − 1)/G · Σ_g (θ̂_g − mean θ̂)²
 
     θ̂_g leaves out every G-th draw of each sample, starting from the g-th. The variance has G − 1 degrees of freedom.
 
     Args:
-        statistic (`Callable`): from the positions of the draws to use, one index tensor a sample, to any shape.
-        sizes (`Sequence[int]`): draws in each sample, at least 2.
-        num_groups (`int`, defaults to `20`): G; as many as the smallest sample has draws, if that is fewer.
+        statistic (`Callable`): computes the statistic, of any shape, from the positions of the draws to use, one index
+            tensor for each sample.
+        sizes (`Sequence[int]`): number of draws in each sample, at least 2.
+        num_groups (`int`, defaults to `20`): G, at most the number of draws in the smallest sample.
 
     Returns:
-        θ and its variance, in the statistic's shape. Where θ̂ or a θ̂_g is not finite: θ̂ itself, with variance nan.
+        θ and its variance, in the statistic's shape; θ̂ and a variance of nan where θ̂ or a θ̂_g is not finite.
 
     Raises:
         ValueError: if a sample has fewer than two draws.

@@ -8,7 +8,7 @@ def k1(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     Unbiased estimate of KL(p‖q) for tokens drawn from p: `log p − log q`.
 
-    The one that belongs in a reward: penalising it penalises KL(p‖q), and at the optimum of the KL-regularised
+    It is the estimate to put into a reward: penalising it penalises KL(p‖q), and at the optimum of the KL-regularised
     objective the penalised return is the same for every completion.
 
     Args:
@@ -43,7 +43,7 @@ def k3(log_p: Tensor, log_q: Tensor) -> Tensor:
     """
     Unbiased, never negative estimate of KL(p‖q) for tokens drawn from p: `q/p − 1 − log(q/p)`.
 
-    Unbiased as a number to report. In a reward it moves the optimum: what is penalised there is KL(p‖q) − KL(q‖p).
+    It is unbiased as a number to report. In a reward it moves the optimum, since it penalises KL(p‖q) − KL(q‖p).
 
     Args:
         log_p (`torch.Tensor`): log-probabilities under the distribution that was sampled, in nats, any shape.
@@ -55,7 +55,7 @@ def k3(log_p: Tensor, log_q: Tensor) -> Tensor:
     Source: Schulman 2020, "Approximating KL divergence".
     """
     log_ratio = log_q - log_p
-    # expm1: near the prior q/p − 1 loses every digit in fp32
+    # expm1, since near the prior q/p − 1 would lose all its digits in fp32
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -80,8 +80,8 @@ def exact_token_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
             f"`log_p` and `log_q` must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
         )
     in_support = log_p != -torch.inf  # (..., V)
-    # both terms before the difference: -inf − -inf would leave a nan in the gradient
+    # both terms are replaced before they are subtracted: −inf − (−inf) would leave a nan in the gradient
     log_ratio = torch.where(in_support, log_p, 0.0) - torch.where(in_support, log_q, 0.0)
-    # p as small as to underflow counts as 0 as well, even where q = 0
+    # where p underflows, its term is 0 too, even if q = 0
     contribution = torch.where(log_p.exp() > 0, log_p.exp() * log_ratio, 0.0)
     return contribution.sum(-1)

@@ -1,4 +1,4 @@
-"""The log-variance loss: how far log π − log π0 − log_likelihood is from being the same for a prompt's completions."""
+"""The log-variance loss: the variance of log π − log π0 − log_likelihood over the completions of a prompt."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ from rlhf_bayes.numerics.groups import grouped, huber_centre
 
 
 class LogVarianceCentres(NamedTuple):
-    """What [`log_variance_loss`] needs to know of a completion's siblings. Constants."""
+    """What [`log_variance_loss`] needs of a completion's siblings, without gradient."""
 
     centre: Tensor
-    """(B,), in nats: what the completion's deviation is taken from, an estimate of −log Z."""
+    """(B,), in nats: the value that deviations are measured from, an estimate of −log Z."""
     scale: Tensor
-    """(B,): n/(n − 1) for the n completions of a prompt, 0 for one alone, which has no spread; with a given log Z 1,
-    or 0 where it is not known."""
+    """(B,): n/(n − 1) for the n completions of a prompt, and 0 for a single one, which has no variance. With a given
+    log Z it is 1, and 0 where that is not known."""
 
 
 def log_variance_centres(
@@ -29,22 +29,22 @@ def log_variance_centres(
     """
     Centre of `d = log π − log π0 − log_likelihood` over the completions of each prompt, that of [`log_variance_loss`].
 
-    Apart from the loss, so that a prompt's completions may be spread over micro-batches: the loss has no gradient
-    through its centre, whose derivative is 0.
+    It is computed apart from the loss, so that a prompt's completions may be spread over micro-batches. That is exact,
+    since the derivative of the loss with respect to its centre is 0.
 
     Args:
         log_policy (`torch.Tensor`): log π (B,), in nats, as the policy is now.
         log_prior (`torch.Tensor`): log π0 (B,), in nats.
         log_likelihood (`torch.Tensor`): (B,), in nats; `-inf` for a forbidden completion, nan for one to be left out.
-        groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt, whenever and by whatever
-            policy they were drawn.
-        huber_delta (`float`, *optional*): as for the loss. The centre is then Huber's location, which an outlier
-            hardly moves, in place of the mean.
+        groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt. They may come from different
+            policies.
+        huber_delta (`float`, *optional*): as in the loss. The centre is then Huber's location, which an outlier hardly
+            moves, instead of the mean.
         log_z (`torch.Tensor`, *optional*): log Z of the prompt of each completion (B,), in nats; nan or `-inf` where
             it is not known. The centre is then −log Z, which the loss of forbidden completions needs.
 
     Returns:
-        `LogVarianceCentres`: of each completion.
+        [`LogVarianceCentres`]
 
     Raises:
         ValueError: if the shapes differ, `groups` is not integers, a log-probability is not finite, `huber_delta` is
@@ -82,23 +82,23 @@ def log_variance_loss(
     forbidden_gap: float = 1.0,
 ) -> Tensor:
     r"""
-    Log-variance loss of each completion, wherever it was drawn from: no importance weights.
+    Log-variance loss of each completion. It needs no importance weights, whatever the completions were drawn from.
 
         ½·n/(n−1)·(d_i − d̄)²,    d = log π − log π0 − log_likelihood,    d̄: its mean over the prompt's n completions
 
     The mean over a prompt's completions is half the unbiased variance of d. It is 0 at the posterior, where d = −log Z
     for every completion, and for completions drawn from π its gradient is that of KL(π‖π*) with a leave-one-out
-    baseline. Off policy it is another loss with the same minimum on what the draws cover.
+    baseline. Off policy it is another loss, with the same minimum on the completions that the draws cover.
 
-    A **forbidden** completion has d = +∞, and no finite π makes it constant. Left out, mass on it would cost nothing;
-    with a finite log-likelihood in its place, the posterior would no longer be the minimum. So its loss is
+    A **forbidden** completion has d = +∞ for every π > 0. If it were left out, mass on it would cost nothing; if it
+    got a finite log-likelihood, the posterior would no longer be the minimum. So its loss is
 
         ½·max(0, log π − log π0 + gap)²
 
-    and the others are drawn to −log Z itself, not to a mean (trajectory balance with Z given): off policy, a baseline
-    that moves mass from the forbidden to the others would move it there again each time they are replayed, past the
-    posterior. That remains a minimum, where π = 0 and d = −log Z; a policy without loss puts at most `exp(−gap)` of
-    the prior's mass on forbidden completions.
+    and the deviations of the others are measured from −log Z itself, not from their mean (trajectory balance with a
+    given Z). With the mean, a replayed forbidden completion would move mass to the others each time it is replayed,
+    and so beyond the posterior. The posterior is still a minimum, since there π = 0 and d = −log Z. Where the loss is
+    0, forbidden completions have at most `exp(−gap)` of their mass under the prior.
 
     Args:
         log_policy (`torch.Tensor`): log π (B,), in nats, with gradient.
@@ -106,9 +106,9 @@ def log_variance_loss(
         log_likelihood (`torch.Tensor`): (B,), in nats; `-inf` for a forbidden completion, nan for one to be left out.
         centres (`LogVarianceCentres`): of these completions, from [`log_variance_centres`].
         huber_delta (`float`, *optional*): deviations beyond it, in nats, count linearly: `δ·(|r| − ½ δ)` for `½ r²`.
-        forbidden_gap (`float`, defaults to `1.0`): nats below its prior at which a forbidden completion is let be. The
-            forbidden stand this far out at first: a larger gap leaves less mass and makes noisier gradients, which
-            `huber_delta` bounds.
+        forbidden_gap (`float`, defaults to `1.0`): the loss of a forbidden completion is 0 once log π is that many
+            nats below log π0. At π = π0 its deviation is this gap, so a larger gap leaves less mass on forbidden
+            completions, but makes gradients noisier, which `huber_delta` limits.
 
     Returns:
         `torch.Tensor`: (B,), in nats², with gradient; 0 for completions left out, and for a permitted one alone.
@@ -117,14 +117,14 @@ def log_variance_loss(
         ValueError: if the shapes differ, a log-probability is not finite, or `huber_delta` or `forbidden_gap` is not
             positive.
 
-    Source: Richter et al. 2020, arXiv 2010.10436; with a group mean for log Z and old
-    samples: Bartoldson et al. 2025, arXiv 2503.18929. Forbidden completions: ours.
+    Source: Richter et al. 2020, arXiv 2010.10436; with a group mean for log Z and old samples: Bartoldson et al. 2025,
+    arXiv 2503.18929. Forbidden completions: ours.
     """
     _check_options(huber_delta, forbidden_gap)
     difference = _differences(log_policy, log_prior, log_likelihood)  # (B,)
     forbidden = difference == torch.inf
     excess = (log_policy - log_prior + forbidden_gap).clamp(min=0)
-    # filled before the arithmetic: inf and nan times 0 would leave a nan in the gradient
+    # inf and nan are replaced before the arithmetic: times 0 they would leave a nan in the gradient
     deviation = torch.where(difference.isfinite(), difference, 0.0) - centres.centre
     residual = torch.where(forbidden, excess, torch.where(difference.isnan(), 0.0, deviation))
     return centres.scale * _huber(residual, huber_delta)
@@ -138,8 +138,8 @@ def _check_options(huber_delta: float | None, forbidden_gap: float = 1.0) -> Non
         )
     if not 0 < forbidden_gap < torch.inf:
         raise ValueError(
-            f"`forbidden_gap` must be positive and finite, got {forbidden_gap}: nats that a forbidden completion must "
-            "lie below its prior."
+            f"`forbidden_gap` must be positive and finite, got {forbidden_gap}: it is how many nats the "
+            "log-probability of a forbidden completion must fall below the prior's."
         )
 
 

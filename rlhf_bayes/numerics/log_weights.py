@@ -1,6 +1,7 @@
-"""What a set of importance log-weights says: log Z, its standard error, the effective sample size, the Pareto shape.
+"""Estimates from importance log-weights: log Z, its standard error, the effective sample size, the Pareto shape.
 
-A log-weight is `log P(x) − log q(x)` in nats, x drawn from q, P unnormalised. `-inf` is legal: a forbidden completion.
+A log-weight is `log P(x) − log q(x)` in nats, with x drawn from q and P unnormalised. It is `-inf` for a forbidden
+completion.
 """
 
 import math
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 MIN_IMPORTANCE_ESS = 10.0
-"""Below it, an estimate rests on so few draws that neither it nor its standard error means much."""
+"""Below this, an estimate rests on so few draws that neither it nor its standard error can be trusted."""
 
 
 def log_z(log_weights: Tensor, dim: int = -1) -> Tensor:
     """
     Importance-sampling estimate of the log-normaliser: `log (1/n) Σ_i w_i`.
 
-    The mean of the weights is unbiased for Z; its logarithm is low by about SE²/2.
+    The mean of the weights is unbiased for Z; its logarithm is too low by about SE²/2 on average.
 
     Args:
         log_weights (`torch.Tensor`): log-weights in nats; n along `dim`.
@@ -35,7 +36,7 @@ def log_z_standard_error(log_weights: Tensor, dim: int = -1) -> Tensor:
     """
     Standard error of `log_z` by the delta method: `√(1/ESS − 1/n)`.
 
-    To be believed only while `khat` is below 0.5, where the weights have a variance.
+    It can be trusted only where `khat` is below 0.5: otherwise the weights have no finite variance.
 
     Args:
         log_weights (`torch.Tensor`): log-weights in nats; n along `dim`.
@@ -50,9 +51,9 @@ def log_z_standard_error(log_weights: Tensor, dim: int = -1) -> Tensor:
     n = log_weights.size(dim)
     log_ess = log_importance_ess(log_weights, dim)
     if n == 1:
-        # the formula would give 0: one draw always agrees with itself
+        # for one draw the formula would give 0
         return torch.full_like(log_ess, torch.inf)
-    # rounding may take ESS past n when the weights are equal
+    # with equal weights, rounding may make the ESS larger than n
     return (torch.exp(-log_ess) - 1 / n).clamp(min=0).sqrt()
 
 
@@ -80,7 +81,9 @@ def log_importance_ess(log_weights: Tensor, dim: int = -1) -> Tensor:
 
 def importance_ess(log_weights: Tensor, dim: int = -1) -> Tensor:
     """
-    Effective sample size of the weights: `(Σ_i w_i)² / Σ_i w_i²`. Not the one that autocorrelation leaves.
+    Effective sample size of the weights: `(Σ_i w_i)² / Σ_i w_i²`.
+
+    For correlated states of a chain see [`~rlhf_bayes.numerics.mcmc.effective_sample_size`].
 
     Args:
         log_weights (`torch.Tensor`): log-weights in nats, n along `dim`; a common constant does not matter.
@@ -99,15 +102,15 @@ def khat(log_weights: Tensor) -> Tensor:
     """
     Shape of the generalised Pareto distribution fitted to the largest weights (PSIS k̂).
 
-    Below 0.5 the weights have a variance; above `khat_threshold(n)` no estimate that they give is to be trusted.
+    Below 0.5 the weights have a finite variance; above `khat_threshold(n)` their estimates cannot be trusted.
 
     Args:
         log_weights (`torch.Tensor`): log-weights (n,) in nats; a common constant does not matter, `-inf` is weight 0.
 
     Returns:
-        `torch.Tensor`: k̂, fp64 scalar on the CPU. `inf` where fewer than 5 weights make up the tail (always for
-            n < 25: nothing can be said) or every weight is 0; `-inf` where the largest weight is tied over the whole
-            tail (a point mass, the limit of the bounded tails).
+        `torch.Tensor`: k̂, fp64 scalar on the CPU. It is `inf` where the tail has fewer than 5 weights (always for
+            n < 25), too few to fit, or where every weight is 0. It is `-inf` where all weights of the tail are equal
+            (a point mass, the limit of bounded tails).
 
     Raises:
         ValueError: if `log_weights` is not (n,), is empty, or holds nan or `+inf`.
@@ -135,7 +138,7 @@ def khat(log_weights: Tensor) -> Tensor:
         return log_weights.new_tensor(-torch.inf)
     if tail.numel() < 5:
         return log_weights.new_tensor(torch.inf)
-    # w − cutoff up to the scale, which the shape does not depend on; expm1 keeps the digits of nearly equal weights
+    # w − cutoff up to a scale, which the shape does not depend on; expm1 is accurate for nearly equal weights
     excesses = torch.exp(tail - largest) * -torch.expm1(cutoff - tail)  # (m,), ascending
     return _generalised_pareto_shape(excesses)
 

@@ -1,4 +1,4 @@
-"""Sums and moments over the valid tokens. What stands on padding never matters: it may be nan or infinite."""
+"""Sums and moments over the valid tokens. Padding never matters: it may hold nan or infinities."""
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     """
     Scale the valid entries to unit variance: `(x − x̄) / √(var + 1e-8)`, plus `x̄` if the mean is not shifted.
 
-    The variance is the unbiased one, as in lm-human-preferences, which whitens rewards without shifting the mean and
-    advantages with it.
+    The variance is the unbiased one, as in lm-human-preferences, which shifts the mean for advantages but not for
+    rewards.
 
     Args:
         x (`torch.Tensor`): any shape.
@@ -101,9 +101,9 @@ def _check_mask(x: Tensor, mask: Tensor) -> None:
 
 
 def zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """fp32 or better, 0 on padding; the gradient on padding is 0 as well."""
+    """The tensor in fp32 or better, with 0 on padding; the gradient on padding is 0 too."""
     _check_mask(x, mask)
-    # half precision stops counting at 2048 (fp16) or 256 (bf16) additions of one
+    # in half precision a sum of ones stops growing at 2048 (fp16) or 256 (bf16)
     x = x if x.dtype == torch.float64 else x.float()
-    # where, not multiply: padding may hold nan or -inf, and -inf * 0 is nan
+    # torch.where rather than a product with the mask: padding may hold −inf, and −inf · 0 is nan
     return torch.where(mask, x, 0.0)

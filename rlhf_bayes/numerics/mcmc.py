@@ -1,4 +1,4 @@
-"""Whether Markov chains agree, and what their correlated states are worth."""
+"""Convergence of Markov chains: R̂, and the effective sample size of correlated states."""
 
 import math
 
@@ -8,21 +8,22 @@ from torch import Tensor
 
 def rhat(chains: Tensor) -> Tensor:
     r"""
-    Rank-normalised split R̂: near 1 where chains, and their halves, look alike; above 1.01, run them longer.
+    Rank-normalised split R̂: close to 1 where all half chains have the same distribution. Above 1.01, run them longer.
 
         R̂ = √(((S − 1)/S·W + B) / W),    W: variance within the half chains, B: variance of their means
 
-    The larger of that of the normal scores of the values, and of their distances from the median.
+    It is computed for the normal scores of the values and for those of their distances from the median; the larger is
+    returned.
 
     Args:
         chains (`torch.Tensor`):
-            (C, S): S ≥ 4 states of C chains; of an odd S the middle one is left out.
+            (C, S): S ≥ 4 states of C chains. If S is odd, the middle state is left out.
 
     Returns:
         `torch.Tensor`: scalar, fp64; nan where all values are equal.
 
     Raises:
-        ValueError: for another shape, fewer than 4 states, or values that are not finite.
+        ValueError: if the shape is not (C, S), there are fewer than 4 states, or values are not finite.
 
     Source: Vehtari et al. 2021, Bayesian Analysis 16(2), arXiv 1903.08008.
     """
@@ -33,12 +34,12 @@ def rhat(chains: Tensor) -> Tensor:
 
 def effective_sample_size(chains: Tensor) -> Tensor:
     r"""
-    How many independent draws estimate the mean as well as these correlated states of several chains:
+    The number of independent draws that would estimate the mean as precisely as these correlated states:
 
         ESS = C·S / τ,    τ = −1 + 2 Σ_k (ρ_2k + ρ_2k+1)
 
-    ρ_t is the autocorrelation at lag t over all half chains, their disagreement included; the sum ends with the first
-    negative pair, and pairs only fall.
+    ρ_t is the autocorrelation at lag t over all half chains, which counts the variance between chains too. The sum
+    ends before the first negative pair, and each pair is lowered to the smallest before it.
 
     Args:
         chains (`torch.Tensor`):
@@ -55,7 +56,7 @@ def effective_sample_size(chains: Tensor) -> Tensor:
     chains = _halves(chains)  # (C, S)
     c, s = chains.shape
     centred = chains - chains.mean(-1, keepdim=True)
-    # padded to twice the length: the transform is periodic, the chain is not
+    # padded to twice the length, since the Fourier transform is periodic and the chain is not
     spectrum = torch.fft.rfft(centred, n=2 * s)
     autocovariance = torch.fft.irfft(spectrum.abs() ** 2, n=2 * s)[:, :s].mean(0) / s  # (S,)
     within = autocovariance[0] * s / (s - 1)
@@ -70,7 +71,7 @@ def effective_sample_size(chains: Tensor) -> Tensor:
 
 
 def _halves(chains: Tensor) -> Tensor:
-    """(C, S) to (2C, S // 2), fp64, on the CPU."""
+    """Each chain split into two halves: (C, S) -> (2C, S // 2), fp64, on the CPU."""
     if chains.dim() != 2 or chains.size(0) < 1 or chains.size(1) < 4:
         raise ValueError(f"`chains` must be (C, S) with at least 4 states of each chain, got {tuple(chains.shape)}.")
     chains = chains.detach().double().cpu()
@@ -95,5 +96,5 @@ def _normal_scores(chains: Tensor) -> Tensor:
 
 
 def _median(values: Tensor) -> Tensor:
-    # torch's median is the lower of the two in the middle
+    # torch's median would be the lower of the two middle values
     return values.flatten().quantile(0.5) if values.numel() < 2**24 else values.median()

@@ -1,10 +1,10 @@
-"""Draws of two distributions, pooled: each weighted as a draw of their mixture."""
+"""Pools the draws of two distributions by weighting each as a draw of their mixture."""
 
 import torch
 from torch import Tensor
 
 _BISECTIONS = 40
-_KEPT = 0.1  # of its share of the draws, at least
+_KEPT = 0.1  # each distribution keeps at least this part of its share of the draws
 
 
 def log_fitted_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
@@ -15,14 +15,15 @@ def log_fitted_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
 
         ω = argmax Σ_i log(ω·p(x_i) + (1 − ω)·q(x_i)),    Ẑ = 1/N Σ_i P(x_i) / (ω·p(x_i) + (1 − ω)·q(x_i))
 
-    With ω = `share` this is the balance heuristic (Veach & Guibas 1995). The fitted ω uses, besides, that p and q are
-    known to sum to 1: Ẑ has no variance when P is proportional to p, to q or to any mixture of them, and never more
-    than the better of the two alone, asymptotically. Each keeps at least a tenth of its share of the draws, so no
-    weight is more than ten times that of the balance heuristic: a q that misses part of P does little harm.
+    With ω = `share` this is the balance heuristic (Veach & Guibas 1995). The fitted ω uses in addition that p and q
+    sum to 1: Ẑ has no variance when P is proportional to p, to q or to a mixture of them, and asymptotically never
+    more than the better of the two alone. Each keeps at least a tenth of its share of the draws, so no weight is more
+    than ten times that of the balance heuristic: a q that misses part of P does little harm.
 
     Args:
-        log_p, log_q (`torch.Tensor`): (..., N), nats, normalised, at all pooled draws, whichever drew them.
-        share (`float`): between 0 and 1, exclusive.
+        log_p, log_q (`torch.Tensor`): (..., N), nats, normalised, at all pooled draws, no matter which of the two drew
+            them.
+        share (`float`): the share of the draws that p made, between 0 and 1, exclusive.
 
     Returns:
         `torch.Tensor`: (..., N), nats, fp64.
@@ -45,7 +46,9 @@ def log_fitted_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
     log_balance = torch.logaddexp(log_p + omega.log(), log_q + torch.log1p(-omega))  # (..., N)
     slope = (log_p - log_balance).exp() - (log_q - log_balance).exp()  # (..., N), between −1/(1 − share) and 1/share
     low, high = (torch.full_like(slope[..., 0], (1 - _KEPT) * end) for end in (-share, 1 - share))
-    for _ in range(_BISECTIONS):  # the likelihood is concave in ω: its derivative falls
+    for _ in range(
+        _BISECTIONS
+    ):  # the likelihood is concave in ω, so its derivative falls and bisection finds the zero
         shift = (low + high) / 2  # (...)
         rising = (slope / (1 + shift[..., None] * slope)).sum(-1) > 0
         low, high = torch.where(rising, shift, low), torch.where(rising, high, shift)

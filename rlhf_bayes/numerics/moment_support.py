@@ -1,4 +1,4 @@
-"""Which moments weighted draws can reach, and how to say that they cannot."""
+"""Checks whether weighted draws can reach given moments, with errors that say what they can reach."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array, hstack, vstack
 from torch import Tensor
 
-# share of the way from the edge to the middle below which a moment counts as on the edge
+# a moment counts as at the end of its range below this share of the way from the end to the middle
 EDGE = 1e-6
 MAX_ROWS = 20_000
 
@@ -21,13 +21,15 @@ WAY_OUT = (
 
 def check_each_supported(features: Tensor, live: Tensor, moments: Tensor, names: Sequence[str]) -> None:
     """
-    Refuse a moment that no finite λ gives: whatever λ is, it is a mean over groups of weighted means of their draws.
+    Refuse a moment that no finite λ gives.
+
+    For every λ a moment is a mean over groups of weighted means of their draws, so it lies between their extremes.
 
     Args:
         features (`torch.Tensor`): (P, n, F), fp64.
         live (`torch.Tensor`): (P, n) bool: draws of positive weight, at least one in each group.
         moments (`torch.Tensor`): (F,), fp64.
-        names (`Sequence[str]`): of the F features.
+        names (`Sequence[str]`): names of the F features.
 
     Raises:
         `ValueError`: naming the feature, the moment asked for, what the draws reach, and the way out.
@@ -38,12 +40,12 @@ def check_each_supported(features: Tensor, live: Tensor, moments: Tensor, names:
 
 def check_together_supported(features: Tensor, live: Tensor, moments: Tensor, names: Sequence[str]) -> None:
     """
-    Refuse moments of which each is possible, but not all of them: arguments and errors as above.
+    Refuse moments of which each is possible, but not all together.
 
-    A linear program with an unknown for each distinct draw: seconds for 20,000 of them. Beyond that it is left out,
-    and the message says less.
+    Arguments and errors are those of [`check_each_supported`]. A linear program decides, with an unknown for each
+    distinct draw, which takes seconds for 20,000 of them. With more draws it is left out, and the message says less.
     """
-    # weights of equal draws add up: with binary features this leaves a handful of rows a group
+    # equal draws become one, since their weights add up: with binary features few rows remain for each group
     groups = [features[c][live[c]].unique(dim=0).numpy() for c in range(len(features))]
     small = sum(map(len, groups)) <= MAX_ROWS
     if len(names) > 1 and small and _interior_share(groups, moments.numpy()) <= EDGE:
@@ -85,7 +87,7 @@ def _check_independent(features: Tensor, live: Tensor, names: Sequence[str]) -> 
 
 
 def _constraints(groups: Sequence[np.ndarray]) -> tuple[Any, Any]:
-    """Over the weights u of all rows: mean over groups of the weighted features (F, U), and sums of groups (P, U)."""
+    """Linear maps of the weights u of all rows: mean over groups of weighted features (F, U), group sums (P, U)."""
     features = csr_array(np.concatenate(groups).T / len(groups))
     sizes = [len(rows) for rows in groups]
     owner = np.repeat(np.arange(len(groups)), sizes)
@@ -95,9 +97,10 @@ def _constraints(groups: Sequence[np.ndarray]) -> tuple[Any, Any]:
 
 def _interior_share(groups: Sequence[np.ndarray], moments: np.ndarray) -> float:
     """
-    The largest share s of equal weights in weights that give the moments: 1 in the middle, 0 on the edge, −1 outside.
+    How far inside their range the moments are: 1 in the middle, 0 at the end, −1 outside.
 
-    A linear program: maximise s with s·equal + u giving the moments, u ≥ 0 and s + Σu = 1 in each group.
+    It is the largest share s of equal weights among the weights that give the moments. A linear program maximises s so
+    that s·equal + u gives the moments, with u ≥ 0 and s + Σu = 1 in each group.
     """
     features, sums = _constraints(groups)
     middle = np.mean([rows.mean(0) for rows in groups], axis=0)
@@ -111,7 +114,7 @@ def _interior_share(groups: Sequence[np.ndarray], moments: np.ndarray) -> float:
 
 
 def _range_given(groups: Sequence[np.ndarray], moments: np.ndarray, index: int) -> tuple[float, float] | None:
-    """What one moment can be while the others are as given; None where the others alone are impossible."""
+    """The range of one moment while the others are as given; None where the others alone are impossible."""
     features, sums = _constraints(groups)
     others = [other for other in range(len(moments)) if other != index]
     equations = vstack([features[others], sums], format="csr")

@@ -18,7 +18,7 @@ SMALLEST_VARIANCE = 1e-6  # of a combination of features, in units of their vari
 
 class MomentFit(NamedTuple):
     """
-    λ of an exponential family and what the draws say of it: P groups of draws, F features, fp64 on the CPU.
+    λ of an exponential family, and estimates from P groups of draws with F features, fp64 on the CPU.
 
     Standard errors are those of the draws for these groups; another set of prompts may differ by more.
     """
@@ -26,27 +26,27 @@ class MomentFit(NamedTuple):
     lambdas: Tensor
     """(F,) nats per unit of each feature."""
     standard_errors: Tensor
-    """(F,) of `lambdas`: the sandwich H⁻¹ V H⁻¹, H the Hessian of the dual and V the variance of its gradient."""
+    """(F,): standard errors of `lambdas`, from H⁻¹ V H⁻¹ with H the dual's Hessian and V its gradient's variance."""
     moments: Tensor
-    """(F,) reached on these draws: the given ones, up to rounding."""
+    """(F,): moments reached on these draws, which are the given ones up to rounding."""
     moment_standard_errors: Tensor
-    """(F,) √V: how far from them the moments of exp(λ·φ) are on other draws."""
+    """(F,) √V: how far the moments of exp(λ·φ) on other draws typically are from the given ones."""
     prior_moments: Tensor
-    """(F,) at λ = 0."""
+    """(F,): moments at λ = 0."""
     log_z: Tensor
     """(P,) nats: log E_π0[exp(λ·φ)] of each group."""
     mean_log_z: float
     """Mean of `log_z` over the groups, nats."""
     log_z_standard_error: float
-    """Of `mean_log_z`, that of λ included."""
+    """Standard error of `mean_log_z`, which includes the error of λ."""
     kl: float
     """KL(π*‖π0) = λ·μ̄ − log Z, nats, the mean over the groups."""
     kl_standard_error: float
-    """Of `kl`. λ minimises the dual, so its own error does not count to first order."""
+    """Standard error of `kl`. The error of λ does not matter to first order, since λ minimises the dual."""
     importance_ess: Tensor
-    """(P,) draws that count, at λ."""
+    """(P,): effective sample size of the weights, at λ."""
     khat: Tensor
-    """(P,) Pareto shape of the weights, at λ."""
+    """(P,): Pareto shape of the weights, at λ."""
 
 
 def fit_moments(
@@ -57,12 +57,12 @@ def fit_moments(
 
         π*(x)  =  π0(x) · exp(λ·φ(x)) / Z(λ),        λ  =  argmin  log Z(λ) − λ·μ̄
 
-    The dual is convex, with the gradient E_π*[φ] − μ̄ and the Hessian Cov_π*[φ]: damped Newton steps from λ = 0. With
-    P groups (prompts), one λ serves them all, Z is each group's own, and the moments are those of the mixture of the
-    groups: the dual is the mean over groups, and what is minimised is the mean of their KLs.
+    The dual is convex, with the gradient E_π*[φ] − μ̄ and the Hessian Cov_π*[φ]; damped Newton steps start from λ = 0.
+    P groups (prompts) share one λ, but each has its own Z. The moments are those of the mixture of the groups, the
+    dual is the mean over groups, and the mean of their KLs is minimised.
 
-    Expectations are self-normalised over the n draws of each group, with a bias of the order of 1/n: few draws of many
-    groups do not make up for it.
+    Expectations are self-normalised over the n draws of each group, so they have a bias of the order of 1/n. More
+    groups do not reduce it.
 
     Args:
         features (`torch.Tensor`):
@@ -70,21 +70,20 @@ def fit_moments(
         moments (`torch.Tensor`):
             μ̄, (F,), in the features' units.
         log_weights (`torch.Tensor`, *optional*):
-            log π0(x) − log q(x) of draws from a proposal q, nats: (N,) or (P, n). `-inf` for what π0 forbids. Default:
-            0, draws from π0.
+            log π0(x) − log q(x) of draws from a proposal q, nats: (N,) or (P, n). `-inf` where π0 is 0. Default: 0,
+            for draws from π0.
         names (`Sequence[str]`, *optional*):
-            Of the features, for errors. Default: their indices.
+            Names of the features, for error messages. Default: their indices.
 
     Returns:
         [`MomentFit`]
 
     Raises:
-        `ValueError`: shapes that do not belong together, numbers that are not finite, a group without any weight, a
-            moment outside of what the draws reach or on its edge, moments that contradict each other, features of
-            which one follows from the others.
+        `ValueError`: if shapes do not fit, numbers are not finite, a group has no weight, a moment is outside of the
+            range of the draws or at its end, moments contradict each other, or one feature follows from the others.
 
-    Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.1 (one group; there by gradient steps on the
-    squared error of the moments). Csiszár 1975 for the projection. The sandwich: Huber 1967.
+    Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.1 (one group, and gradient steps on the
+    squared error of the moments). The projection: Csiszár 1975. The sandwich: Huber 1967.
     """
     features, moments, log_weights, names = _checked(features, moments, log_weights, names)
     live = log_weights > -torch.inf  # (P, n)
@@ -92,8 +91,9 @@ def fit_moments(
     center, scale = _within(features, live)
     scaled = torch.where(live[..., None], (features - center) / scale, 0.0)  # (P, n, F)
     scaled_lambdas, error, curvature = _newton(scaled, (moments - center.mean((0, 1))) / scale, log_weights)
-    # On the edge the moments come as near as one likes while the variance in one direction dies out: moments that are
-    # reached with variance left in every direction are inside. Else a linear program finds out, at more cost.
+    # For moments at the end of their range, Newton's steps come arbitrarily close while the variance in one direction
+    # vanishes. So moments that are reached with variance in every direction are inside; otherwise a linear program
+    # decides, at a higher cost.
     if error > CONVERGED or curvature < SMALLEST_VARIANCE:
         check_together_supported(features, live, moments, names)
     if error > CONVERGED:
@@ -108,7 +108,7 @@ def _newton(features: Tensor, moments: Tensor, log_weights: Tensor) -> tuple[Ten
     """
     λ (F,) at the minimum of the dual, for features of unit variance.
 
-    Returned with the gradient that remains there and the least variance of the features in any direction.
+    Returned with the size of the remaining gradient and the least variance of the features in any direction.
     """
     lambdas = best = torch.zeros_like(moments)
     best_error, best_curvature = math.inf, 0.0
@@ -121,12 +121,12 @@ def _newton(features: Tensor, moments: Tensor, log_weights: Tensor) -> tuple[Ten
             best, best_error, best_curvature = lambdas, error, float(torch.linalg.eigvalsh(hessian)[0])
         if error < 1e-12 or float(lambdas.abs().max()) > DIVERGED:
             break
-        # draws that rule an iterate alone leave no curvature
+        # where one draw has all the weight the Hessian is singular, so a small ridge is added
         ridge = 1e-12 * torch.eye(len(lambdas), dtype=torch.float64)
         step = -torch.linalg.solve(hessian + ridge, gradient)
         slope, size = float(gradient @ step), 1.0
         if slope > -1e-13:
-            # a gain below the rounding of the dual cannot be seen: full steps converge from here
+            # a gain smaller than the rounding of the dual cannot be measured; full steps converge from here
             if error >= best_error and best is not lambdas:
                 break
         else:
@@ -156,7 +156,7 @@ def _dual(features: Tensor, moments: Tensor, log_weights: Tensor, lambdas: Tenso
 
 def _fit(features: Tensor, moments: Tensor, log_weights: Tensor, lambdas: Tensor) -> MomentFit:
     num_groups, n, _ = features.shape
-    # rows without weight may hold anything finite
+    # rows without weight may hold any finite number
     log_tilted = log_weights + features @ lambdas  # (P, n)
     weights = log_tilted.softmax(-1)  # (P, n)
     means = (weights[..., None] * features).sum(1, keepdim=True)  # (P, 1, F)
@@ -165,7 +165,7 @@ def _fit(features: Tensor, moments: Tensor, log_weights: Tensor, lambdas: Tensor
     small_sample = n / (n - 1) if n > 1 else torch.inf
     variance = small_sample * scores.flatten(0, 1).T @ scores.flatten(0, 1)  # (F, F)
     inverse = torch.linalg.inv(hessian)
-    # shares in mean log Z: of the weights at a given λ, and through λ
+    # each draw's share in mean log Z: through the weights at a given λ, and through λ
     at_lambda = (weights - 1 / n) / num_groups  # (P, n)
     through_lambda = -scores @ (inverse @ moments)
     normalisers = log_z(log_tilted)  # (P,)

@@ -1,4 +1,4 @@
-"""Best-of-n as a measure: what the best of n completions by a proxy is worth, and how far from the prior it is."""
+"""Best of n: the expected score of the best of n completions by a proxy, and its KL to the prior."""
 
 import math
 from collections.abc import Sequence
@@ -9,20 +9,21 @@ from torch import Tensor
 
 def expected_best_of_n(proxy: Tensor, scores: Tensor, ns: Sequence[int]) -> Tensor:
     r"""
-    Expected score of the best of n completions by a proxy, for each n, from N ≥ n draws a prompt.
+    Expected score of the best of n completions by a proxy, for each n, from N ≥ n draws for each prompt.
 
         E[s of the best of n] ≈ Σ_i C(i−1, n−1) / C(N, n) · s_(i),    s_(i): score of the draw of i-th lowest proxy
 
-    The average over all subsets of n of the N draws: unbiased, with less noise than any one of them. Draws whose
-    proxies are equal share their weights: among the best of a subset, one is taken at random.
+    It is the average over all subsets of n of the N draws: unbiased, with less noise than a single subset. Draws with
+    equal proxies share their weights, as if one of the best of a subset were taken at random.
 
     Args:
-        proxy (`torch.Tensor`): (P, N), what the best is chosen by; N independent draws for each of P prompts.
-        scores (`torch.Tensor`): (P, N), what it is worth; the gold reward, or `proxy` itself.
+        proxy (`torch.Tensor`): (P, N), the score by which the best is chosen; N independent draws for each of P
+            prompts.
+        scores (`torch.Tensor`): (P, N), the score of which the expectation is taken: the gold reward, or `proxy`.
         ns (`Sequence[int]`): sizes n, each from 1 to N.
 
     Returns:
-        `torch.Tensor`: (len(ns),) fp32, the mean over prompts, in the unit of `scores`.
+        `torch.Tensor`: (len(ns),) fp32, the mean over prompts, in units of `scores`.
 
     Raises:
         ValueError: if the shapes differ, there are no draws, a value is not finite, or an n is outside 1 … N.
@@ -66,22 +67,22 @@ def _tie_means(ranked: Tensor, ascending: Tensor) -> Tensor:
 def _rank_weights(num_draws: int, n: int) -> Tensor:
     """Probability (N,) that the i-th lowest of N is the highest of n drawn from them without replacement. fp64."""
     total = math.comb(num_draws, n)
-    # exact integers: a quotient of gamma functions loses its digits at large N
+    # exact integers, since a quotient of gamma functions loses its digits at large N
     return torch.tensor([math.comb(rank, n - 1) / total for rank in range(num_draws)], dtype=torch.float64)
 
 
 def best_of_n_kl_bound(n: int) -> float:
     """
-    Bound on KL(best of n‖prior), in nats: `log n − (n−1)/n`. Reached where no two completions have the same reward.
+    Upper bound on KL(best of n‖prior), in nats: `log n − (n−1)/n`. It is attained where all rewards differ.
 
     Args:
-        n (`int`): completions of which the best is taken, at least 1.
+        n (`int`): number of completions of which the best is taken, at least 1.
 
     Raises:
         ValueError: if n is not an integer of at least 1.
 
-    Source: Stiennon et al. 2020, arXiv 2009.01325, appendix G.3; that it is a bound: Beirami et al. 2024,
-    arXiv 2401.01879.
+    Source: Stiennon et al. 2020, arXiv 2009.01325, appendix G.3; Beirami et al. 2024, arXiv 2401.01879, show that it
+    is a bound.
     """
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
@@ -90,28 +91,28 @@ def best_of_n_kl_bound(n: int) -> float:
 
 def best_of_n_kl(rewards: Tensor, n: int, log_prob: Tensor | None = None) -> Tensor:
     r"""
-    KL(best of n‖prior), ties counted:
+    KL(best of n‖prior), where rewards may be equal:
 
         Σ_v p_n(v)·log(p_n(v)/p(v)),    p_n(v) = F(v)ⁿ − F⁻(v)ⁿ
 
     over the values v of the reward, with F(v) and F⁻(v) the prior's probability of a reward of at most v and below v.
-    Within a value the best is drawn as by the prior, so completions themselves have no other KL. Values that come
-    once in a sample are taken as points of a continuous distribution, p = dF and p_n = n·Fⁿ⁻¹·dF: without ties the
-    result is log n − (n−1)/n, as it must be.
+    Completions of equal reward keep the prior's proportions, so the KL of completions is that of their rewards. A
+    value that occurs once in a sample is treated as a point of a continuous distribution, p = dF and p_n = n·Fⁿ⁻¹·dF:
+    without ties the result is log n − (n−1)/n, as it must be.
 
     Args:
         rewards (`torch.Tensor`):
-            (N,), of completions; `-inf` is the lowest.
+            (N,): rewards of completions; `-inf` is the lowest.
         n (`int`):
-            Completions of which the best is taken, at least 1.
+            Number of completions of which the best is taken, at least 1.
         log_prob (`torch.Tensor`, *optional*):
-            (N,), nats: the prior's, where the N are all completions. Default: they are N draws from it.
+            (N,), nats: log π0 of each, where the N are all completions. Default: they are N draws from π0.
 
     Returns:
         `torch.Tensor`: nats, fp64 scalar.
 
     Raises:
-        ValueError: for an n below 1, no rewards, or nan or `+inf` among them.
+        ValueError: if n is below 1, there are no rewards, or one is nan or `+inf`.
 
     Source: Beirami et al. 2024, arXiv 2401.01879, section 3.
     """

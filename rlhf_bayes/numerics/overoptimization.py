@@ -1,4 +1,4 @@
-"""How reward goes with the distance from the prior: the two laws of Gao, Schulman & Hilton 2023, fitted."""
+"""Fits the two laws of Gao, Schulman & Hilton 2023: how reward depends on the distance from the prior."""
 
 import math
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ class RewardLaw(NamedTuple):
     start: float
     """Reward of the prior, where d = 0."""
     alpha: float
-    """Reward gained per √nat, at first."""
+    """Reward gained per √nat near the prior."""
     beta: float
-    """How fast the gain is lost. Not the β of the posterior."""
+    """How fast this gain falls with d. It is not the β of the posterior."""
     residual: float
-    """Root mean square of what the law does not explain, in the unit of reward."""
+    """Root mean square of the residuals, in units of reward."""
 
     def __call__(self, d: float) -> float:
         """Reward at d ≥ 0."""
@@ -50,16 +50,16 @@ def fit_reward_law(
         reward (`Sequence[float]`):
             Reward of each point.
         law (`"rl"` or `"best_of_n"`):
-            Which of the two.
+            Which of the two laws to fit.
         start (`float`, *optional*):
-            R_0, the reward of the prior, from which the paper measures. Default: fitted along, which says little where
-            no point is near d = 0.
+            R_0, the reward of the prior, from which the paper measures. Default: it is fitted too, which is imprecise
+            where no point is near d = 0.
 
     Returns:
-        [`RewardLaw`], or None where fewer than 5 different d, or all the same reward, leave the law open.
+        [`RewardLaw`], or None where there are fewer than 5 different d, or all rewards are equal.
 
     Raises:
-        ValueError: if the lengths differ, a value is not finite, a d is negative, or the law is another.
+        ValueError: if the lengths differ, a value is not finite, a d is negative, or the law is unknown.
 
     Source: Gao, Schulman & Hilton 2023, arXiv 2210.10760, equation 1.
     """

@@ -1,11 +1,79 @@
 """The rewards of several models, made one: how the members of an ensemble combine at inverse temperature 1/β."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-POOLING_RULES = ("mean", "pessimistic", "mean_minus_variance", "min", "marginal")
+
+@dataclass(frozen=True)
+class PoolingRule:
+    """How K members' rewards become one."""
+
+    formula: str
+    """Of the pooled reward, for the tables of the docs."""
+    help: str
+    """What becomes of the members' posteriors, in one line, for `--help` and the tables of the docs."""
+    pool: Callable[[Tensor, float], Tensor]
+    """Rewards (K, ...), `-inf` where a member forbids, and the rule's scale -> pooled reward (...)."""
+    scale: Literal["none", "beta", "penalty"]
+    """What that scale is: none (1 is passed), β, or the weight of the variance, whose default is 1/(2β)."""
+    optimism: Literal[-1, 0, 1]
+    """Sign of the pooled reward less the mean, where members differ."""
+
+
+def _log_mean(rewards: Tensor, beta: float) -> Tensor:
+    """`β log 1/K Σ_k exp(r_k/β)`, for β of either sign: (K, ...) -> (...)."""
+    return beta * ((rewards / beta).logsumexp(0) - math.log(len(rewards)))
+
+
+def _mean_minus_variance(rewards: Tensor, penalty: float) -> Tensor:
+    mean = rewards.mean(0)
+    # where: the variance of -inf is nan
+    return torch.where(mean == -torch.inf, mean, mean - penalty * rewards.var(0, correction=0))
+
+
+POOLING_RULES: dict[str, PoolingRule] = {
+    "mean": PoolingRule(
+        formula="mean of r_k",
+        help="the members' posteriors, multiplied",
+        pool=lambda rewards, _: rewards.mean(0),
+        scale="none",
+        optimism=0,
+    ),
+    "pessimistic": PoolingRule(
+        formula="−β·log mean exp(−r_k/β)",
+        help="treads lightly where the members differ",
+        pool=lambda rewards, beta: _log_mean(rewards, -beta),
+        scale="beta",
+        optimism=-1,
+    ),
+    "mean_minus_variance": PoolingRule(
+        formula="mean − λ·variance",
+        help="the pessimistic rule to second order, for λ = 1/(2β)",
+        pool=_mean_minus_variance,
+        scale="penalty",
+        optimism=-1,
+    ),
+    "min": PoolingRule(
+        formula="min r_k",
+        help="the worst member: the pessimistic rule for β → 0",
+        pool=lambda rewards, _: rewards.amin(0),
+        scale="none",
+        optimism=-1,
+    ),
+    "marginal": PoolingRule(
+        formula="β·log mean exp(r_k/β)",
+        help="the members' posteriors added, each weighed by its Z: optimistic",
+        pool=lambda rewards, beta: _log_mean(rewards, beta),
+        scale="beta",
+        optimism=1,
+    ),
+}
+"""Name -> record."""
 
 
 def pool(member_rewards: Tensor, rule: str, beta: float | None = None, penalty: float | None = None) -> Tensor:
@@ -39,18 +107,8 @@ def pool(member_rewards: Tensor, rule: str, beta: float | None = None, penalty: 
     Source: Coste et al. 2024, arXiv 2310.02743: `min` ("worst-case"), `mean_minus_variance` ("uncertainty-weighted");
     `pessimistic` and `marginal` as the two signs of ±β log E exp(±r/β): arXiv 2606.09073.
     """
-    beta, penalty = _checked_scales(rule, beta, penalty)
-    rewards = _checked_members(member_rewards)  # (K, ...)
-    if rule == "min":
-        return rewards.amin(0)
-    mean = rewards.mean(0)  # (...)
-    if beta is not None:
-        sign = -1 if rule == "pessimistic" else 1
-        return sign * beta * ((sign * rewards / beta).logsumexp(0) - math.log(len(rewards)))
-    if penalty is not None:
-        # where: the variance of -inf is nan
-        return torch.where(mean == -torch.inf, mean, mean - penalty * rewards.var(0, correction=0))
-    return mean
+    scale = _checked_scale(rule, beta, penalty)
+    return POOLING_RULES[rule].pool(_checked_members(member_rewards), scale)
 
 
 def pool_centered(
@@ -73,41 +131,71 @@ def pool_centered(
     return pool(member_rewards - centers, rule, beta, penalty) + centers.mean(0)
 
 
+def pooling_rule(name: str) -> PoolingRule:
+    """
+    The record of a rule.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in POOLING_RULES:
+        raise ValueError(f"`rule` must be one of {', '.join(POOLING_RULES)}, got {name!r}.")
+    return POOLING_RULES[name]
+
+
+def rules_help() -> str:
+    """What each rule does, for `--help`."""
+    return "; ".join(f"'{name}': {rule.formula}, {rule.help}" for name, rule in POOLING_RULES.items()) + "."
+
+
 def uses_beta(rule: str, penalty: float | None = None) -> bool:
-    """Whether `pool` wants a `beta` for this rule, given its `penalty`."""
-    return rule in ("pessimistic", "marginal") or (rule == "mean_minus_variance" and penalty is None)
+    """
+    Whether `pool` wants a `beta` for this rule, given its `penalty`.
+
+    Raises:
+        ValueError: if the rule is unknown.
+    """
+    scale = pooling_rule(rule).scale
+    return scale == "beta" or (scale == "penalty" and penalty is None)
 
 
-def _checked_scales(rule: str, beta: float | None, penalty: float | None) -> tuple[float | None, float | None]:
-    """What the rule uses: β for the log-means, the penalty for the variance, neither otherwise."""
-    if rule not in POOLING_RULES:
-        raise ValueError(f"`rule` must be one of {', '.join(POOLING_RULES)}, got {rule!r}.")
+def _names(wanted: Callable[[PoolingRule], bool]) -> str:
+    return " or ".join(f"'{name}'" for name, record in POOLING_RULES.items() if wanted(record))
+
+
+def _checked_scale(rule: str, beta: float | None, penalty: float | None) -> float:
+    """β for the log-means, the penalty for the variance; 1 for rules that have no scale."""
+    record = pooling_rule(rule)
     if beta is not None and not 0 < beta < math.inf:
         raise ValueError(f"`beta` must be positive and finite, got {beta}: it is the reward that a nat is worth.")
     if penalty is not None and not 0 <= penalty < math.inf:
         raise ValueError(
-            f"`penalty` must be finite and not negative, got {penalty}: it is subtracted. Use the rule 'marginal' to "
-            "prefer what members disagree on."
+            f"`penalty` must be finite and not negative, got {penalty}: it is subtracted. Use the rule "
+            f"{_names(lambda other: other.optimism > 0)} to prefer what members disagree on."
         )
-    if penalty is not None and rule != "mean_minus_variance":
+    if penalty is not None and record.scale != "penalty":
         raise ValueError(
             f"`penalty` must be left out with the rule '{rule}', which has no variance to weigh, got {penalty}. Use "
-            "'mean_minus_variance'."
+            f"{_names(lambda other: other.scale == 'penalty')}."
         )
-    if rule in ("pessimistic", "marginal"):
+    if record.scale == "none":
+        if beta is not None:
+            raise ValueError(
+                f"`beta` must be left out with the rule '{rule}', which does not depend on it, got {beta}."
+            )
+        return 1.0
+    if record.scale == "beta":
         if beta is None:
             raise ValueError(f"`beta` must be given for the rule '{rule}', got None: it is the β of the posterior.")
-        return beta, None
-    if rule == "mean_minus_variance":
-        if (beta is None) == (penalty is None):
-            raise ValueError(
-                "Either `penalty` or `beta` (for a penalty of 1/(2 beta)) must be given for the rule "
-                f"'mean_minus_variance', got {'neither' if beta is None else 'both'}. Pass one of them."
-            )
-        return None, penalty if beta is None else 1 / (2 * beta)
-    if beta is not None:
-        raise ValueError(f"`beta` must be left out with the rule '{rule}', which does not depend on it, got {beta}.")
-    return None, None
+        return beta
+    if beta is not None and penalty is None:
+        return 1 / (2 * beta)
+    if penalty is not None and beta is None:
+        return penalty
+    raise ValueError(
+        "Either `penalty` or `beta` (for a penalty of 1/(2 beta)) must be given for the rule "
+        f"'{rule}', got {'neither' if beta is None else 'both'}. Pass one of them."
+    )
 
 
 def _checked_members(member_rewards: Tensor) -> Tensor:

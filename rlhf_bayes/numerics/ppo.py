@@ -112,9 +112,9 @@ def token_rewards(score: Tensor, token_kl: Tensor, mask: Tensor, beta: float | T
     penalties = -beta * zero_padding(token_kl, mask)  # (B, T)
     check_right_padded(mask)
     followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)  # (B, T)
-    # where, not multiply: a score may be -inf
+    # torch.where rather than a product with the mask: a score may be −inf
     rewards = torch.where(mask & ~followed, penalties + score[:, None], penalties)
-    # −0.0 on padding otherwise
+    # without this, padding would hold −0.0
     return torch.where(mask, rewards, 0.0)
 
 
@@ -125,9 +125,9 @@ def adapted_beta(beta: float, kl: float, target_kl: float, episodes: int, horizo
     Args:
         beta (`float`): β now, in units of the reward per nat.
         kl (`float`): KL to the prior of the batch, in nats per sequence.
-        target_kl (`float`): where it should go, in nats per sequence.
-        episodes (`int`): completions in the batch.
-        horizon (`int`): completions over which a saturated error changes β by 20 %.
+        target_kl (`float`): the KL to approach, in nats per sequence.
+        episodes (`int`): number of completions in the batch.
+        horizon (`int`): number of completions over which the largest (clipped) error changes β by 20 %.
 
     Returns:
         `float`: the next β.
@@ -146,10 +146,11 @@ def kl_penalised_advantages(
 
         r_t = −β log(π/π0)(x_t), plus the score at the last token       V_t = u_t + β Σ_{i<t} log(π/π0)(x_i)
 
-    followed by GAE with discount 1. The critic's u_t is a forecast of `score − β Σ_i log(π/π0)(x_i)`, the log-ratios
-    already paid included: those are known, and adding them back gives the usual value V_t, reward to go less KL to go.
-    At the optimum u_t is β log Z for every prefix, so the advantages have no variance there. With λ < 1 a token feels
-    the KL that it pays through u_{t+1} more than through the return: that wants a critic that has learnt.
+    followed by GAE with discount 1. The critic's u_t is a forecast of `score − β Σ_i log(π/π0)(x_i)`, the return of
+    the whole completion. The log-ratios of the tokens before t are known, and adding them back gives the usual value
+    V_t, the reward to go minus the KL to go. At the optimum u_t is β log Z for every prefix, so the advantages have no
+    variance there. With λ < 1 the KL of a token enters its advantage through u_{t+1} more than through the return, so
+    the critic must be trained well.
 
     Args:
         score (`torch.Tensor`): reward of each completion (B,).
@@ -174,12 +175,13 @@ def kl_penalised_advantages(
 
 def prompt_baseline(returns: Tensor, forecasts: Tensor, num_generations: int) -> Tensor:
     """
-    Baseline of each completion from its siblings and the critic, weighed by how much each can be trusted.
+    Baseline of each completion: the mean of its siblings and the critic's forecast, weighted by their precision.
 
         b_i = w · mean_{j ≠ i} G_j + (1 − w) · u,    w = τ² / (τ² + σ² / (n − 1))
 
     σ² is the variance of the returns G within a prompt, τ² the mean squared error of the critic's forecast u for a
-    prompt, both pooled over the batch: a critic that knows nothing leaves RLOO's baseline, an exact one the critic.
+    prompt, both pooled over the batch. With an untrained critic the baseline is RLOO's, with an exact one the
+    critic's.
 
     Args:
         returns (`torch.Tensor`): return of each completion (B,), the n of a prompt next to each other. A completion

@@ -7,28 +7,27 @@ def clopper_pearson(
     successes: int, trials: int, confidence: float = 0.95, stopped_at_success: bool = False
 ) -> tuple[float, float]:
     r"""
-    Exact interval of a probability: what it covers, it covers at least as often as `confidence` says.
+    Exact interval of a probability: it covers the true value with a probability of at least `confidence`.
 
         low = Beta(a/2; k, n − k + 1),    high = Beta(1 − a/2; k + 1, n − k),    a = 1 − confidence
 
-    Where trials went on until the k-th success came, the last trial could not have failed, and the upper end is that
-    of k − 1 successes in n − 1 trials. The two rules together are exact for trials that end with the k-th success or
-    with a budget.
+    Where trials went on until the k-th success, the last trial could not have failed, so the upper end is that of
+    k − 1 successes in n − 1 trials. With both rules the interval is exact for trials that end with the k-th success or
+    when a budget is used up.
 
     Args:
         successes (`int`): k.
         trials (`int`): n, above 0.
         confidence (`float`): between 0 and 1.
-        stopped_at_success (`bool`): whether trials ended because the k-th success came, for a k fixed before.
+        stopped_at_success (`bool`): whether the trials ended with the k-th success, for a k that was fixed beforehand.
 
     Returns:
         `tuple[float, float]`: low and high, probabilities.
 
     Raises:
-        ValueError: for counts or a confidence that cannot be.
+        ValueError: if the counts or the confidence are impossible.
 
-    Source: Clopper & Pearson 1934, Biometrika 26; with the k-th success last, the same tails of the negative
-    binomial.
+    Source: Clopper & Pearson 1934, Biometrika 26; where the k-th success is last, the same with the negative binomial.
     """
     if not 0 <= successes <= trials or trials < 1 or (stopped_at_success and successes == 0):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Rejection sampling with a bound that may not hold: acceptance against distance, for any bound, from weights."""
+"""Rejection sampling with a bound that weights may exceed: acceptance rate and distance to the target."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ from rlhf_bayes.numerics.log_weights import log_z
 
 class QuasiRejectionCurve(NamedTuple):
     """
-    What each bound gives, from one batch of weights. All but `log_z` are (..., K), fp64.
+    Acceptance rate and distances for each bound, from one batch of weights. All but `log_z` are (..., K), fp64.
 
-    The closer to the posterior, the lower the acceptance rate: both only fall as the bound rises.
+    As the bound rises, the distance to the target falls, and the acceptance rate falls too.
     """
 
     log_bounds: Tensor
@@ -48,13 +48,14 @@ def quasi_rejection_curve(
     log_weights: Tensor, log_bounds: Tensor | None = None, log_proposal: Tensor | None = None
 ) -> QuasiRejectionCurve:
     r"""
-    Acceptance rate, TV and KL to the target of rejection sampling, for bounds B that weights w = P/q may exceed.
+    Acceptance rate, TV and KL of rejection sampling to its target, for bounds B that weights w = P/q may exceed.
 
         accept with probability min(1, w/B):    p_B(x) = min(P(x), B·q(x)) / Z_B,    acceptance = Z_B / B
         TV(p, p_B) = ½ E_q |w/Z − min(w, B)/Z_B|,    KL(p‖p_B) = log(Z_B/Z) + E_p[(log w − log B)₊]
 
     With B at or above every weight it is exact rejection. In the limit B → 0 each draw that the target allows is
-    kept: p_0(x) = q(x)·1[P(x) > 0] / A with A the acceptance, and KL(p‖p_0) = KL(p‖q) + log A, the identity of GUARD.
+    kept: p_0(x) = q(x)·1[P(x) > 0] / A, with A the acceptance rate, and KL(p‖p_0) = KL(p‖q) + log A, the identity of
+    GUARD.
 
     Args:
         log_weights (`torch.Tensor`):
@@ -63,7 +64,8 @@ def quasi_rejection_curve(
             log B (..., K), nats, or (K,) for all. Default: `-inf` and 100 quantiles of the finite log-weights, the
             largest included.
         log_proposal (`torch.Tensor`, *optional*):
-            log q (..., N), where the N are enumerated. Default: the N are independent draws from q, each counts 1/N.
+            log q (..., N), where the N completions are enumerated. Default: they are N independent draws from q, and
+            each counts 1/N.
 
     Returns:
         [`QuasiRejectionCurve`]; nan where every weight is 0.
@@ -87,12 +89,12 @@ def quasi_rejection_curve(
     bounds = bounds.expand(*log_weights.shape[:-1], bounds.size(-1))[..., None]  # (..., K, 1)
     log_w, log_q = log_weights[..., None, :], log_q[..., None, :]  # (..., 1, N)
     allowed = log_w > -torch.inf
-    # min(w, B)/B, which stays finite at B = 0; where, not subtraction: -inf − -inf is nan
+    # log of min(w, B)/B, which is finite at B = 0; torch.where, since −inf − (−inf) is nan
     log_keep = torch.where(allowed, torch.where(log_w < bounds, log_w - bounds, 0.0), -torch.inf)  # (..., K, N)
     log_acceptance = (log_q + log_keep).logsumexp(-1, keepdim=True)
     normaliser = (log_q + log_w).logsumexp(-1, keepdim=True)
     log_p, log_p_bound = log_q + log_w - normaliser, log_q + log_keep - log_acceptance  # (..., 1 or K, N)
-    # log p − log p_B without log q: exact, and finite where q underflows
+    # log p − log p_B, in which log q cancels: so it is exact, and finite where q underflows
     log_ratio = torch.where(allowed, log_w - log_keep, 0.0) - normaliser + log_acceptance
     return QuasiRejectionCurve(
         log_bounds=bounds[..., 0],

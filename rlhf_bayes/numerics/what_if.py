@@ -1,4 +1,4 @@
-"""The posteriors of many β from the same draws of the prior: β can be chosen before any training."""
+"""Estimates of the posteriors of many β from the same draws of the prior, to choose β before training."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rlhf_bayes.numerics.log_weights import (
     log_z_standard_error,
 )
 
-_MIN_DRAWS = 25  # fewer have no tail to judge
+_MIN_DRAWS = 25  # with fewer draws, k̂ cannot be fitted to the tail
 
 
 class WhatIf(NamedTuple):
@@ -30,36 +30,36 @@ class WhatIf(NamedTuple):
     """KL(π*‖π0), nats."""
     kl_to_prior_standard_error: float
     log_z: float
-    """Nats: the ELBO's ceiling."""
+    """log Z, in nats: the upper bound of the ELBO."""
     log_z_standard_error: float
     importance_ess: float
-    """Draws that count, for the prompt with the fewest."""
+    """Effective sample size of the weights, for the prompt with the smallest."""
     khat: float
-    """Shape of the weights' tail, for the prompt with the heaviest; infinite where too few weights differ to say."""
+    """Pareto shape k̂ of the weights, for the prompt with the heaviest tail; infinite where it cannot be fitted."""
     trustworthy: bool
-    """Whether these figures mean anything: for every prompt, enough draws count and their tail is light enough."""
+    """Whether these figures can be trusted: for all prompts the ESS is large enough and k̂ small enough."""
 
 
 def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
     r"""
-    Each β's posterior by reweighting draws of the prior.
+    Estimates of the posterior at each β, by reweighting draws of the prior.
 
         w̄_i ∝ exp(r_i/β),    E_π*[r] ≈ Σ_i w̄_i·r_i,    KL(π*‖π0) ≈ E_π*[r]/β − log Ẑ,    Ẑ = (1/n) Σ_i exp(r_i/β)
 
-    The smaller β, the fewer draws count: KL(π*‖π0) nats take some exp(KL) of them. The same draws serve all β, so that
-    the errors of neighbouring rows go together.
+    The smaller β is, the fewer draws have weight: about exp(KL(π*‖π0)) draws are needed. All β use the same draws, so
+    the errors of neighbouring rows are correlated.
 
     Args:
         rewards (`torch.Tensor`):
-            (P, n): r of n completions of each of P prompts, drawn from the prior; `-inf` where one is forbidden.
+            (P, n): rewards of n completions of each of P prompts, drawn from the prior; `-inf` where one is forbidden.
         betas (`Sequence[float]`):
-            Units of reward per nat of evidence, positive.
+            Values of β, units of reward per nat of evidence, positive.
 
     Returns:
-        `list[WhatIf]`: one for each β, in their order.
+        `list[WhatIf]`: one for each β, in the given order.
 
     Raises:
-        ValueError: if the shape is another, a reward is nan or `+inf`, or a β is not positive and finite.
+        ValueError: if the shape is wrong, a reward is nan or `+inf`, or a β is not positive and finite.
 
     Source: Owen 2013, "Monte Carlo theory, methods and examples", equations 9.8 and 9.9; standard errors by the delta
     method.
@@ -88,7 +88,7 @@ def _at(rewards: Tensor, beta: float) -> WhatIf:
     weights = torch.where(log_weights > -math.inf, (log_weights - math.log(n) - normaliser[:, None]).exp(), 0.0)
     possible = torch.where(weights > 0, rewards, 0.0)  # -inf times 0 is nan
     mean = (weights * possible).sum(-1, keepdim=True)  # (P, 1)
-    # what each draw moves the estimates by, to first order
+    # the influence of each draw on the estimates, to first order
     of_reward = weights * (possible - mean)  # (P, n)
     of_kl = of_reward / beta - (weights - 1 / n)
     return WhatIf(

@@ -1,4 +1,4 @@
-"""Normalisers of prompts, pooled over batches: the target never changes, so every batch estimates the same Z."""
+"""Pools estimates of the normaliser of a prompt over batches: the target never changes, so all estimate the same Z."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,21 @@ class ZPool:
         Ẑ = Σ_b a_b·Ẑ_b / Σ_b a_b,    Ẑ_b = (1/n) Σ_i w_i
 
     Each Ẑ_b is unbiased. Its weight a_b is 1 plus the mean effective sample size of the *other* prompts of the batch,
-    or, when there is one prompt, that of its previous batch: how good the proposal was, told by draws that are not
-    those of Ẑ_b. Weighed by its own, the pool would be biased, since a draw of a large weight raises Ẑ_b and lowers
-    ESS_b; and for a rare condition, where a batch without a hit has an ESS of 0, it would never count the misses.
+    or of the prompt's previous batch where it is alone. So a_b measures the quality of the proposal with draws other
+    than those of Ẑ_b. With its own ESS as weight the pool would be biased: a draw of large weight raises Ẑ_b and
+    lowers ESS_b, and for a rare condition a batch without a hit has an ESS of 0 and would never count.
 
     Args:
         log_z_bound (`float`, *optional*):
-            Upper bound on log Z, in nats: that of the log-likelihood, if known; 0 for a condition. Estimates above
-            it are lowered to it.
+            Upper bound on log Z, in nats: that of the log-likelihood, if known; 0 for a condition. Larger estimates
+            are lowered to it.
     """
 
     def __init__(self, log_z_bound: float | None = None):
         if log_z_bound is not None and not math.isfinite(log_z_bound):
             raise ValueError(f"`log_z_bound` must be finite, got {log_z_bound}: pass `None` where none is known.")
         self.log_z_bound = log_z_bound
-        # prompt -> log Σ a·Ẑ, log Σ a, Σ ESS, Σ n, ESS a draw in the last batch
+        # for each prompt: log Σ a·Ẑ, log Σ a, Σ ESS, Σ n, and the ESS per draw in its last batch
         self._entries: dict[str, tuple[float, float, float, int, float]] = {}
 
     def __len__(self) -> int:
@@ -99,13 +99,13 @@ class ZPool:
         """
         log Z for each draw of a batch that is not in the pool yet, from the pool and the batch's *other* draws.
 
-        A density ratio divided by an estimate that contains its own draw is biased: a large weight divides itself.
+        A weight divided by an estimate that contains it is biased, since a large weight is divided by itself.
 
         Args:
             keys (`Sequence[str]`):
                 P different prompts.
             log_weights (`torch.Tensor`):
-                (P, n), as for `update`, which is to be called afterwards.
+                (P, n), as in `update`, which must be called after this.
 
         Returns:
             `torch.Tensor`: (P, n), nats, fp64 on the CPU; `-inf` where every other weight was 0, nan where there is
@@ -126,21 +126,21 @@ class ZPool:
         return self._bounded(torch.where(log_total == -torch.inf, torch.nan, log_sum - log_total))
 
     def subset(self, keys: Sequence[str]) -> "ZPool":
-        """A pool of its own with what is known of these prompts."""
+        """A separate pool that holds only these prompts."""
         pool = ZPool(self.log_z_bound)
         pool._entries = {key: self._entries[key] for key in keys if key in self._entries}
         return pool
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON or `torch.save`: five a prompt."""
+        """The state as plain numbers, five for each prompt, for JSON or `torch.save`."""
         return {"log_z_bound": self.log_z_bound, "entries": {key: list(entry) for key, entry in self._entries.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """
-        Take over what `state_dict` gave.
+        Restore what `state_dict` returned.
 
         Raises:
-            `ValueError`: if the bound differs: the pool would belong to another target.
+            `ValueError`: if the bound differs, since the saved pool then belongs to another target.
         """
         if state["log_z_bound"] != self.log_z_bound:
             raise ValueError(
@@ -152,7 +152,7 @@ class ZPool:
         }
 
     def _log_batch_weights(self, keys: Sequence[str], draws: Tensor, ess: Tensor) -> Tensor:
-        """log a_b of each prompt: (P,). Not from its own draws, but for the first batch of a lone prompt."""
+        """log a_b of each prompt: (P,), from other draws than its own, except in the first batch of a lone prompt."""
         drawn = draws > 0
         if int(drawn.sum()) > 1:
             others = (ess.sum() - ess) / (drawn.sum() - 1)
@@ -181,18 +181,22 @@ _EMPTY = (-math.inf, -math.inf, 0.0, 0, math.nan)
 
 
 def _summaries(log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws, effective sample sizes, and logarithms of the sum of weights, each (P,), of (P, n) with nan left out."""
+    """Of weights (P, n), without nan: number of draws, effective sample size, log of the sum of weights, each (P,)."""
     filled = _without_nan(log_weights)
     return (~log_weights.isnan()).sum(-1).double(), importance_ess(filled), filled.logsumexp(-1)
 
 
 def _without_nan(log_weights: Tensor) -> Tensor:
-    # nan_to_num would make -inf finite
+    # not nan_to_num, which would also make −inf finite
     return torch.where(log_weights.isnan(), -torch.inf, log_weights)
 
 
 def _log_sum_of_others(table: Tensor) -> Tensor:
-    """Log-sum-exp of a row's other entries: (P, n) -> (P, n). Not total less own: that would take all digits."""
+    """
+    For each entry, the log-sum-exp of its row's other entries: (P, n) -> (P, n).
+
+    It is not computed as total minus own entry, since a large entry would cancel all digits of the others.
+    """
     nothing = torch.full_like(table[:, :1], -torch.inf)
     before = torch.cat([nothing, table.logcumsumexp(-1)[:, :-1]], -1)
     after = torch.cat([table.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:], nothing], -1)

@@ -1,4 +1,4 @@
-"""How varied logged completions are, step by step."""
+"""The diversity of logged completions, step by step."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ def diversity_over_training(runs: Sequence[Run]) -> dict[str, dict[str, tuple[li
     """
     Measure -> run -> (steps, values), from the completions that TRL's `log_completions` wrote.
 
-    `distinct-2` is that of all completions of a step, and falls with their number: the same number is taken at each
-    step of each run. `duplicates` is the share of completions that another one of the same prompt and step repeats.
+    `distinct-2` is computed over all completions of a step. It falls with their number, so the same number is taken at
+    each step of each run. `duplicates` is the share of completions that repeat one of the same prompt and step.
     """
     by_step = {run.name: _by_step(run.samples) for run in runs}
     sizes = [len(samples) for steps in by_step.values() for samples in steps.values()]

@@ -25,7 +25,7 @@ def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
         if name.rpartition("/")[2] == "log_z" and estimate.trustworthy:
             return estimate
     _, (values, errors) = run.curve("eval_posterior_fit/log_z", "eval_posterior_fit/log_z_standard_error")
-    if values:  # the callback logs what can be trusted only
+    if values:  # the callback logs only estimates that can be trusted
         return _with_error(values[-1], errors[-1])
     for other in (run, *runs):
         # evidence of another reward, or at another β, makes another posterior
@@ -38,11 +38,11 @@ def ceiling(run: Run, runs: Sequence[Run]) -> Estimate | None:
 
 
 def elbo_figure(runs: Sequence[Run]) -> Any | None:
-    """ELBO over training, below log Z where it is known: what is missing is KL(π‖π*). None without data."""
+    """ELBO over training, below log Z where that is known: the gap is KL(π‖π*). None without data."""
     drawn = [run for run in runs if run.curve("posterior/elbo")[0]]
     if not drawn:
         return None
-    # nats of different posteriors do not compare: a panel each, where β or the rewards differ
+    # nats of different posteriors cannot be compared, so runs with other rewards or another β get a panel of their own
     figure, panels = _panels(len(drawn))
     for axes, run in zip(panels, drawn, strict=True):
         color = _color(runs, run.name)
@@ -80,11 +80,11 @@ def training_figure(runs: Sequence[Run]) -> Any | None:
 
 
 def moments_figure(runs: Sequence[Run]) -> Any | None:
-    """Each reward or feature over training: its mean, and dashed the one that it is to have. None without data."""
+    """The mean of each reward or feature over training, with its target dashed. None without data."""
     logged = {key for run in runs for entry in run.history for key in entry if _is_moment(key)}
     names = sorted(key for key in logged if any(run.curve(key)[0] for run in runs))
     shown = {key: (key.removeprefix("rewards/").removesuffix("/mean").removeprefix(_MOMENT), "mean") for key in names}
-    # with a single reward, that is the panel `reward` of the learning curves
+    # a single reward is already shown in the panel `reward` of the learning curves
     if len(shown) == 1 and not names[0].startswith(_MOMENT):
         return None
     figure = _curves_figure(runs, shown)
@@ -98,7 +98,7 @@ def moments_figure(runs: Sequence[Run]) -> Any | None:
 def diversity_figure(
     runs: Sequence[Run], measures: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 ) -> Any | None:
-    """Measure -> run -> (steps, values) of logged completions. None where no run has two steps."""
+    """Diversity over training, from measure -> run -> (steps, values). None where no run has two steps."""
     kept = {name: of for name, of in measures.items() if any(len(steps) > 1 for steps, _ in of.values())}
     if not kept:
         return None
@@ -124,7 +124,7 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
     sampled: list[Run] = []
     for run in runs:
         curves = [run.sampling.get(name) for name in _OF_THE_PRIOR]
-        # runs of one seed have drawn the same from the prior
+        # runs of the same seed drew the same completions from the prior, so only the first is shown
         if any(curves) and curves not in [[other.sampling.get(name) for name in _OF_THE_PRIOR] for other in sampled]:
             sampled.append(run)
     if not trained and not judged and not sampled:
@@ -141,7 +141,7 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
         axes.plot(math.sqrt(max(kl, 0.0)), reward, "D", color=_color(runs, run.name), markersize=6, label=label)
     for index, run in enumerate(sampled):
         suffix = "" if len(sampled) == 1 else f", {run.name}"
-        # posteriors of the same rewards lie close: one set of labels for all
+        # the posteriors of the same rewards lie close together, so only the first run's are labelled
         named = all(other.reward_names != run.reward_names for other in sampled[:index])
         _draw_sampled(axes, run, suffix, laws, named)
     axes.set(xlabel="√KL(policy‖prior)  (√nats)", ylabel="reward")
@@ -151,7 +151,7 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
 
 
 def _color(runs: Sequence[Run], name: str) -> str:
-    """A run has its colour in all figures."""
+    """The colour of a run, which is the same in all figures."""
     return f"C{[run.name for run in runs].index(name) % 10}"
 
 
@@ -197,7 +197,7 @@ def _draw_law(
         axes.plot([], [], color=color, label=name)
         return
     laws[name] = law
-    # where the prior's reward is a guess too, no line towards it
+    # where the prior's reward was fitted too, the line does not extend to it
     grid = np.linspace(min(d) if start is None else 0.0, max(d), 100)
     style = "-" if form == "rl" else "--"
     axes.plot(
@@ -207,7 +207,7 @@ def _draw_law(
 
 def _root_kl_and_reward(run: Run) -> tuple[list[float], list[float]]:
     _, (kl, reward) = run.curve("posterior/kl_to_prior", "reward")
-    # an estimate by log-ratios may dip below 0
+    # an estimate of KL by log-ratios may be slightly negative
     return [math.sqrt(max(value, 0.0)) for value in kl], reward
 
 
@@ -228,7 +228,7 @@ def _curves_figure(runs: Sequence[Run], shown: Mapping[str, tuple[str, str]]) ->
 def _draw_curve(
     axes: Any, steps: Sequence[float], values: Sequence[float], color: str, label: str, linestyle: str = "-"
 ) -> list[float]:
-    """The values, faint, and their running mean, which is returned."""
+    """Draw the values faintly and their running mean strongly; returns the running mean."""
     width = len(values) // 40
     smooth = [float(np.mean(values[max(0, i - width) : i + width + 1])) for i in range(len(values))]
     if width > 0:
@@ -239,7 +239,7 @@ def _draw_curve(
 
 
 def _panels(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, list[Any]]:
-    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    # Figure rather than pyplot, which would need a display and could change the caller's backend
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -257,7 +257,7 @@ def _panels(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, list[
 
 
 def _legend(figure: Any, panels: Sequence[Any], columns: int) -> None:
-    """One for all panels, since a run may be missing in some."""
+    """Draw one legend for all panels, since a run may be missing in some of them."""
     named = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""Writes what the report reads: draws of a sampler, and what is known of them."""
+"""Writes the files that the report reads: the draws of a sampler, and facts about them."""
 
 import json
 import math
@@ -17,22 +17,22 @@ def write_sampling(
     prior_rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> Path:
     """
-    Leave draws in a folder, for `rlhf-bayes report` and for whatever reads JSON lines.
+    Write draws into a folder, as JSON lines, for `rlhf-bayes report` and for other programs.
 
     Args:
         folder (`str` or `Path`):
-            Made where missing.
+            The folder, which is made if it does not exist.
         rows (`Sequence[Mapping]`):
-            One for each completion: `prompt` and `completion`, texts or chats; `weight`, its share among those of its
-            prompt (default: all alike); `reward`; `features`, numbers by name; and what else there is. Numbers that
-            are not finite become null.
+            A row for each completion, with `prompt` and `completion`, texts or chats; `weight`, its share among the
+            completions of its prompt (default: all alike); `reward`; `features`, numbers by name; and any other
+            entries. Numbers that are not finite become null.
         sampling (`Mapping`, *optional*):
-            `beta`, `reward_names`, `settings`, `moments` (the means that features are to have), and rows of `what_if`
-            and `best_of_n`, into `sampling.json`.
+            The content of `sampling.json`: `beta`, `reward_names`, `settings`, `moments` (the means that features are
+            asked to have), and rows of `what_if` and `best_of_n`.
         evaluation (`Mapping`, *optional*):
-            Numbers, or objects with `mean` and `standard_error` or `low` and `high`, into `evaluation.json`.
+            The content of `evaluation.json`: numbers, or objects with `mean` and `standard_error` or `low` and `high`.
         prior_rows (`Sequence[Mapping]`, *optional*):
-            Completions of the prior, to be shown beside those of `rows`, into `prior.jsonl`.
+            Completions of the prior, for `prior.jsonl`. The report shows them beside `rows`.
 
     Returns:
         `Path` of the draws.

@@ -1,4 +1,4 @@
-"""One page of HTML that needs nothing else: no network, no scripts. Whatever a model wrote is escaped."""
+"""Writes one self-contained page of HTML, without network or scripts. Whatever a model wrote is escaped."""
 
 import base64
 import io
@@ -23,15 +23,15 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
 
     Args:
         folders (`Sequence` of `str` or `Path`):
-            As [`read_runs`] takes them.
+            Folders of runs, as in [`read_runs`].
         output_dir (`str` or `Path`):
-            Where to write; made where missing.
+            The folder to write to, which is made if it does not exist.
 
     Returns:
         `Path` of the page.
 
     Raises:
-        FileNotFoundError or ValueError: as [`read_runs`]; nothing is written then.
+        FileNotFoundError or ValueError: as [`read_runs`] does. Nothing is written then.
     """
     runs = read_runs(folders)
     output_dir = Path(output_dir)
@@ -63,39 +63,39 @@ def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
             "ELBO under its ceiling",
             "elbo",
             elbo_figure(runs),
-            "The ELBO is the expected evidence, E[r]/β for a reward, less KL(π‖π0). It cannot pass log Z; what is "
-            "missing is the distance to the posterior, KL(π‖π*). Nats compare within one posterior only.",
+            "The ELBO is the expected evidence, E[r]/β for a reward, minus KL(π‖π0). It cannot exceed log Z; the gap "
+            "is the distance to the posterior, KL(π‖π*). Nats can be compared only within one posterior.",
             "",
         ),
         (
             "Reward against the distance from the prior",
             "reward_kl",
             against_kl and against_kl[0],
-            "Dots of a run: its logging steps; diamond: how it was judged. Dark line: posteriors, each with its β; "
-            "crosses: best of n. Reward that is bought with more KL than the posteriors pay comes from an inference "
-            "that is not finished.",
+            "Dots are the logging steps of a run, the diamond is its evaluation. The dark line is the posteriors, "
+            "each with its β; crosses are the best of n. A run to the right of the dark line has more KL than the "
+            "posterior of the same reward: its inference is not finished.",
             laws,
         ),
         (
             "Over training",
             "training",
             training_figure(runs),
-            "Where steps are many: their running mean, and each of them faint.",
+            "With many steps, the strong line is their running mean and the faint one the steps themselves.",
             "",
         ),
         (
             "Moments",
             "moments",
             moments_figure(runs),
-            "Mean of each reward function or feature. Dashed: what was asked for.",
+            "Mean of each reward function or feature. The dashed line is the mean that was asked for.",
             "",
         ),
         (
             "Diversity",
             "diversity",
             diversity_figure(runs, diversity_over_training(runs)),
-            "Of logged completions, the same number at each point. A collapse shows as a fall of distinct-2, or a "
-            "rise of duplicates, that the posterior does not ask for.",
+            "Computed from logged completions, the same number at each point. Distinct-2 that falls, or duplicates "
+            "that rise, by more than the posterior asks for mean that the policy collapses.",
             "",
         ),
     ]
@@ -127,7 +127,7 @@ def _page(runs: Sequence[Run], sections: Sequence[tuple[str, str]]) -> str:
         for index, (title, content) in enumerate(sections)
     )
     made = f"rlhf_bayes {version('rlhf_bayes')}, {datetime.now().astimezone():%Y-%m-%d %H:%M}"
-    # the policy makes sure of what is promised: nothing is loaded, nothing runs
+    # the Content-Security-Policy makes the browser load nothing and run no scripts
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -1,4 +1,4 @@
-"""What a folder holds of a run: its log, its samples, its settings, and how it was judged."""
+"""Reads a run from its folder: its log, its samples, its settings and its evaluation."""
 
 import json
 import math
@@ -22,22 +22,22 @@ _WHY_NOT_FINITE = "a completion that the posterior forbids has a log density of 
 @final
 @dataclass(frozen=True)
 class Sample:
-    """A completion with what is known of it."""
+    """A completion and its scores."""
 
     prompt: str
     completion: str
     scores: dict[str, float] = field(default_factory=dict)
     """Rewards by name, in their own units."""
     step: int | None = None
-    """Optimizer step at which it was drawn; None of what was drawn after training."""
+    """Optimizer step at which it was drawn; None for a completion that was drawn after training."""
     weight: float = 1.0
-    """Share among the completions of its prompt, where they do not count alike."""
+    """Its share among the completions of its prompt; None where all count alike."""
 
 
 @final
 @dataclass(frozen=True)
 class Estimate:
-    """A number of an evaluation, as it is to be shown."""
+    """A number of an evaluation, with what is needed to show it."""
 
     value: float
     low: float | None = None
@@ -45,7 +45,7 @@ class Estimate:
     unit: str = ""
     trustworthy: bool = True
     reason: str = ""
-    """Why it is not to be trusted, or where it comes from."""
+    """Why it cannot be trusted, or where it comes from."""
 
     def __str__(self) -> str:
         if not self.trustworthy:
@@ -55,7 +55,7 @@ class Estimate:
         width = self.high - self.low
         if width == 0:
             return f"{self.value:.3g}".replace("-", "−")
-        digits = 2 if width > 0.02 else min(1 - math.floor(math.log10(width)), 4)  # two of the interval's own
+        digits = 2 if width > 0.02 else min(1 - math.floor(math.log10(width)), 4)  # two digits of the interval's width
         value, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]".replace("-", "−")  # + 0.0: no −0.00
 
@@ -83,7 +83,7 @@ class Run:
     @property
     def beta(self) -> float | None:
         """β of the posterior, where it is known and positive."""
-        # evidence of features has none, whatever the trainer's arguments say
+        # the evidence of features has no β, whatever the trainer's arguments say, so `sampling.json` comes first
         value = (self.sampling if "beta" in self.sampling else self.settings).get("beta")
         return float(value) if isinstance(value, int | float) and value > 0 else None
 
@@ -121,17 +121,18 @@ class Run:
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     """
-    One run for each folder. Each is named by the end of its path that tells it from the others.
+    One run for each folder. Its name is the shortest end of its path that differs from the others.
 
     Args:
         folders (`Sequence` of `str` or `Path`):
-            Output folders of trainers, or of `rlhf-bayes sample`. Read are `trainer_state.json` (there, or in the last
-            `checkpoint-*`), `training_args.bin`, `completions/*.parquet` of TRL's `log_completions`,
-            `evaluation.json`, `sampling.json`, `draws.jsonl` and `prior.jsonl`, those that exist.
+            Output folders of trainers, or of `rlhf-bayes sample`. Of these files, those that exist are read:
+            `trainer_state.json` (in the folder or its last `checkpoint-*`), `training_args.bin`,
+            `completions/*.parquet` of TRL's `log_completions`, `evaluation.json`, `sampling.json`, `draws.jsonl` and
+            `prior.jsonl`.
 
     Raises:
         FileNotFoundError: if a folder does not exist.
-        ValueError: if there is no folder, one is named twice, holds nothing to report, or a file cannot be read.
+        ValueError: if no folder is given, one is given twice or holds nothing to report, or a file cannot be read.
     """
     paths = [Path(folder) for folder in folders]
     if not paths:
@@ -207,7 +208,7 @@ def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimat
 
 
 def text_of(conversation: Any) -> str:
-    """A prompt or completion as text; of a chat, each message under its role."""
+    """A prompt or completion as text. A chat becomes its messages, each under its role."""
     if isinstance(conversation, str):
         return conversation
     if isinstance(conversation, list | tuple):
@@ -224,7 +225,7 @@ def _logged_samples(folder: Path) -> list[Sample]:
     from pyarrow import ArrowException
     from pyarrow.parquet import read_table
 
-    # a long run logs thousands: as many as a curve needs, the last among them
+    # a long run has thousands of files: only as many are read as a curve needs, the last one among them
     stride = math.ceil(len(files) / _MAX_COMPLETION_FILES)
     samples = []
     for file in files[::-1][::stride][::-1]:

@@ -1,4 +1,4 @@
-"""Settings of a run, read from what `Trainer` saves, without running any code that the file may hold."""
+"""Reads the settings of a run from what `Trainer` saves, without running any code that the file may hold."""
 
 import json
 import pickle
@@ -17,11 +17,11 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     The arguments in a `training_args.bin`: plain values by name, `class` first. Access tokens are left out.
 
-    `torch.load` would import whatever classes the file names and run what they ask for. Here every class but a few
-    containers is replaced by an empty one.
+    `torch.load` would import any class that the file names and run its code. Here every class but a few containers is
+    replaced by an empty one.
 
     Raises:
-        ValueError: if it is no file that `torch.save` wrote.
+        ValueError: if `torch.save` did not write the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -42,7 +42,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 class _Opaque:
-    """Stands for an object of any class: keeps what it was made of."""
+    """Stands for an object of any class, and keeps the arguments and the state that it was pickled with."""
 
     _made_of: tuple[Any, ...]
 
@@ -60,11 +60,11 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED.get((module, name)) or type(name, (_Opaque,), {})
 
     def persistent_load(self, pid: Any) -> None:
-        """Tensors are not settings."""
+        """Leave tensors out: they are not settings."""
 
 
 def _plain(value: Any) -> Any:
-    """An enumeration is its value, a device its name; other objects are left as they are, and left out later."""
+    """The value of an enumeration, the name of a device; other objects stay as they are and are left out later."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if not str(key).endswith("_token")}
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""What the prior's draws say of posteriors that nobody trained for."""
+"""What draws of the prior say of the posteriors of other β, without training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _FACTORS = (8, 4, 2, 1, 1 / 2, 1 / 4, 1 / 8)
 
 
 def betas_around(beta: float) -> list[float]:
-    """From 8·β down to β/8, each half of the one before."""
+    """Seven values of β, from 8·β down to β/8, each half the one before."""
     return [beta * factor for factor in _FACTORS]
 
 
@@ -21,13 +21,13 @@ def what_if_of(rewards: Tensor, betas: Sequence[float]) -> dict[str, list[dict[s
 
     Args:
         rewards (`torch.Tensor`):
-            (P, n): r of the prior's completions, in the reward's own unit.
+            (P, n): rewards of the prior's completions, in the reward's own units.
         betas (`Sequence[float]`):
-            Units of reward per nat of evidence, positive; none where there is no posterior.
+            Positive values of β, in units of reward per nat of evidence; empty where there is no posterior.
     """
     rewards = rewards.double()
     found: dict[str, list[dict[str, Any]]] = {"what_if": [row._asdict() for row in what_if(rewards, betas)]}
-    if bool(rewards.isfinite().all()):  # the best of n is not defined where some may not be taken
+    if bool(rewards.isfinite().all()):  # the best of n is not defined where a completion is forbidden
         ns = [2**power for power in range(rewards.size(1).bit_length())]
         means = expected_best_of_n(rewards, rewards, ns).tolist()
         found["best_of_n"] = [

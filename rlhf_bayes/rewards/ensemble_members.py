@@ -32,12 +32,17 @@ class Members(Protocol):
         """As in [`RewardIndex`]."""
         ...
 
+    @property
+    def classifiers(self) -> list[TextClassifier]:
+        """What reads the texts: one that the members share, or one for each."""
+        ...
+
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
         """Rewards of the chosen members before the ensemble's normalization: (len(members), B), fp32, on the CPU."""
         ...
 
-    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        """The members' logits, without any normalization: (K, B), fp32, on the CPU."""
+    def logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
+        """The members' logits before any normalization, (K, B), fp32, on the CPU; see [`TextClassifier.logits`]."""
         ...
 
     def save(self, folder: str | Path) -> None:
@@ -59,14 +64,24 @@ class Heads:
     def append_eos(self) -> bool:
         return self.classifier.append_eos
 
+    @property
+    def classifiers(self) -> list[TextClassifier]:
+        return [self.classifier]
+
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
-        parts = [self.classifier.forward(inputs) for inputs in self.classifier.batches(prompts, completions)]
+        return self._scored(prompts, completions, members)
+
+    def logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
+        return self._scored(prompts, completions, range(len(self.names)), max_length)
+
+    def _scored(
+        self, prompts: Sequence, completions: Sequence, members: Sequence[int], max_length: int | None = None
+    ) -> Tensor:
+        batches = self.classifier.batches(prompts, completions, None, max_length)
+        parts = [self.classifier.forward(inputs) for inputs in batches]
         rewards = torch.cat(parts).T[list(members)] if parts else torch.empty(len(members), 0)  # (K, B)
         check_finite(rewards, self.classifier.name, _described(self.names, members), completions)
         return rewards
-
-    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        return self.raw_rewards(prompts, completions, range(len(self.names)))
 
     def save(self, folder: str | Path) -> None:
         _save(self.classifier, folder)
@@ -98,17 +113,27 @@ class Adapters:
     def append_eos(self) -> bool:
         return self.classifier.append_eos
 
+    @property
+    def classifiers(self) -> list[TextClassifier]:
+        return [self.classifier]
+
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
+        return self._rewards(prompts, completions, members)
+
+    def logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
+        return self._rewards(prompts, completions, range(len(self.names)), max_length)
+
+    def _rewards(
+        self, prompts: Sequence, completions: Sequence, members: Sequence[int], max_length: int | None = None
+    ) -> Tensor:
         adapters = [self.names[member] for member in members]
         # rows of a pass, not texts, are what memory bounds
         size = max(1, self.classifier.batch_size // len(adapters)) if self.in_one_pass else None
-        parts = [self._scored(inputs, adapters) for inputs in self.classifier.batches(prompts, completions, size)]
+        batches = self.classifier.batches(prompts, completions, size, max_length)
+        parts = [self._scored(inputs, adapters) for inputs in batches]
         rewards = torch.cat(parts, dim=1) if parts else torch.empty(len(members), 0)  # (K, B)
         check_finite(rewards, self.classifier.name, _described(self.names, members), completions)
         return rewards
-
-    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        return self.raw_rewards(prompts, completions, range(len(self.names)))
 
     def save(self, folder: str | Path) -> None:
         # PEFT writes the base's own path where a config has none
@@ -167,6 +192,10 @@ class Models:
     def append_eos(self) -> bool:
         return all(model.classifier.append_eos for model in self.models)
 
+    @property
+    def classifiers(self) -> list[TextClassifier]:
+        return [model.classifier for model in self.models]
+
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
         rewards = []
         for member, described in zip(members, _described(self.names, members), strict=True):
@@ -177,8 +206,9 @@ class Models:
                 raise
         return torch.stack(rewards)  # (K, B)
 
-    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        return torch.stack([model.classifier.logits(prompts, completions)[:, 0] for model in self.models])  # (K, B)
+    def logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
+        rewards = [model.classifier.logits(prompts, completions, max_length)[:, 0] for model in self.models]
+        return torch.stack(rewards)  # (K, B)
 
     def save(self, folder: str | Path) -> None:
         for name, model in zip(self.names, self.models, strict=True):

@@ -1,5 +1,7 @@
 """What people said of a pair of completions: the evidence, row by row, and checked."""
 
+import ast
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,9 @@ logger = logging.getLogger(__name__)
 JUDGEMENT_COLUMNS = ("chosen_prob", "votes", "annotator", "annotators", "annotator_votes")
 _LABELS = {"chosen": 1.0, "rejected": 0.0, "tie": 0.5}
 _VOTES = ("chosen", "rejected", "tie")
+# the second pair of names is deprecated in TRL, which still takes it
+_TOKENISED = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
+_LISTS = ("votes", "annotators", "annotator_votes")
 
 
 class Judgement(NamedTuple):
@@ -37,6 +42,8 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
     It is in `chosen_prob`, or in `votes`, or in `annotators` with `annotator_votes`. With the first two, `annotator`
     names who judged. A row without any of them says that `chosen` was preferred.
 
+    Votes and lists of annotators may be JSON text, as in the cells of a CSV file.
+
     Args:
         row (`Mapping[str, Any]`): a row of the dataset.
         where (`str`): the row's name in errors.
@@ -44,6 +51,7 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
     Raises:
         `ValueError`: a probability outside of [0, 1], negative or no votes, or columns that contradict each other.
     """
+    row = {column: _cell(row[column]) if column in _LISTS else row[column] for column in row}
     if "chosen_prob" in row and ("votes" in row or "annotator_votes" in row):
         raise ValueError(
             f"{where} must say once how the pair was judged, got `chosen_prob` and votes. Remove one of the columns."
@@ -66,6 +74,23 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
         raise ValueError(f"`annotator` must be an id, got None in {where}. Name who judged the pair, or drop the row.")
     by_one = annotator is not None
     return Judgement(float(prob), votes, [str(annotator)] if by_one else None, [float(prob)] if by_one else None)
+
+
+def parsed_literal(text: str) -> Any:
+    """What a cell of a CSV file spells out as JSON, or as Python writes lists; None where it is any other text."""
+    if not text.strip().startswith(("[", "{")):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _cell(value: Any) -> Any:
+    parsed = parsed_literal(value) if isinstance(value, str) else None
+    return value if parsed is None else parsed
 
 
 def _by_annotators(row: Mapping[str, Any], where: str) -> Judgement:
@@ -106,6 +131,7 @@ def _checked_votes(votes: Any, where: str) -> list[int]:
         counts = list(votes) if isinstance(votes, Sequence) and not isinstance(votes, str) else []
     if len(counts) == 2:
         counts = [*counts, 0]
+    counts: Any = [int(count) if isinstance(count, float) and count.is_integer() else count for count in counts]
     whole = all(isinstance(count, int) and count >= 0 for count in counts)
     if len(counts) != 3 or not whole or not sum(counts):
         raise ValueError(
@@ -135,7 +161,7 @@ def check_pairs(name: str, dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None)
     if columns is None:  # a stream that does not know them
         return
-    tokenised = {"chosen_ids", "rejected_ids"} <= set(columns)
+    tokenised = next((pair for pair in _TOKENISED if set(pair) <= set(columns)), None)
     if not tokenised and not {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             f"`{name}` must have the columns `chosen` and `rejected`, got {list(columns)}. Rename those that hold the "
@@ -145,7 +171,7 @@ def check_pairs(name: str, dataset: Any) -> None:
         return
     if len(dataset) == 0:
         raise ValueError(f"`{name}` must hold at least one pair, got none. Check the split and the filters before it.")
-    _check_texts(name, dataset, ("chosen_ids", "rejected_ids") if tokenised else ("chosen", "rejected"))
+    _check_texts(name, dataset, tokenised or ("chosen", "rejected"))
     if "margin" in columns:
         _check_margins(name, dataset["margin"])
     if set(columns) & set(JUDGEMENT_COLUMNS):
@@ -190,7 +216,7 @@ def _check_texts(name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
             f"{identical} of {len(dataset)} pairs in `{name}` have identical texts. They are kept, teach nothing, and "
             f"lower the accuracy: drop them with `dataset.filter(lambda row: row['{chosen}'] != row['{rejected}'])`."
         )
-    if empty and chosen == "chosen_ids":
+    if empty and chosen != "chosen":
         raise ValueError(
             f"`{name}` must hold at least one token a text, got none in {empty} of {len(dataset)} pairs: a reward is "
             "read off the last token. Drop them, or let the trainer tokenise the texts, which appends EOS."

@@ -6,13 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, load_peft_weights
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from rlhf_bayes.lm.adapters import check_can_be_read_again, check_leaves_base
 from rlhf_bayes.lm.pretrained import ADAPTER_CONFIG, is_adapter, key_names, shown, tokenizer_folder
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 
@@ -20,20 +28,31 @@ DEFAULT_ADAPTER = "default"
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
 
 
-def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Module:
+def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
+    """The config of a model, or of the base that an adapter names; `options` go to `AutoConfig.from_pretrained`."""
+    if is_adapter(path):
+        path = str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
+    return AutoConfig.from_pretrained(str(path), **options)
+
+
+def load_classifier(
+    path: str | Path, num_labels: int | None = None, dtype: torch.dtype | str = torch.float32
+) -> nn.Module:
     """
     A sequence classifier with all of its weights; a folder with a PEFT adapter gives its base under that adapter.
 
     Args:
         path (`str` or `Path`): A folder, or a repository of the hub.
         num_labels (`int`, *optional*): Labels that it must have. Default: as many as it has.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Of the weights; `"auto"` takes that of the checkpoint, where
+            half precision would make rewards equal that are not. Default: fp32, as a language model is loaded.
 
     Raises:
         `ValueError`: the checkpoint has no classification head, or one of another number of labels.
     """
     if is_adapter(path):
-        return load_adapters(path, [DEFAULT_ADAPTER], num_labels)
-    model, info = _load(str(path), num_labels)
+        return load_adapters(path, [DEFAULT_ADAPTER], num_labels, dtype)
+    model, info = _load(str(path), num_labels, dtype)
     mismatched = key_names(info["mismatched_keys"])
     if mismatched:
         saved = AutoConfig.from_pretrained(path).num_labels
@@ -53,7 +72,12 @@ def load_classifier(path: str | Path, num_labels: int | None = None) -> nn.Modul
     return model
 
 
-def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int | None = 1) -> PeftModel:
+def load_adapters(
+    folder: str | Path,
+    adapters: Sequence[str],
+    num_labels: int | None = 1,
+    dtype: torch.dtype | str = torch.float32,
+) -> PeftModel:
     """
     One base and several PEFT adapters, as `PeftModel.save_pretrained` writes them.
 
@@ -64,14 +88,20 @@ def load_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int |
         folder (`str` or `Path`): Where the adapters were saved.
         adapters (`Sequence[str]`): Their names.
         num_labels (`int`, *optional*, defaults to `1`): Labels of each head. `None`: as many as the heads have.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Of the base; see [`load_classifier`].
 
     Raises:
-        `ValueError`: an adapter is not there, has no head of its own or one of other labels, or names another base.
+        `ValueError`: an adapter is not there, has no head of its own or one of other labels, names another base, or
+            was made in a way that changes the base and cannot be repeated here.
     """
     folders = adapter_folders(folder, adapters)
     num_labels = check_adapters(folder, adapters, num_labels)
-    bases = [PeftConfig.from_pretrained(str(place)).base_model_name_or_path for place in folders]
-    base = _load_base(folder, bases, num_labels)
+    configs = [PeftConfig.from_pretrained(str(place)) for place in folders]
+    for config in configs:
+        check_can_be_read_again(config, f"an adapter in '{folder}'")
+        if len(configs) > 1:
+            check_leaves_base(config, f"the adapters in '{folder}'")
+    base = _load_base(folder, [config.base_model_name_or_path for config in configs], num_labels, dtype)
     model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=adapters[0])
     for adapter, place in zip(adapters[1:], folders[1:], strict=True):
         model.load_adapter(str(place), adapter_name=adapter)
@@ -139,7 +169,9 @@ def _head_labels(folder: Path, adapter: str) -> int:
     return weights[max(key for key in heads if key.endswith("weight"))].shape[0]
 
 
-def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int) -> nn.Module:
+def _load_base(
+    folder: str | Path, paths: Sequence[str | None], num_labels: int, dtype: torch.dtype | str
+) -> nn.Module:
     named = sorted({str(path) for path in paths})
     if not paths[0] or len(named) > 1:
         raise ValueError(
@@ -147,7 +179,7 @@ def _load_base(folder: str | Path, paths: Sequence[str | None], num_labels: int)
             f"`base_model_name_or_path` in each {ADAPTER_CONFIG}, or combine whole models instead."
         )
     with _no_load_report():  # of a head drawn at random, which each adapter replaces
-        base, info = _load(paths[0], num_labels)
+        base, info = _load(paths[0], num_labels, dtype)
     missing = [key for key in key_names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
     if missing:
         raise ValueError(
@@ -219,10 +251,10 @@ def load_tokenizer(path: str | Path, name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tokenizer_folder(path))
 
 
-def _load(path: str, num_labels: int | None) -> tuple[nn.Module, dict[str, Any]]:
+def _load(path: str, num_labels: int | None, dtype: torch.dtype | str) -> tuple[nn.Module, dict[str, Any]]:
     labels = {} if num_labels is None else {"num_labels": num_labels}
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        path, output_loading_info=True, ignore_mismatched_sizes=True, **labels
+        path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **labels
     )
     return model, info
 

@@ -102,8 +102,7 @@ class PooledReward:
 
     Args:
         ensemble ([`RewardEnsemble`] or what has its `member_rewards`): The members.
-        rule (`str`): `"mean"`, `"pessimistic"`, `"mean_minus_variance"`, `"min"` or `"marginal"`; see
-            [`~rlhf_bayes.numerics.pool`].
+        rule (`str`): One of [`~rlhf_bayes.numerics.POOLING_RULES`]; see [`~rlhf_bayes.numerics.pool`].
         beta (`float`, *optional*): β of the posterior, for the rules that use it.
         penalty (`float`, *optional*): Weight of the variance, for `"mean_minus_variance"`.
         centers ([`PromptCenters`] or `False`, *optional*): The members' centers, from [`prompt_centers`]; `False` says

@@ -16,7 +16,7 @@ from rlhf_bayes.rewards.normalization import Normalization
 from rlhf_bayes.rewards.pooled_reward import PooledReward, PromptCenters
 from rlhf_bayes.rewards.reward_model import RewardModel
 from rlhf_bayes.rewards.shared import SharedClassifier
-from rlhf_bayes.rewards.text_classifier import TextClassifier
+from rlhf_bayes.rewards.text_classifier import TextClassifier, without_overlong
 
 
 @final
@@ -84,9 +84,12 @@ class RewardEnsemble:
         device: torch.device | str | None = None,
         batch_size: int = 64,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str = torch.float32,
     ) -> "RewardEnsemble":
         """
         Load an ensemble from a folder or a repository of the hub, or combine the single models of several.
+
+        Weights are in fp32, unless `dtype` says otherwise; see [`RewardModel`].
 
         Without a `reward_model.json`, a classifier of several labels is taken as an ensemble of heads, and subfolders
         `member_0`, … as its adapters or models.
@@ -95,7 +98,7 @@ class RewardEnsemble:
             `ValueError`: a single model, weights that the index contradicts, or a member without a head.
         """
         if not isinstance(path, (str, Path)):
-            return cls(list(path), tokenizer, device, batch_size)
+            return cls([RewardModel(one, tokenizer, device, batch_size, dtype=dtype) for one in path])
         folder = local_folder(path)
         index = found_index(folder)
         if index.kind == "single":
@@ -107,10 +110,13 @@ class RewardEnsemble:
             models = []
             for name in index.members:
                 own = RewardIndex.load(folder / name) or RewardIndex(append_eos=index.append_eos)
-                models.append(RewardModel(folder / name, tokenizer, device, batch_size, own))
+                models.append(RewardModel(folder / name, tokenizer, device, batch_size, own, dtype))
             ensemble = cls(models, index=index)
         else:
-            module = load_classifier(folder) if index.kind == "heads" else load_adapters(folder, index.members)
+            if index.kind == "heads":
+                module = load_classifier(folder, dtype=dtype)
+            else:
+                module = load_adapters(folder, index.members, dtype=dtype)
             tokenizer = tokenizer or load_tokenizer(folder, folder.name)
             ensemble = cls(module.to(device or "cpu"), tokenizer, batch_size=batch_size, index=index)
         ensemble.__name__ = str(path).rstrip("/").split("/")[-1]
@@ -120,6 +126,11 @@ class RewardEnsemble:
     def num_members(self) -> int:
         """K."""
         return len(self._members.names)
+
+    @property
+    def classifiers(self) -> list[TextClassifier]:
+        """What reads the texts: one that the members share, or one for each."""
+        return self._members.classifiers
 
     @property
     def index(self) -> RewardIndex:
@@ -146,9 +157,13 @@ class RewardEnsemble:
         raw = self._members.raw_rewards(prompts, completions, range(self.num_members))  # (K, B)
         return raw if self.normalization is None else self.normalization.apply(raw)
 
-    def member_logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
-        """Logits of each member, before any normalisation, as in training: (K, B), fp32, on the CPU."""
-        return self._members.logits(prompts, completions)
+    def member_logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
+        """
+        Logits of each member, before any normalisation, as in training: (K, B), fp32, on the CPU.
+
+        Of texts of more than `max_length` tokens, the last so many are read.
+        """
+        return self._members.logits(prompts, completions, max_length)
 
     def __call__(self, prompts: list, completions: list, log_metric: Any = None, **columns: Any) -> list[float]:
         """
@@ -184,6 +199,8 @@ class RewardEnsemble:
         """
         Fit and keep gain and bias, so that each member has mean 0 and standard deviation 1 on these completions.
 
+        Completions that a member has no positions for are left out, and counted in a warning.
+
         Args:
             prompts (`list` of `str` or of chats): N prompts.
             completions (`list` of `str` or of chats): Completions of them, best the prior's own.
@@ -192,6 +209,7 @@ class RewardEnsemble:
         Raises:
             `ValueError`: fewer than two completions, or a member that does not vary.
         """
+        prompts, completions = without_overlong(self.classifiers, prompts, completions)
         raw = self._members.raw_rewards(prompts, completions, range(self.num_members))  # (K, N)
         self.normalization = Normalization.fit(raw, reference)
 
@@ -216,11 +234,13 @@ def load_reward(
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: torch.device | str | None = None,
     batch_size: int = 64,
+    dtype: torch.dtype | str = torch.float32,
 ) -> RewardModel | RewardEnsemble:
     """
     The reward model or ensemble in a folder or a repository of the hub, with its normalization.
 
-    A classifier of several labels is an ensemble only where a `reward_model.json` says so.
+    Weights are in fp32, unless `dtype` says otherwise; see [`RewardModel`]. A classifier of several labels is
+    an ensemble only where a `reward_model.json` says so.
 
     Raises:
         `ValueError`: as [`RewardModel`] and [`RewardEnsemble.from_pretrained`].
@@ -230,8 +250,8 @@ def load_reward(
         found = found_index(Path(path))
         index = None if found.kind == "heads" else found
     if index is None or index.kind == "single":
-        return RewardModel(path, tokenizer, device, batch_size)
-    return RewardEnsemble.from_pretrained(path, device, batch_size, tokenizer)
+        return RewardModel(path, tokenizer, device, batch_size, dtype=dtype)
+    return RewardEnsemble.from_pretrained(path, device, batch_size, tokenizer, dtype)
 
 
 def _as_model(

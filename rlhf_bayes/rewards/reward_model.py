@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.normalization import Normalization
-from rlhf_bayes.rewards.text_classifier import TextClassifier
+from rlhf_bayes.rewards.text_classifier import TextClassifier, without_overlong
 
 
 @final
@@ -34,6 +34,9 @@ class RewardModel:
             Texts in one forward pass; changes memory, and results by rounding only.
         index ([`RewardIndex`], *optional*):
             How to read a model. Default: the index beside a path, or none.
+        dtype (`torch.dtype` or `"auto"`, *optional*):
+            Of the weights of a model that is loaded from a path. Default: fp32, whatever the checkpoint is stored in,
+            since half precision gives many completions the same reward; `"auto"` keeps the checkpoint's.
 
     Raises:
         `TypeError`: `model` has no `config`.
@@ -50,6 +53,7 @@ class RewardModel:
         device: torch.device | str | None = None,
         batch_size: int = 64,
         index: RewardIndex | None = None,
+        dtype: torch.dtype | str = torch.float32,
     ):
         is_path = isinstance(model, (str, Path))
         if index is None:
@@ -60,7 +64,7 @@ class RewardModel:
                 f"{f' in {model!s}' if is_path else ''}. Load it with `RewardEnsemble.from_pretrained` or "
                 "`load_reward`."
             )
-        self.classifier = TextClassifier(model, tokenizer, device, batch_size, 1, index.append_eos)
+        self.classifier = TextClassifier(model, tokenizer, device, batch_size, 1, index.append_eos, dtype)
         self.__name__ = self.classifier.name
         if self.classifier.num_labels != 1:
             warnings.warn(
@@ -79,6 +83,11 @@ class RewardModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The classifier's tokenizer."""
         return self.classifier.tokenizer
+
+    @property
+    def classifiers(self) -> list[TextClassifier]:
+        """What reads the texts: here one, of an ensemble perhaps several."""
+        return [self.classifier]
 
     @property
     def index(self) -> RewardIndex:
@@ -102,9 +111,12 @@ class RewardModel:
         """
         Fit and keep gain and bias, so that the reward has mean 0 and standard deviation 1 on these completions.
 
+        Completions that the model has no positions for are left out, and counted in a warning.
+
         Raises:
             `ValueError`: fewer than two completions, or a reward that does not vary.
         """
+        prompts, completions = without_overlong([self.classifier], prompts, completions)
         self.normalization = Normalization.fit(self.classifier.logits(prompts, completions)[:, :1].T, reference)
 
     def save_pretrained(self, folder: str | Path) -> None:

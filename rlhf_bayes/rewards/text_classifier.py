@@ -1,6 +1,7 @@
 """A sequence classifier on prompts and completions: tokenised, batched and checked."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rlhf_bayes.rewards.index import RewardIndex
+from rlhf_bayes.rewards.lengths import LengthLimit, num_positions, shown_rows
 from rlhf_bayes.rewards.loading import load_classifier, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -38,6 +42,8 @@ class TextClassifier:
         append_eos (`bool`, *optional*):
             Whether plain texts are read as `RewardTrainer` tokenises them, with EOS and special tokens. See
             [`RewardIndex`]. Default: what the index beside the model says, else no.
+        dtype (`torch.dtype` or `"auto"`, *optional*):
+            Of a model that is loaded from a path; see [`load_classifier`]. Default: fp32.
 
     Attributes:
         name (`str`): Name of the model, from its path or its class.
@@ -57,6 +63,7 @@ class TextClassifier:
         batch_size: int = 64,
         num_labels: int | None = None,
         append_eos: bool | None = None,
+        dtype: torch.dtype | str = torch.float32,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
@@ -64,7 +71,7 @@ class TextClassifier:
         if isinstance(model, (str, Path)):
             path = str(model)
             self.index = RewardIndex.load(path)
-            model = load_classifier(path, num_labels).to(device or "cpu")
+            model = load_classifier(path, num_labels, dtype).to(device or "cpu")
         config: Any = getattr(model, "config", None)
         if config is None:
             raise TypeError(
@@ -92,28 +99,47 @@ class TextClassifier:
         """Where the model is."""
         return next(self.model.parameters()).device
 
-    def logits(self, prompts: Sequence, completions: Sequence) -> Tensor:
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model has positions for; None for no limit."""
+        return num_positions(self._config)
+
+    def token_ids(self, prompts: Sequence, completions: Sequence) -> list[list[int]]:
+        """Token ids of each text, as the model reads them, whatever their number."""
+        texts = [self.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        plain = [isinstance(prompt, str) for prompt in prompts]
+        return [self._tokens([text], of_text)["input_ids"][0] for text, of_text in zip(texts, plain, strict=True)]
+
+    def logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
         """
         Logits of each completion: (B, L), fp32, on the CPU.
 
         Args:
             prompts (`Sequence` of `str` or of chats): B prompts.
             completions (`Sequence` of `str` or of chats): B completions, in the prompt's form.
+            max_length (`int`, *optional*): Read the last so many tokens of longer texts, as `RewardTrainer` does with
+                `overlong="truncate"`.
 
         Raises:
             `ValueError`: a text that the model cannot read, or logits that are not finite.
         """
-        rows = [self.forward(inputs) for inputs in self.batches(prompts, completions)]
+        rows = [self.forward(inputs) for inputs in self.batches(prompts, completions, None, max_length)]
         logits = torch.cat(rows) if rows else torch.empty(0, self.num_labels)  # (B, L)
         check_finite(logits.T, self.name, [f"label {label}" for label in range(logits.shape[1])], completions)
         return logits
 
-    def batches(self, prompts: Sequence, completions: Sequence, batch_size: int | None = None) -> Iterator[Any]:
-        """The model's inputs, (b, T) each, on its device, for `batch_size` texts at a time."""
+    def batches(
+        self,
+        prompts: Sequence,
+        completions: Sequence,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ) -> Iterator[Any]:
+        """The model's inputs, (b, T) each, on its device, for `batch_size` texts at a time; see `logits`."""
         size = batch_size or self.batch_size
         pairs = list(zip(prompts, completions, strict=True))
         for start in range(0, len(pairs), size):
-            yield self._encoded(pairs[start : start + size], start).to(self.device)
+            yield self._encoded(pairs[start : start + size], start, max_length).to(self.device)
 
     @torch.no_grad()
     def forward(self, inputs: Any) -> Tensor:
@@ -132,7 +158,8 @@ class TextClassifier:
         if isinstance(prompt, str):
             text: str = prompt + completion  # pyright: ignore[reportOperatorIssue]
             eos: Any = self.tokenizer.eos_token
-            return text + eos if self.append_eos and not text.endswith(eos) else text
+            # TRL looks at the completion alone, so that an empty one after a prompt that ends with EOS gets its own
+            return text + eos if self.append_eos and not completion.endswith(eos) else text  # pyright: ignore
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(
                 f"The tokenizer of the reward model '{self.name}' must have a `chat_template`, since prompts are "
@@ -140,35 +167,39 @@ class TextClassifier:
             )
         return self.tokenizer.apply_chat_template(list(prompt) + list(completion), tokenize=False)  # pyright: ignore
 
-    def _encoded(self, pairs: list[tuple], first: int) -> BatchEncoding:
-        texts = [self.text(prompt, completion) for prompt, completion in pairs]
-        # in training TRL adds special tokens to plain texts, and when scoring to none
-        special = self.append_eos and isinstance(pairs[0][0], str)
-        inputs = self.tokenizer(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special
-        )
-        empty = (inputs["attention_mask"].sum(-1) == 0).nonzero().flatten().tolist()  # pyright: ignore
-        if empty:
-            raise ValueError(
-                f"Prompt and completion must have at least one token for the reward model '{self.name}', got none in "
-                f"row {first + empty[0]}: {pairs[empty[0]]!r}. Give it a prompt, or leave the row out."
-            )
-        self._check_fits(inputs["input_ids"])
-        return inputs
+    def _encoded(self, pairs: list[tuple], first: int, max_length: int | None) -> BatchEncoding:
+        inputs = self._tokens([self.text(*pair) for pair in pairs], isinstance(pairs[0][0], str))
+        if max_length is not None:
+            inputs = BatchEncoding({name: [row[-max_length:] for row in rows] for name, rows in inputs.items()})
+        for row, (pair, ids) in enumerate(zip(pairs, inputs["input_ids"], strict=True)):
+            if not ids:
+                raise ValueError(
+                    f"Prompt and completion must have at least one token for the reward model '{self.name}', got none "
+                    f"in row {first + row}: {pair!r}. Give it a prompt, or leave the row out."
+                )
+            self._check_fits(ids, first + row)
+        # the rows are tokenised already, so the advice to pad in the tokenizer's call is of no use
+        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+        return self.tokenizer.pad(inputs, padding=True, padding_side="right", return_tensors="pt")
 
-    def _check_fits(self, input_ids: Any) -> None:
+    def _tokens(self, texts: list[str], of_texts: bool) -> BatchEncoding:
+        # in training TRL adds special tokens to plain texts, and when scoring to none
+        return self.tokenizer(text=texts, add_special_tokens=self.append_eos and of_texts)
+
+    def _check_fits(self, ids: list[int], row: int) -> None:
         vocab_size = getattr(self._config, "vocab_size", None)
-        if vocab_size is not None and input_ids.numel() and int(input_ids.max()) >= vocab_size:
+        if vocab_size is not None and max(ids) >= vocab_size:
             raise ValueError(
                 f"The tokenizer of the reward model '{self.name}' must be the one that it was trained with: it "
-                f"gave token {int(input_ids.max())}, and the model's vocabulary has {vocab_size}. Pass the model's "
-                "own tokenizer in `reward_processing_classes`."
+                f"gave token {max(ids)}, and the model's vocabulary has {vocab_size}. Pass the model's own tokenizer "
+                "in `reward_processing_classes`."
             )
-        context = getattr(self._config, "max_position_embeddings", None)
-        if context is not None and input_ids.shape[1] > context:
+        limit = LengthLimit(positions=self.positions)
+        if not limit.allows(len(ids)):
             raise ValueError(
-                f"Prompt and completion must fit the context of the reward model '{self.name}', {context} tokens; "
-                f"got {input_ids.shape[1]} with its tokenizer. Drop longer prompts, or shorten the completions."
+                f"Prompt and completion must fit the context of the reward model '{self.name}', {limit.tokens} "
+                f"tokens; got {len(ids)} with its tokenizer in row {row}. Drop longer prompts, or shorten the "
+                "completions."
             )
 
     def _check_tokenizer(self) -> None:
@@ -184,6 +215,34 @@ class TextClassifier:
                 f"`append_eos` needs a tokenizer with an EOS token, and that of '{self.name}' has none. Set "
                 "`tokenizer.eos_token` to the one of the training."
             )
+
+
+def too_long_for(
+    classifiers: Sequence[TextClassifier], prompts: Sequence, completions: Sequence, max_length: int | None = None
+) -> list[int]:
+    """Rows whose text has more tokens than `max_length`, or than one of the classifiers has positions for."""
+    rows: set[int] = set()
+    for classifier in classifiers:
+        limit = LengthLimit(max_length, classifier.positions)
+        if limit.tokens is not None:
+            lengths = map(len, classifier.token_ids(prompts, completions))
+            rows.update(row for row, length in enumerate(lengths) if not limit.allows(length))
+    return sorted(rows)
+
+
+def without_overlong(
+    classifiers: Sequence[TextClassifier], prompts: Sequence, completions: Sequence
+) -> tuple[list, list]:
+    """Prompts and completions that all of the classifiers have positions for; the others are counted and reported."""
+    rows = too_long_for(classifiers, prompts, completions)
+    if rows:
+        logger.warning(
+            f"{len(rows)} of {len(prompts)} completions have more tokens, with their prompts, than the reward model "
+            f"has positions for: {shown_rows(rows)}. They are left out of the normalisation."
+        )
+    left_out = set(rows)
+    kept = [pair for row, pair in enumerate(zip(prompts, completions, strict=True)) if row not in left_out]
+    return [prompt for prompt, _ in kept], [completion for _, completion in kept]
 
 
 def check_finite(values: Tensor, name: str, rows: Sequence[str], completions: Sequence) -> None:

@@ -41,8 +41,8 @@ def checked(func: Any, allow_forbidden: bool = False) -> Any:
             Reward function of TRL's protocol, `func(prompts=, completions=, completion_ids=, **columns)`, sync or
             async. A sequence-classification model, or the path to one, is returned as it is: it has another protocol.
         allow_forbidden (`bool`, *optional*, defaults to `False`):
-            Whether `-inf`, the reward of a completion that the posterior forbids, is let through. It has no gradient,
-            so trainers refuse it.
+            Whether `-inf`, the reward of a completion that the posterior forbids, is let through. A feature or a
+            predicate has none.
 
     Returns:
         `Callable`: async if `func` is, with its `__name__`. Returns `list[float | None]`.

@@ -1,6 +1,7 @@
 """Layer 3: draws from the posterior without training."""
 
 from rlhf_bayes.samplers.best_of_n import BestOfN
+from rlhf_bayes.samplers.dependence import ChainRows, IndependentRows, ParticleRows, ResampledRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
 from rlhf_bayes.samplers.expectation import Expectation, expectation
 from rlhf_bayes.samplers.gradient_guided import GradientGuidedProposal
@@ -15,6 +16,7 @@ from rlhf_bayes.samplers.values import CriticValue, EnumeratedValue, ExpertsValu
 __all__ = [
     "SMC",
     "BestOfN",
+    "ChainRows",
     "CriticValue",
     "Draws",
     "EnumeratedValue",
@@ -25,11 +27,14 @@ __all__ = [
     "GuidedProposal",
     "HeadValue",
     "ImportanceSampler",
+    "IndependentRows",
     "LogZ",
     "MetropolisHastings",
+    "ParticleRows",
     "PrefixValue",
     "Proposal",
     "RejectionSampler",
+    "ResampledRows",
     "Sampler",
     "Value",
     "expectation",

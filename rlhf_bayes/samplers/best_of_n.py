@@ -7,8 +7,9 @@ import torch
 
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics import best_of_n_kl, best_of_n_kl_bound
+from rlhf_bayes.samplers.dependence import IndependentRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee
-from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.protocol import Proposal, SamplerRecord
 from rlhf_bayes.samplers.scored import as_draws, check_count, check_supported, checked_request, draw_scored
 
 if TYPE_CHECKING:
@@ -77,4 +78,15 @@ class BestOfN:
             "kl_bound": best_of_n_kl_bound(size),
             "tokens": scored.tokens,
         }
-        return as_draws([scored.row(row) for row in best.tolist()], len(prompts), self.guarantee, info=info)
+        return as_draws(
+            [scored.row(row) for row in best.tolist()], len(prompts), self.guarantee, IndependentRows(), info=info
+        )
+
+
+RECORD = SamplerRecord(
+    sampler=BestOfN,
+    guarantee="none",
+    guarantees=("none",),
+    help="what it costs in KL, beside the posterior of the same KL",
+    make=lambda posterior, proposal, n: BestOfN(proposal=proposal),
+)

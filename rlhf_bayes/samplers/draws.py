@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import Completion, Completions, Prompt
+from rlhf_bayes.samplers.dependence import Dependence
 
 Guarantee = Literal["exact", "consistent", "bounded", "none"]
 """
@@ -56,10 +57,13 @@ class Draws:
     """What the rows, weighted, are worth."""
     num_prompts: int
     """P."""
+    dependence: Dependence
+    """How the rows of a prompt depend on each other, which the standard error of a mean rests on."""
     log_z: LogZ | None = None
     """log Z of each prompt, where the sampler tells."""
-    info: dict[str, Any] = field(default_factory=dict)
-    """How it went: acceptance rates, effective sample sizes, k̂, tokens evaluated, … Plain numbers and lists."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """How it went: acceptance rates, effective sample sizes, k̂, tokens evaluated, … Plain numbers and lists, for
+    reading: no estimate is computed from them."""
 
     @property
     def counts(self) -> Tensor:
@@ -88,6 +92,7 @@ class Draws:
         kept: Sequence[int] | None = None,
         *,
         guarantee: Guarantee,
+        dependence: Dependence,
         log_weights: Tensor | None = None,
         log_z: LogZ | None = None,
         info: Mapping[str, Any] | None = None,
@@ -102,7 +107,7 @@ class Draws:
                 P.
             kept (`Sequence[int]`, *optional*):
                 The rows to keep, repeated where resampled, in the order of the prompts. Default: all.
-            guarantee, log_z, info:
+            guarantee, dependence, log_z, info:
                 As the fields.
             log_weights (`Tensor`, *optional*):
                 Of the rows that are kept.
@@ -118,6 +123,7 @@ class Draws:
             log_weights=None if log_weights is None else log_weights.double().cpu(),
             guarantee=guarantee,
             num_prompts=num_prompts,
+            dependence=dependence,
             log_z=log_z,
             info=dict(info or {}),
         )

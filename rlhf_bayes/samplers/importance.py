@@ -9,8 +9,9 @@ from torch import Tensor
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
+from rlhf_bayes.samplers.dependence import Dependence, IndependentRows, ResampledRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee
-from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.protocol import Proposal, SamplerRecord
 from rlhf_bayes.samplers.scored import (
     as_draws,
     check_confidence,
@@ -78,8 +79,7 @@ class ImportanceSampler:
 
         Arguments as in [`Sampler`]. In `info`, a number a prompt: `importance_ess`, `khat`, `trustworthy`,
         `max_weight` (the largest share of one draw) of the completions drawn, whose number is `candidates`; `distinct`
-        (different candidates among the resampled); and `tokens`, the completion tokens drawn. `candidate_weights` is
-        the share of each resampled row's candidate among those of its prompt. A prompt none of whose
+        (different candidates among the resampled); and `tokens`, the completion tokens drawn. A prompt none of whose
         draws is allowed has weights of 0, or no rows if resampled, and is warned of.
 
         Raises:
@@ -95,6 +95,7 @@ class ImportanceSampler:
         log_z = importance_log_z(list(log_weights), self.confidence)
         info = {"candidates": count, **weight_summary(log_weights), "tokens": scored.tokens}
         rows = list(range(len(scored.drawn)))
+        dependence: Dependence = IndependentRows()
         if self.num_candidates is not None:
             picked = [
                 [] if none else systematic_resample(row, n, generator).tolist()
@@ -102,10 +103,10 @@ class ImportanceSampler:
             ]
             rows = [prompt * count + draw for prompt, draws in enumerate(picked) for draw in draws]
             info["distinct"] = [len(set(draws)) for draws in picked]
-            info["candidate_weights"] = log_weights.softmax(-1).flatten()[rows].tolist()
+            dependence = ResampledRows(log_weights.softmax(-1).flatten()[rows].double().cpu())
         kept_weights = scored.log_weights if self.num_candidates is None else None
         kept = [scored.row(row) for row in rows]
-        return as_draws(kept, len(prompts), self.guarantee, kept_weights, log_z, info)
+        return as_draws(kept, len(prompts), self.guarantee, dependence, kept_weights, log_z, info)
 
 
 def weight_summary(log_weights: Tensor) -> dict[str, list]:
@@ -147,3 +148,12 @@ def systematic_resample(log_weights: Tensor, n: int, generator: torch.Generator 
     # right: a point on an edge belongs to the next draw, so that weight 0 is never drawn
     index = torch.searchsorted(edges, points, right=True)
     return index.clamp(max=int((log_weights > -torch.inf).nonzero().max()))
+
+
+RECORD = SamplerRecord(
+    sampler=ImportanceSampler,
+    guarantee="consistent",
+    guarantees=("consistent",),
+    help="the first look, and log Z: weights, their effective sample size, k̂",
+    make=lambda posterior, proposal, n: ImportanceSampler(proposal),
+)

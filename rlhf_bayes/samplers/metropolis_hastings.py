@@ -12,8 +12,9 @@ from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.continuation import regrow
 from rlhf_bayes.lm.language_model import as_completion
 from rlhf_bayes.numerics import effective_sample_size, rhat
+from rlhf_bayes.samplers.dependence import ChainRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee
-from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.protocol import Proposal, SamplerRecord
 from rlhf_bayes.samplers.rejection import RejectionSampler
 from rlhf_bayes.samplers.scored import (
     Row,
@@ -136,7 +137,8 @@ class MetropolisHastings:
             for first in range(0, len(prompts) * self.num_chains, self.num_chains)
             for row in [row for _, rows in visited for row in rows[first : first + self.num_chains]][:n]
         ]
-        return as_draws(kept_rows, len(prompts), self.guarantee, log_z=log_z, info=info)
+        chains = ChainRows(self.num_chains)
+        return as_draws(kept_rows, len(prompts), self.guarantee, chains, log_z=log_z, info=info)
 
     def _keeps(self, step: int) -> bool:
         """Whether the state after step 0, 1, … is kept."""
@@ -312,3 +314,23 @@ def _agreement(summaries: Sequence[Tensor]) -> dict[str, list[float | None]]:
         result["rhat"].append(max(agreements, default=None))
         result["effective_sample_size"].append(min(sizes, default=None))
     return result
+
+
+_MAX_CHAINS, _MIN_STATES = 16, 4
+
+
+def _from_flags(posterior: "Posterior", proposal: Proposal | None, n: int) -> MetropolisHastings:
+    # an error bar wants chains of one length, of some states; side by side, many cost little more than few
+    fitting = [chains for chains in range(1, _MAX_CHAINS + 1) if n % chains == 0 and n >= _MIN_STATES * chains]
+    if not fitting:
+        raise ValueError(f"`--num_samples` must be at least {_MIN_STATES} for metropolis_hastings, got {n}.")
+    return MetropolisHastings(proposal=proposal, num_chains=max(fitting), burn_in=32, thin=4)
+
+
+RECORD = SamplerRecord(
+    sampler=MetropolisHastings,
+    guarantee="consistent",
+    guarantees=("consistent",),
+    help="posteriors far from the prior: completions regrown from a cut, R-hat",
+    make=_from_flags,
+)

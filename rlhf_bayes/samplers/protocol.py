@@ -1,13 +1,14 @@
 """What samplers and proposals are, to those who use them."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import Completions, Prompt
-from rlhf_bayes.samplers.draws import Draws
+from rlhf_bayes.samplers.draws import Draws, Guarantee
 
 if TYPE_CHECKING:
     from rlhf_bayes.posterior import Posterior
@@ -58,3 +59,19 @@ class Sampler(Protocol):
                 Columns of the dataset that reward functions ask for, P entries each.
         """
         ...
+
+
+@dataclass(frozen=True)
+class SamplerRecord:
+    """A sampler as `rlhf-bayes sample`, the benchmarks, the tests and the README's table know it."""
+
+    sampler: type
+    """Its class."""
+    guarantee: str
+    """What its draws are worth, in the words of [`Guarantee`], for tables."""
+    guarantees: tuple[Guarantee, ...]
+    """Those that its draws may have."""
+    help: str
+    """What it is good for, in one line, for `--help` and tables."""
+    make: Callable[["Posterior", Any, int], Sampler]
+    """From the flags: the posterior, a [`Proposal`] or None for the prior, and the number of completions a prompt."""

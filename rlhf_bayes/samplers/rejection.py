@@ -11,8 +11,9 @@ from tqdm.auto import tqdm
 
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics import clopper_pearson, quasi_rejection_curve
+from rlhf_bayes.samplers.dependence import IndependentRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
-from rlhf_bayes.samplers.protocol import Proposal
+from rlhf_bayes.samplers.protocol import Proposal, SamplerRecord
 from rlhf_bayes.samplers.scored import (
     Row,
     as_draws,
@@ -184,7 +185,7 @@ class RejectionSampler:
             "tokens": tokens,
         }
         rows = [row for run in runs for row in run.rows]
-        return as_draws(rows, len(runs), self.guarantee, log_z=log_z, info=info)
+        return as_draws(rows, len(runs), self.guarantee, IndependentRows(), log_z=log_z, info=info)
 
     def _exact_log_z(self, runs: "list[_Run]") -> LogZ:
         estimates, intervals = [], []
@@ -293,3 +294,22 @@ def _log(probability: float) -> float:
 
 def _number(value: Tensor) -> float | None:
     return None if bool(value.isnan()) else float(value)
+
+
+QUASI_TV = 0.05
+"""Total variation distance that rejection may leave where no bound is known."""
+
+
+def _from_flags(posterior: "Posterior", proposal: Proposal | None, n: int) -> RejectionSampler:
+    if posterior.bound is not None and proposal is None:
+        return RejectionSampler()
+    return RejectionSampler(proposal, max_tv=QUASI_TV)
+
+
+RECORD = SamplerRecord(
+    sampler=RejectionSampler,
+    guarantee="exact with a bound, or bounded",
+    guarantees=("exact", "bounded"),
+    help="conditions and clipped rewards; with `max_tv` a chosen distance; on a policy, GUARD",
+    make=_from_flags,
+)

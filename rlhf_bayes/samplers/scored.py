@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf_bayes.lm import Completion, Completions, LanguageModel, Prompt
 from rlhf_bayes.numerics import log_z, log_z_standard_error
+from rlhf_bayes.samplers.dependence import Dependence
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
 from rlhf_bayes.samplers.protocol import Proposal
 
@@ -291,6 +292,7 @@ def as_draws(
     rows: Sequence[Row],
     num_prompts: int,
     guarantee: Guarantee,
+    dependence: Dependence,
     log_weights: Tensor | None = None,
     log_z: LogZ | None = None,
     info: Mapping[str, Any] | None = None,
@@ -305,6 +307,7 @@ def as_draws(
         log_weights=log_weights,
         guarantee=guarantee,
         num_prompts=num_prompts,
+        dependence=dependence,
         log_z=log_z,
         info=dict(info or {}),
     )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import torch
 from rich.progress import track
@@ -11,11 +11,13 @@ from scipy.stats import t
 from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.decoding import generator_on
 from rlhf_bayes.numerics import importance_ess
+from rlhf_bayes.samplers.dependence import ParticleRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
 from rlhf_bayes.samplers.guided import StepwiseProposal
 from rlhf_bayes.samplers.particles import MIN_EFFECTIVE_PARTICLES, ParticleRun, Particles
+from rlhf_bayes.samplers.protocol import SamplerRecord
 from rlhf_bayes.samplers.scored import check_supported, checked_request
-from rlhf_bayes.samplers.values import Value, rows_of
+from rlhf_bayes.samplers.values import PrefixValue, Value, rows_of
 
 if TYPE_CHECKING:
     from rlhf_bayes.posterior import Posterior
@@ -91,9 +93,7 @@ class SMC:
         whether its relative variance is below 0.2. [`SMC.sandwich`] gives bounds that need neither.
 
         `info`: `importance_ess` of the final weights, `effective_particles` of Z, `trustworthy`, `resamplings`,
-        `ancestors` left at the end (each a list of P);
-        `ancestor` of each draw, the particle of the start that it comes from, which [`expectation`] wants for its
-        error bars; `tokens` drawn.
+        `ancestors` left at the end (each a list of P), and `tokens` drawn.
 
         Raises:
             ValueError: bad arguments, a value that is nan, or no draw of any prompt in the posterior's support.
@@ -107,6 +107,7 @@ class SMC:
             run.drawn,
             len(prompts),
             guarantee=self.guarantee,
+            dependence=ParticleRows(run.ancestor.flatten().cpu(), run.resamplings, effective),
             log_weights=run.log_weights.flatten(),
             log_z=run.interval(0.95),
             info={
@@ -115,7 +116,6 @@ class SMC:
                 "trustworthy": (effective >= MIN_EFFECTIVE_PARTICLES).tolist(),
                 "resamplings": run.resamplings.tolist(),
                 "ancestors": [len(set(row)) for row in run.ancestor.tolist()],
-                "ancestor": run.ancestor.flatten().tolist(),
                 "tokens": run.tokens,
             },
         )
@@ -213,3 +213,16 @@ class SMC:
             )
             parts.append(particles.run(self.ess_threshold, generator))
         return ParticleRun.joined(parts)
+
+
+def _from_flags(posterior: "Posterior", proposal: Any, n: int) -> SMC:
+    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
+
+
+RECORD = SamplerRecord(
+    sampler=SMC,
+    guarantee="consistent",
+    guarantees=("consistent",),
+    help="rewards that show early; log Z without bias, between two bounds",
+    make=_from_flags,
+)

@@ -1,4 +1,4 @@
-"""The contract that every posterior keeps, users' own included."""
+"""The contract that every posterior must keep, a user's own too."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_bayes.likelihoods import known_forbids
 from rlhf_bayes.lm.language_model import Completion, Prompt
 from rlhf_bayes.testing.enumerable import EnumerableLM
 
@@ -26,22 +27,23 @@ def check_posterior(
     atol: float = 1e-3,
 ) -> None:
     """
-    Check on completions drawn from the prior that a posterior keeps the contract on which trainers and samplers rest.
+    Check, on completions drawn from the prior, that a posterior keeps the contract that trainers and samplers rely on.
 
         log_density = log π0 + log_likelihood
 
-    - shape (B,), fp32, no nan, no `+inf`; `-inf` is legal,
-    - the same numbers when asked twice, in another order, or one completion at a time (nothing whitened over a batch),
+    - shape (B,), fp32, no nan, no `+inf`; `-inf` is legal, unless the posterior says that it never comes
+      (`forbids=False`),
+    - the same numbers when called twice, in another order, or one completion at a time (no whitening over a batch),
     - with an enumerable prior: 0 < Z < ∞ for each prompt, over all completions.
 
     Args:
         posterior (`Posterior`): what is checked; an object with `prior`, `log_likelihood` and `log_density` will do.
         prompts (`Sequence` of `str` or chat messages): P prompts.
         columns (`Mapping[str, Sequence]`, *optional*): further dataset columns, P values each, for the rewards.
-        n (`int`, defaults to `4`): completions drawn a prompt.
+        n (`int`, defaults to `4`): completions drawn for each prompt.
         enumerable (`EnumerableLM`, *optional*): the toy whose weights `posterior.prior` holds.
         seed (`int`, defaults to `0`): of the draw.
-        atol (`float`, defaults to `1e-3`): nats by which batches of different shapes may differ.
+        atol (`float`, defaults to `1e-3`): nats by which results of batches of different shapes may differ.
 
     Raises:
         AssertionError: naming the rule that is broken.
@@ -91,6 +93,11 @@ def _rows(batch: _Batch, rows: list[int]) -> _Batch:
 def _checked_log_likelihood(posterior: "Posterior", batch: _Batch) -> Tensor:
     log_likelihood = _ask(posterior.log_likelihood, batch)
     _require_log_values("log_likelihood", log_likelihood, len(batch[0]))
+    _require(
+        known_forbids(posterior) is not False or not (log_likelihood == -torch.inf).any(),
+        "`forbids` must be True, not False, where `log_likelihood` can be -inf: an objective that is infinite for a "
+        f"forbidden completion would start to train. Got {log_likelihood.tolist()}",
+    )
     return log_likelihood
 
 
@@ -109,7 +116,7 @@ def _require_log_values(name: str, values: Any, n_rows: int) -> None:
 
 def _require_close(rule: str, expected: Tensor, actual: Tensor, atol: float) -> None:
     _require(expected.shape == actual.shape, f"{rule}: shapes {tuple(expected.shape)} and {tuple(actual.shape)}")
-    # equal first: -inf equals itself, and −inf − −inf is nan
+    # compared by == too: −inf equals itself, but the difference −inf − (−inf) is nan
     close = (expected == actual) | ((expected - actual).abs() <= atol)  # (B,)
     row = int(close.int().argmin())
     _require(bool(close.all()), f"{rule}: row {row} is {float(actual[row]):.6g}, not {float(expected[row]):.6g}")

@@ -16,7 +16,7 @@ from rlhf_bayes import numerics
 from rlhf_bayes.lm.language_model import Completion, Prompt
 
 _EOS, _PAD = "<eos>", "<pad>"
-# contents only: a chat prompt has the tokens of the same words as plain text
+# the template holds the contents only, so that a chat prompt has the same tokens as the same words in plain text
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
@@ -31,7 +31,7 @@ class EnumerableLM:
     `max_completion_length` without one. With V tokens and length T, N = Σ_{t<T} (V − 1)^t + (V − 1)^T.
 
     The pad token is in the vocabulary, so the model draws it like any other token: a mask inferred from it is wrong.
-    The prior is that of the weights at construction. `model` may be trained in place; the truths do not follow it.
+    The prior has the weights of construction. `model` may be trained in place: the exact values do not change with it.
 
     Args:
         family (`"llama"`, `"gpt2"` or `"qwen2"`, defaults to `"llama"`): architecture.
@@ -49,7 +49,7 @@ class EnumerableLM:
     model: nn.Module
     """The causal LM, in evaluation mode, fp32 on the CPU. `random_policy` gives others of the same shape."""
     tokenizer: PreTrainedTokenizerFast
-    """One word a token, separated by spaces; pads left; survives `save_pretrained`."""
+    """A token is a word, separated by spaces. Pads on the left, and can be saved by `save_pretrained`."""
     prompts: list[str]
     """P prompts of different lengths."""
     completion_ids: list[list[int]]
@@ -168,7 +168,7 @@ class EnumerableLM:
         return (log_prob.exp() * evidence).sum(-1)
 
     def reverse_kl(self, model: nn.Module, log_likelihood: Tensor | None = None) -> Tensor:
-        """KL(π‖π*): (P,), nats, with gradient. What PPO lowers."""
+        """KL(π‖π*), which PPO minimises: (P,), nats, with gradient."""
         return numerics.reverse_kl(self.log_posterior(log_likelihood), self.log_probs(model))
 
     def forward_kl(self, model: nn.Module, log_likelihood: Tensor | None = None) -> Tensor:
@@ -192,7 +192,8 @@ class EnumerableLM:
             log_likelihood (`torch.Tensor`, *optional*): (P, N), nats; by default toy_reward's. `r` is `β` times it.
 
         Returns:
-            `dict[str, torch.Tensor]`: gradient by parameter name, 0 for parameters that do not matter.
+            `dict[str, torch.Tensor]`: gradient by parameter name, 0 for parameters that the objective does not depend
+                on.
         """
         parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         objective = self.beta * self.elbo(model, log_likelihood).mean()
@@ -268,7 +269,7 @@ def toy_reward(
     **kwargs: Any,
 ) -> list[float]:
     """
-    A deterministic reward with no symmetry: it depends on the tokens, on where they stand, and on the prompt's length.
+    A deterministic reward without symmetry: it depends on the tokens, their positions, and the length of the prompt.
 
     TRL's protocol; takes any token ids. On `EnumerableLM()` the prior is about 1.5 nats from the posterior.
 
@@ -293,7 +294,7 @@ def toy_reward(
 
 def _word_tokenizer(vocab_size: int, pad_is_eos: bool) -> PreTrainedTokenizerFast:
     special = [_EOS] if pad_is_eos else [_PAD, _EOS]
-    # special tokens last: token 0, with which careless code pads, is a word
+    # special tokens come last, so that token 0 is a word: code that pads with 0 by mistake is caught
     words = [*string.ascii_lowercase[: vocab_size - len(special)], *special]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -309,7 +310,7 @@ def _word_tokenizer(vocab_size: int, pad_is_eos: bool) -> PreTrainedTokenizerFas
 
 
 def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig | GPT2Config | Qwen2Config:
-    # ten times the usual spread of the weights: the prior is far from uniform, and depends on all of the prefix
+    # ten times the usual scale of the weights, so that the prior is far from uniform and depends on the whole prefix
     common = {
         "vocab_size": len(tokenizer),
         "initializer_range": 0.2,

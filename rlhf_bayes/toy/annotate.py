@@ -2,15 +2,15 @@
 
     python -m rlhf_bayes.toy.annotate
 
-The gold reward is `rlhf_bayes.toy.rewards.sentiment`, g. An annotator of error rate ε prefers a over b as Bradley and
-Terry have it, and then errs by hand now and then:
+The gold reward is `rlhf_bayes.toy.rewards.sentiment`, g. An annotator prefers a over b by the model of Bradley and
+Terry, and votes for the other text with probability ε, the annotator's error rate:
 
     P(vote for a) = (1−ε)·σ(Δ/τ) + ε·σ(−Δ/τ),    Δ = g(a) − g(b)
 
-and says "tie" one time in two where |Δ| is tiny. `chosen` is what most of the three prefer.
+Where |Δ| is tiny, an annotator says "tie" one time in two. `chosen` is the text that most of the three prefer.
 
-Both completions of a pair come from the prior. What the prior seldom writes is judged seldom or never, so a reward
-model trained on these pairs has to guess there: a policy that leaves the prior finds out.
+Both completions of a pair come from the prior. Texts that the prior seldom writes are seldom or never judged, so a
+reward model trained on these pairs must guess there, and a policy that moves away from the prior exploits the guess.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def vote_prob(delta: float, error_rate: float) -> float:
 
 
 def judge(pair: Pair, rng: random.Random) -> dict[str, Any]:
-    """The row of a dataset: the pair as most of the three see it (even votes: at random), and how each voted."""
+    """The row of a dataset: the pair as most of the three prefer it (at random after a draw), and how each voted."""
     delta = sentiment(pair.a) - sentiment(pair.b)
     votes = [_vote(delta, error_rate, rng) for error_rate in ERROR_RATES.values()]
     lead = votes.count("a") - votes.count("b")
@@ -80,14 +80,14 @@ def draw_pairs(num_pairs: int, seed: int) -> list[list[Pair]]:
     """
     Pairs of different completions from the bundled model, a list for each bundled prompt.
 
-    A completion occurs in one pair of its prompt only: no text of a test pair is known from training.
+    A completion occurs in only one pair of its prompt, so no text of a test pair occurs in training.
 
     Args:
         num_pairs (`int`): pairs of each prompt.
         seed (`int`): the same seed gives the same pairs, on the same build of torch.
     """
     prior = LanguageModel(model_path(), max_completion_length=MAX_COMPLETION_LENGTH, batch_size=256)
-    # one text in forty comes twice within a prompt
+    # about one text in forty is a duplicate within its prompt, so more are drawn than needed
     n = 2 * num_pairs + num_pairs // 2 + 8
     drawn = prior.sample(prompts(), n=n, generator=torch.Generator().manual_seed(seed))
     pairs = []
@@ -103,7 +103,7 @@ def draw_pairs(num_pairs: int, seed: int) -> list[list[Pair]]:
 
 
 def make_preferences(pairs_a_prompt: dict[str, int], seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each split, in random order; `pairs_a_prompt` = split -> pairs of each prompt."""
+    """Rows of each split, in random order; `pairs_a_prompt` maps a split to its number of pairs per prompt."""
     rng = random.Random(seed)
     splits = {split: [] for split in pairs_a_prompt}
     for of_prompt in draw_pairs(sum(pairs_a_prompt.values()), seed):
@@ -118,7 +118,7 @@ def make_preferences(pairs_a_prompt: dict[str, int], seed: int = 0) -> dict[str,
 def write_preferences(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A JSON object a line, compressed; the same rows give the same bytes."""
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    # neither the time nor the name of the file in the header
+    # the header of a gzip file usually holds its time and name; mtime=0 keeps the bytes reproducible
     path.write_bytes(gzip.compress(lines.encode(), compresslevel=9, mtime=0))
 
 

@@ -2,8 +2,8 @@
 
     python -m rlhf_bayes.toy.generate --count 20
 
-Each sentence carries a gold sentiment, added up by the grammar as it writes. `rlhf_bayes.toy.rewards` reads the same
-number off the finished text, by another route.
+The grammar adds up the gold sentiment of each sentence as it writes. `rlhf_bayes.toy.rewards` computes the same number
+from the finished text, by another route.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Review:
 
 
 def _draw(rng: random.Random, valences: dict[str, float], sign: int, neutral: bool = True) -> Phrase:
-    """A phrase from a table, of the given sign; one time in ten a neutral one where there is any."""
+    """A phrase of the given sign from a table; one time in ten a neutral one, if the table has any."""
     calm = [text for text, valence in valences.items() if valence == 0]
     signed = [text for text, valence in valences.items() if valence * sign > 0]
     text = rng.choice(calm if neutral and calm and rng.random() < 0.1 else signed)
@@ -105,7 +105,7 @@ def _about_subject(rng: random.Random, topic: Topic, subject: str, sign: int, ne
 
 
 def write_review(rng: random.Random) -> Review:
-    """One review: a topic, a stance, perhaps a lead; a first clause and often a second: ", and ...", ", but ..."."""
+    """One review: perhaps a lead, a first clause, and often a second one such as ", and ..." or ", but ..."."""
     topic = rng.choice(TOPICS)
     subject = rng.choice(topic.subjects)
     stance = rng.choices(list(STANCES), list(STANCES.values()))[0]
@@ -120,7 +120,7 @@ def write_review(rng: random.Random) -> Review:
     else:
         first = _about_detail(rng, topic, sign, neutral=not told)
     text = f"{rng.choice(OPINIONS)} {first.text}" if told else first.text
-    # a second clause speaks of what the first did not; "it" only where there is one thing it can mean
+    # the second clause is about something that the first is not about, and says "it" only where that is unambiguous
     again = subject if shape == "detail" else "it"
     link = " but" if stance == "mixed" else rng.choices(("", " and", " because", " ending"), (4, 6, 2, 6))[0]
     second = Phrase("", 0.0)

@@ -1,4 +1,4 @@
-"""The words of the toy reviews with their valence: read by the grammar that writes and the reward that reads."""
+"""The words of the toy reviews with their valence, for the grammar that writes and the reward that scores."""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ NEUTRAL = (
     "exactly as described",
 )
 
-# Factors of the adverbs before words of either sign, of good ones, of bad ones; and before the strongest words.
+# Factors of adverbs: before any word, before good ones, before bad ones, and before the strongest good and bad ones.
 ADVERBS = {"very": 1.25, "so": 1.25, "quite": 1.0}
 GOOD_ADVERBS = {"really": 1.25, "truly": 1.25, "refreshingly": 1.25}
 BAD_ADVERBS = {"a bit": 0.5, "rather": 0.75, "painfully": 1.25}
@@ -64,14 +64,15 @@ ENDINGS = {
 
 @dataclass(frozen=True)
 class Topic:
-    """What one kind of review is about.
+    """
+    What one kind of review is about.
 
     Args:
         subjects: noun phrases in the singular, the thing reviewed.
         subject_adjectives: adjectives that fit the subjects, beside the general ones.
         parts: noun phrases in the singular, details of the thing; `plural_parts` take "were".
         part_adjectives: adjectives that fit the details, beside the general ones.
-        people: noun phrases for persons in it, in the singular.
+        people: noun phrases for persons in the review, in the singular.
         predicates: verb phrases that follow a subject, with their valence.
     """
 

@@ -1,4 +1,4 @@
-"""Sentiment rewards in TRL's protocol: they look at the completions only and take whatever columns the dataset has."""
+"""Sentiment rewards in TRL's protocol: they read only the completions and accept any columns of the dataset."""
 
 import functools
 import re
@@ -21,10 +21,11 @@ _FACTORS = {tuple(adverb.split()): factor for adverb, factor in _ADVERBS.items()
 
 
 def sentiment(text: str) -> float:
-    """Sentiment of a text in (-1, 1): tanh(total valence / 3), over the words and phrases of the toy lexicon.
+    """
+    Sentiment of a text in (-1, 1): tanh(total valence / 3), over the words and phrases of the toy lexicon.
 
-    A phrase counts before the words inside it. An adverb in front of a word scales it ("a bit noisy"), and "not" in
-    front of both turns it round at half weight ("not very good").
+    A phrase counts instead of the words inside it. An adverb in front of a word scales its valence ("a bit noisy"),
+    and "not" in front of both reverses the sign at half the weight ("not very good").
     """
     words = re.findall(r"[a-z']+", text.lower())
     total, start = 0.0, 0
@@ -41,7 +42,7 @@ def sentiment(text: str) -> float:
 
 
 def _factor_before(words: list[str], position: int) -> float:
-    """What the adverb and the "not" in front of `position` make of a valence of 1."""
+    """The factor by which the adverb and the "not" in front of `position` multiply a word's valence."""
     factor = 1.0
     for length in (2, 1):
         before = tuple(words[position - length : position]) if position >= length else ()
@@ -57,12 +58,13 @@ def _text(completion: str | list[dict[str, str]]) -> str:
 
 
 def sentiment_reward(completions: list[str] | list[list[dict[str, str]]], **columns: object) -> list[float]:
-    """Sentiment of each completion in (-1, 1), read off the toy lexicon; the prompt does not count."""
+    """Sentiment of each completion in (-1, 1) by the toy lexicon; the prompt does not count."""
     return [sentiment(_text(completion)) for completion in completions]
 
 
 def vader_reward(completions: list[str] | list[list[dict[str, str]]], **columns: object) -> list[float]:
-    """VADER's compound score of each completion in (-1, 1) (Hutto & Gilbert 2014); for any English text.
+    """
+    VADER's compound score of each completion in (-1, 1) (Hutto & Gilbert 2014), for any English text.
 
     Raises:
         ImportError: when `vaderSentiment` is not installed.

@@ -66,7 +66,7 @@ def batch_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text
 def train(steps: int, batch_size: int, learning_rate: float, vocab_size: int, seed: int):
     """Trains a tokenizer and a model on fresh reviews in every batch; returns both."""
     torch.manual_seed(seed)
-    torch.set_flush_denormal(True)  # Adam's second moments of unused tokens get there, and are slow
+    torch.set_flush_denormal(True)  # Adam's second moments of unused tokens become denormal, which is slow
     texts = [review.text for review in write_reviews(steps * batch_size, seed)]
     tokenizer = train_tokenizer(texts[:20_000], vocab_size)
     model = build_model(tokenizer)

@@ -15,10 +15,10 @@ from trl import TrlParser
 
 from rlhf_bayes import commands
 from rlhf_bayes.commands.sample import Arguments
-from rlhf_bayes.commands.sampling import SAMPLERS as SAMPLERS_BY_NAME
 from rlhf_bayes.commands.sampling import Mean, Method, _trustworthy, agreement, agreement_table
 from rlhf_bayes.lm import LanguageModel
-from rlhf_bayes.samplers import Draws
+from rlhf_bayes.samplers import Draws, IndependentRows
+from rlhf_bayes.samplers.all_samplers import SAMPLERS as SAMPLERS_BY_NAME
 
 SAMPLERS = ("importance", "rejection", "metropolis_hastings")
 
@@ -213,7 +213,7 @@ def test_vllm_draws_from_the_prior(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n", [5, 30, 48, 128])
 def test_any_number_of_samples_makes_chains_of_one_length(n):
-    sampler = SAMPLERS_BY_NAME["metropolis_hastings"](None, None, n)
+    sampler = SAMPLERS_BY_NAME["metropolis_hastings"].make(None, None, n)
     assert n % sampler.num_chains == 0
     assert n // sampler.num_chains >= 4
 
@@ -227,14 +227,15 @@ def test_a_flag_given_twice_adds_up():
 
 @pytest.mark.parametrize(("sizes", "trusted"), [([40.0, 12.0], True), ([40.0, 8.0], False), ([None], True)])
 def test_few_independent_draws_are_not_trusted(toy, sizes, trusted):
-    draws = Draws.of(LanguageModel(toy.model, toy.tokenizer, 3).sample(toy.prompts, 4), 3, guarantee="consistent")
+    drawn = LanguageModel(toy.model, toy.tokenizer, 3).sample(toy.prompts, 4)
+    draws = Draws.of(drawn, 3, guarantee="consistent", dependence=IndependentRows())
     for name in ("effective_sample_size", "ancestors"):
         info = {name: sizes}
         assert _trustworthy(replace(draws, info=info)) == trusted
 
 
 def method(value, error, guarantee="consistent", trustworthy=True):
-    draws = Draws([], torch.tensor([], dtype=torch.long), [], [], [], None, guarantee, 1)
+    draws = Draws([], torch.tensor([], dtype=torch.long), [], [], [], None, guarantee, 1, IndependentRows())
     return Method("m", draws, None, {"reward": Mean(value, error, trustworthy)})
 
 

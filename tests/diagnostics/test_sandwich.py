@@ -8,7 +8,7 @@ import torch
 
 from rlhf_bayes.diagnostics import evaluate, log_z_sandwich
 from rlhf_bayes.lm import Completions, LanguageModel
-from rlhf_bayes.samplers import Draws
+from rlhf_bayes.samplers import Draws, IndependentRows
 from rlhf_bayes.testing import toy_reward
 
 
@@ -30,7 +30,7 @@ def exact_draws(toy, n, seed=0, prompts=None):
         token_log_probs=torch.zeros(rows, 1),
         ended=torch.ones(rows, dtype=torch.bool),
     )
-    return Draws.of(drawn, len(toy.prompts), guarantee="exact")
+    return Draws.of(drawn, len(toy.prompts), guarantee="exact", dependence=IndependentRows())
 
 
 def test_the_bounds_hold_in_expectation_and_tighten(toy):

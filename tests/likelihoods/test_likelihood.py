@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from rlhf_bayes.likelihoods import Constraint, MomentLikelihood, ProductLikelihood, RewardLikelihood, checked_evidence
+from rlhf_bayes.likelihoods import (
+    Constraint,
+    MomentLikelihood,
+    ProductLikelihood,
+    RewardLikelihood,
+    checked_evidence,
+    known_forbids,
+)
 
 ROWS = (["p", "p", "q"], ["a", "b", "ab"], [[1], [2], [1, 2]])
 
@@ -71,3 +78,48 @@ def test_what_is_told_is_checked(values):
 
     with pytest.raises(ValueError, match=r"`Broken\.log_likelihood` must be finite"):
         checked_evidence(Broken(), *ROWS)
+
+
+class Silent:
+    def log_likelihood(self, prompts, completions, completion_ids, columns=None):
+        return torch.zeros(len(prompts))
+
+
+def telling(value):
+    likelihood = Silent()
+    likelihood.forbids = value
+    return likelihood
+
+
+# name: evidence, what it says
+SAID = {
+    "a condition": (Constraint(no_b), True),
+    "a reward": (RewardLikelihood(length, 0.5), None),
+    "moments": (moments(0.5), False),
+    "a limit": (MomentLikelihood({"no_b": no_b}, {"no_b": math.inf}), True),
+    "the other limit": (MomentLikelihood({"no_b": no_b}, {"no_b": -math.inf}), True),
+    "one's own": (Silent(), None),
+    "one's own that tells": (telling(False), False),
+    "a product of finite ones": (ProductLikelihood([moments(0.5), telling(False)]), False),
+    "a product with a silent one": (ProductLikelihood([moments(0.5), Silent()]), None),
+    "a product with a condition": (ProductLikelihood([Silent(), moments(0.5), Constraint(no_b)]), True),
+    "a product of products": (ProductLikelihood([Silent(), ProductLikelihood([telling(True)])]), True),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_whether_evidence_forbids(name):
+    likelihood, said = SAID[name]
+    assert known_forbids(likelihood) is said
+
+
+def test_a_reward_may_be_said_to_forbid():
+    likelihood = RewardLikelihood(length, 0.5)
+    likelihood.forbids = True
+    assert known_forbids(ProductLikelihood([likelihood])) is True
+    assert known_forbids(RewardLikelihood(length, 0.5)) is None
+
+
+def test_forbids_is_a_bool_or_none():
+    with pytest.raises(TypeError, match=r"`Silent\.forbids` must be True, False or None, got 1 of type int"):
+        known_forbids(telling(1))

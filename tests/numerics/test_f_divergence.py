@@ -15,13 +15,14 @@ from rlhf_bayes.numerics.f_divergence import (
 )
 
 CASES = [*divergence_cases(), ("alpha", 0.2)]  # a new record is among them
-INFINITE = [("reverse_kl", None), ("alpha", 1.0)]  # where something is forbidden
+INFINITE = [("reverse_kl", None), ("pearson", None), ("alpha", 1.0)]  # where something is forbidden
 # values of each divergence by another route: add a name to all of these tables
 GENERATORS = {
     "forward_kl": lambda t, alpha: -t.log(),
     "reverse_kl": lambda t, alpha: t * t.log(),
     "js": lambda t, alpha: 0.5 * (t * t.log() - (t + 1) * ((t + 1) / 2).log()),
     "tv": lambda t, alpha: 0.5 * (t - 1).abs(),
+    "pearson": lambda t, alpha: (t - 1) ** 2,
     "alpha": lambda t, alpha: (t**alpha - alpha * t + alpha - 1) / (alpha * (alpha - 1)),
 }
 
@@ -32,6 +33,7 @@ DISJOINT = {
     "reverse_kl": math.inf,
     "js": math.log(2),
     "tv": 1.0,
+    "pearson": math.inf,
     "alpha": 4.0,
 }
 # pseudo-reward of a forbidden completion
@@ -230,6 +232,7 @@ def test_terms_of_huge_ratios_are_the_generator(divergence, alpha):
         "reverse_kl": lambda t: t * t.ln() - t + 1,
         "js": lambda t: (t * t.ln() - (t + 1) * ((t + 1) / 2).ln()) / 2,
         "tv": lambda t: abs(t - 1) / 2,
+        "pearson": lambda t: (t - 1) ** 2,
         "alpha": lambda t: (t ** Decimal(alpha) - Decimal(alpha) * (t - 1) - 1) / Decimal(alpha * (alpha - 1)),
     }
     for s in (-200, 200):

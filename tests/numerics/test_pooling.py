@@ -1,13 +1,17 @@
 """Pooling: arithmetic by hand, inequalities, and what each rule makes of a constant."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from rlhf_bayes.numerics import POOLING_RULES, pool
+from rlhf_bayes.numerics.pooling import pool_centered, uses_beta
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 REWARDS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 0.5]])  # (K, B)
 SCALES = {
     "mean": {},
@@ -77,8 +81,42 @@ def test_forbidden_by_one_member():
             assert pooled[0] == -math.inf
 
 
-def test_every_rule_is_tested():
-    assert set(SCALES) == set(POOLING_RULES)
+@pytest.mark.parametrize("name", POOLING_RULES)
+def test_a_record_is_whole(name):
+    """A rule without values here has not been checked by another route."""
+    assert name in SCALES, "add its scale to SCALES, and its value to `test_by_hand`"
+    assert name in {case[0] for case in test_by_hand.pytestmark[0].args[1]}
+    rule = POOLING_RULES[name]
+    assert (rule.scale == "none") == (SCALES[name] == {})
+    assert uses_beta(name) == (rule.scale in ("beta", "penalty"))
+    assert len(rule.help) > 10
+
+
+@pytest.mark.parametrize("name", POOLING_RULES)
+def test_a_pool_lies_between_the_members_on_the_side_that_it_says(name):
+    rewards = torch.randn(5, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pooled = pool(rewards, name, **SCALES[name])
+    assert (pooled <= rewards.amax(0)).all()
+    if POOLING_RULES[name].scale != "penalty":  # mean − λ·variance has no lower bound
+        assert (pooled >= rewards.amin(0)).all()
+    difference = pooled - rewards.mean(0)
+    signs = torch.where(difference.abs() < 1e-12, 0.0, difference.sign())
+    assert (signs == POOLING_RULES[name].optimism).all()
+
+
+def test_the_table_in_the_readme_is_theirs():
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*) \| (.*) \|$", README.split("| rule | reward | posterior |")[1], re.MULTILINE
+    )
+    expected = [(name, rule.formula, rule.help) for name, rule in POOLING_RULES.items()]
+    assert rows[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("name", ["harmonic", "Mean"])
+def test_an_unknown_rule_is_an_error_everywhere(name):
+    for asked in (lambda: uses_beta(name), lambda: pool(REWARDS, name), lambda: pool_centered(REWARDS, REWARDS, name)):
+        with pytest.raises(ValueError, match=f"`rule` must be one of {', '.join(POOLING_RULES)}, got '{name}'"):
+            asked()
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,50 @@ def test_the_configurations_are_understood(script, monkeypatch, path):
     parsed = {name: value for part in script.parse_arguments() for name, value in vars(part).items()}
     for name, value in yaml.safe_load(path.read_text()).items():
         assert parsed[name] == value
+
+
+def lengthened(tmp_path, *rows):
+    """Gives these rows, or all, a prompt that the toy has positions for, but not with a long completion."""
+    path = tmp_path / "pairs.jsonl"
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows or range(len(pairs)):
+        pairs[row]["question"] = "The hotel was" + " very very" * 26
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def test_prompts_too_long_to_normalise_on_cost_no_training(run, own_pairs, tmp_path, caplog):
+    lengthened(tmp_path, 0, 5, 6)
+    run(*own_pairs, "--num_members", 1, *FEW, "--max_completion_length", 90)
+    index = RewardIndex.load(tmp_path / "runs" / "reward_model")
+    assert "completions of `model`" in index.normalization.reference
+    assert "prompts and a completion of 90 tokens have more tokens than" in caplog.text
+
+
+def test_prompts_that_are_all_too_long_are_refused_before_the_model_is_loaded(
+    script, run, own_pairs, tmp_path, monkeypatch
+):
+    lengthened(tmp_path)
+    monkeypatch.setattr(script, "RewardTrainer", lambda **arguments: pytest.fail("a model would be loaded"))
+    with pytest.raises(ValueError, match=r"None is left to draw completions for\. Lower `--max_completion_length`"):
+        run(*own_pairs, "--max_completion_length", 90)
+
+
+def test_texts_too_long_to_score_are_left_out_of_the_normalisation(run, own_pairs, tmp_path, caplog):
+    path = tmp_path / "pairs.jsonl"
+    with path.open("a") as file:
+        file.write(json.dumps({"question": "The", "better": " hotel" * 200, "worse": " end.", "n": [1, 0, 0]}) + "\n")
+    run(*own_pairs, "--num_members", 1, *FEW, "--normalize_on", "chosen", "--drop_columns", "topic", "n")
+    assert RewardIndex.load(tmp_path / "runs" / "reward_model").normalization is not None
+    assert "left out of the normalisation" in caplog.text or "are dropped" in caplog.text
+
+
+def test_a_trained_model_outlives_a_normalisation_that_fails(script, run, own_pairs, tmp_path, monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(script, "LanguageModel", fails)
+    with pytest.raises(RuntimeError, match="no memory left") as raised:
+        run(*own_pairs, "--num_members", 1, *FEW)
+    assert "The trained model is in runs/reward_model, with raw rewards" in raised.value.__notes__[0]
+    reward = load_reward(tmp_path / "runs" / "reward_model")
+    assert torch.tensor(reward(["The hotel"], [" was great."])).isfinite().all()

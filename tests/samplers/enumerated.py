@@ -4,7 +4,7 @@ import torch
 from scipy.stats import chi2
 
 from rlhf_bayes.lm import LanguageModel
-from rlhf_bayes.samplers import Draws
+from rlhf_bayes.samplers import Draws, IndependentRows
 from rlhf_bayes.testing import toy_reward
 
 
@@ -52,7 +52,7 @@ def exact_draws(toy, log_prob, n):
     texts = [toy.completions[i] for i in index]
     ids = [toy.completion_ids[i] for i in index]
     zeros = torch.zeros(n, dtype=torch.long)
-    return Draws([toy.prompts[0]] * n, zeros, ids, texts, list(texts), None, "exact", 1)
+    return Draws([toy.prompts[0]] * n, zeros, ids, texts, list(texts), None, "exact", 1, IndependentRows())
 
 
 def counts_of(toy, draws):

@@ -1,11 +1,14 @@
 """What every sampler keeps: chats and texts alike, rows in order, and numbers that no batch or padding changes."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf_bayes import samplers
 from rlhf_bayes.likelihoods import Constraint
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.samplers import (
@@ -16,24 +19,36 @@ from rlhf_bayes.samplers import (
     MetropolisHastings,
     PrefixValue,
     RejectionSampler,
+    all_samplers,
 )
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 from .enumerated import policy_of, prior_of, seeded
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def guided_smc(policy, value):
     return SMC(value, GuidedProposal(policy, value), ess_threshold=0.9)
 
 
-SAMPLERS = {
-    "importance": lambda policy: ImportanceSampler(policy),
+def by_flags(name):
+    """As `rlhf-bayes sample` makes it for 6 completions a prompt."""
+    return lambda policy: all_samplers.SAMPLERS[name].make(prior_of_policy(policy), policy, 6)
+
+
+def prior_of_policy(policy):
+    return policy.condition(not_only_a).tilt(toy_reward, 1.0)
+
+
+# every sampler as its record makes it, and others by settings that it does not use
+SAMPLERS = {name: by_flags(name) for name in all_samplers.SAMPLERS} | {
     "resampling": lambda policy: ImportanceSampler(policy, num_candidates=50),
-    "rejection": lambda policy: RejectionSampler(policy, log_bound=1.0, quasi=True, max_draws=300),
+    "rejection, a bound": lambda policy: RejectionSampler(policy, log_bound=1.0, quasi=True, max_draws=300),
     "guard": lambda policy: RejectionSampler(policy, log_bound=-math.inf, quasi=True),
-    "best of n": lambda policy: BestOfN(8, proposal=policy),
-    "suffix": lambda policy: MetropolisHastings("suffix", policy, num_chains=2, burn_in=2),
-    "smc": lambda policy: guided_smc(policy, PrefixValue(Constraint(not_only_a), policy.tokenizer)),
+    "best of 8": lambda policy: BestOfN(8, proposal=policy),
+    "two chains": lambda policy: MetropolisHastings("suffix", policy, num_chains=2, burn_in=2),
+    "guided smc": lambda policy: guided_smc(policy, PrefixValue(Constraint(not_only_a), policy.tokenizer)),
     "independence": lambda policy: MetropolisHastings("independence", policy, num_chains=2, burn_in=2),
 }
 
@@ -56,6 +71,28 @@ def test_rows_are_those_of_their_prompts(toy, name):
         assert draws.completions == (messages if prompts is chats else draws.texts)
         assert draws.info["tokens"] >= sum(len(ids) for ids in draws.completion_ids) or name == "resampling"
         assert_close(draws.weights.sum(), torch.tensor(3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", all_samplers.SAMPLERS)
+def test_a_record_says_what_its_sampler_is(toy, name):
+    record = all_samplers.SAMPLERS[name]
+    sampler = by_flags(name)(policy_of(toy))
+    assert type(sampler) is record.sampler
+    assert sampler.guarantee in record.guarantees
+    assert all(guarantee in record.guarantee for guarantee in record.guarantees)
+    assert len(record.help) > 10
+    exported = getattr(samplers, record.sampler.__name__)
+    assert exported is record.sampler
+
+
+def test_the_default_is_what_targets_the_posterior():
+    assert all_samplers.samplers_of_the_posterior() == ["importance", "rejection", "metropolis_hastings", "smc"]
+
+
+def test_the_table_in_the_readme_is_theirs():
+    table = README.split("| sampler (`rlhf_bayes.samplers`) |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", table, re.MULTILINE)
+    assert rows == [(r.sampler.__name__, r.guarantee, r.help) for r in all_samplers.SAMPLERS.values()]
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])

@@ -1,4 +1,4 @@
-"""What a script's flags name: data, rewards and features. Wrong names are refused before a model is loaded."""
+"""Loads what a script's flags name: data, rewards and features. Wrong names are refused before a model is loaded."""
 
 from rlhf_bayes.commands.flags.data import hold_out, load_preferences, load_prompts, prompts_of_pairs
 from rlhf_bayes.commands.flags.features import contains_words, parse_features

@@ -1,12 +1,19 @@
-"""Prompts and preferences by name, from files, folders or the hub."""
+"""Loads prompts and preferences by name, from files, folders or the hub."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, load_dataset, load_from_disk
-from trl import maybe_extract_prompt
+
+from rlhf_bayes.rewards.lengths import LengthLimit, num_positions
+from rlhf_bayes.rewards.loading import load_config, load_tokenizer
+from rlhf_bayes.rewards.pairs import guessed_prompt, read_pairs
+
+logger = logging.getLogger(__name__)
 
 _BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
 
@@ -20,19 +27,19 @@ def load_prompts(
     seed: int = 0,
 ) -> Dataset:
     """
-    A dataset with its prompts in the column `prompt`; its other columns are left for the reward functions.
+    A dataset with its prompts in the column `prompt`. It keeps its other columns, for the reward functions.
 
     Args:
         dataset_name (`str`):
             A .json, .jsonl, .parquet, .csv or .txt file (.gz too), a folder of `save_to_disk`, or a name on the hub.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            Where the prompts are: texts or chats. It is renamed; another column `prompt` is dropped.
+            The column that holds the prompts, texts or chats. It is renamed; another column `prompt` is dropped.
         max_prompts (`int`, *optional*):
-            Keep that many, chosen at random.
+            Keep this many prompts, chosen at random. Default: all.
         split, config (`str`, *optional*):
             As in [`~datasets.load_dataset`].
         seed (`int`, *optional*, defaults to `0`):
-            Of that choice.
+            Seed of that choice.
 
     Raises:
         FileNotFoundError: if a local path does not exist.
@@ -76,17 +83,18 @@ def load_preferences(
 
     Args:
         dataset_name (`str`):
-            As for [`load_prompts`].
+            As in [`load_prompts`].
         split, config (`str`, *optional*):
             As in [`~datasets.load_dataset`].
         columns (`Sequence[str]`, *optional*):
-            Entries `name=column`: what the trainer calls `name` is in `column`. Another column `name` is dropped.
+            Entries `name=column`: the column `column` is renamed to `name`, the trainer's name for it. Another column
+            `name` is dropped.
         drop_columns (`Sequence[str]`, *optional*):
-            Columns to leave out: votes, where the label alone is to be learnt.
+            Columns to leave out: the votes, for instance, to learn from the label alone.
         max_pairs (`int`, *optional*):
-            Keep that many, chosen at random.
+            Keep this many pairs, chosen at random. Default: all.
         seed (`int`, *optional*, defaults to `0`):
-            Of that choice.
+            Seed of that choice.
 
     Raises:
         FileNotFoundError: if a local path does not exist.
@@ -106,7 +114,7 @@ def load_preferences(
     if len(set(renamed.values())) < len(renamed):
         raise ValueError(f"`columns` must name each column once, got {list(columns)}. Copy it in the data instead.")
     dataset = dataset.remove_columns(list(drop_columns))
-    # all at once: the new name of one may be the old name of another, as where two are swapped
+    # renamed all at once, since the new name of one column may be the old name of another
     replaced = [name for name in renamed if name in dataset.column_names and name not in renamed.values()]
     dataset = dataset.remove_columns(replaced).rename_columns({column: name for name, column in renamed.items()})
     lacking = [name for name in ("chosen", "rejected") if name not in dataset.column_names]
@@ -115,41 +123,83 @@ def load_preferences(
             f"`dataset_name` must have the columns `chosen` and `rejected`, got {dataset.column_names}. Say which one "
             f"holds the {'preferred' if lacking[0] == 'chosen' else 'other'} text: `--columns {lacking[0]}=<column>`."
         )
+    dataset = read_pairs(f"{dataset_name} ({split})", dataset)
     if max_pairs is not None and max_pairs < len(dataset):
         dataset = dataset.shuffle(seed=seed).select(range(max_pairs))
     return dataset
 
 
-def prompts_of_pairs(pairs: Dataset, max_prompts: int) -> list:
+def prompts_of_pairs(pairs: Dataset, max_prompts: int, path: str, max_completion_length: int) -> list:
     """
-    The first different prompts of preference data; what the texts of a pair begin with, where they are no column.
+    The first distinct prompts of preference data that a language model can complete.
+
+    Where there is no column `prompt`, they are what the texts of a pair begin with, up to a turn or a word. Prompts
+    that are too long for the language model are left out, and counted in a warning.
+
+    Args:
+        pairs (`Dataset`): from [`load_preferences`].
+        max_prompts (`int`): so many at most.
+        path (`str`): the language model's; only its config and tokenizer are read.
+        max_completion_length (`int`): tokens that must fit after a prompt.
 
     Raises:
-        ValueError: if no pair has one.
+        ValueError: if no pair has one, none fits, or chats come without a chat template.
     """
-    prompts = [maybe_extract_prompt(row)["prompt"] for row in pairs]
-    prompts = list({str(prompt): prompt for prompt in prompts if prompt}.values())[:max_prompts]
+    prompts = [guessed_prompt(row) for row in pairs]  # pyright: ignore[reportArgumentType]
+    prompts = list({str(prompt): prompt for prompt in prompts if prompt}.values())
     if not prompts:
         raise ValueError(
             "`dataset_name` must hold prompts to draw completions for, and the texts of no pair have a beginning in "
             "common. Name their column, `--columns prompt=<column>`; or draw none, `--normalize_on chosen`."
         )
-    return prompts
+    tokenizer, positions = load_tokenizer(path, path), num_positions(load_config(path))
+    if not isinstance(prompts[0], str) and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"The tokenizer of '{path}' must have a `chat_template` to complete prompts that are chats, got none. "
+            "Name another model with `--prior_name_or_path`, or draw no completions, `--normalize_on chosen`."
+        )
+    limit = LengthLimit(positions=positions)
+    fitting, too_long = [], 0
+    for prompt in prompts:
+        length = _num_tokens(tokenizer, prompt)
+        fits = length > 0 and limit.allows(length + max_completion_length)
+        too_long += not fits
+        fitting += [prompt] if fits else []
+        if len(fitting) == max_prompts:
+            break
+    found = (
+        f"{too_long} of {too_long + len(fitting)} prompts and a completion of {max_completion_length} tokens have "
+        f"more tokens than '{path}' has positions for, {positions}"
+    )
+    if not fitting:
+        raise ValueError(
+            f"{found}. None is left to draw completions for. Lower `--max_completion_length`, name another model with "
+            "`--prior_name_or_path`, or draw none, `--normalize_on chosen`."
+        )
+    if too_long:
+        logger.warning(f"{found}: no completions are drawn for them.")
+    return fitting
+
+
+def _num_tokens(tokenizer: Any, prompt: Any) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def hold_out(dataset: Dataset, share: float, by: str | None = None, seed: int = 0) -> tuple[Dataset, Dataset]:
     """
-    The rows to learn from, and those to judge on.
+    Split a dataset into rows to train on and rows to evaluate on.
 
     Args:
         dataset (`Dataset`):
             All rows.
         share (`float`):
-            Of the rows, or of the groups, that are held out; at least one and not all of them.
+            The share of rows, or of groups, that is held out; at least one is, and not all are.
         by (`str`, *optional*):
-            Column of which each value is a group, which stays together: pairs of one topic have much in common.
+            A column whose values are groups that are not split: pairs of one topic, say, are not independent.
         seed (`int`, *optional*, defaults to `0`):
-            Of the choice.
+            Seed of the choice.
 
     Raises:
         ValueError: if `share` is outside of (0, 1), there is no column `by`, or there are fewer than two groups.
@@ -200,9 +250,9 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
                 f"`dataset_name` must end in one of {sorted(_BUILDERS)} (and .gz) where it is a file, got {name!r}. "
                 "Convert it, or use `Dataset.save_to_disk`."
             )
-        if path.stat().st_size == 0:  # `datasets` stumbles over it
+        if path.stat().st_size == 0:  # `datasets` fails on it with an unclear error
             raise ValueError(f"`dataset_name` must hold at least one row, got the empty file {name!r}. Name another.")
-        # a file is one split, which `datasets` calls train
+        # `datasets` calls the only split of a file "train"
         return load_dataset(_BUILDERS[suffix], data_files=str(path), split="train")
     if not path.is_dir() and (suffix in _BUILDERS or path.is_absolute() or name.startswith(".")):
         raise FileNotFoundError(

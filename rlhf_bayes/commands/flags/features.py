@@ -1,4 +1,4 @@
-"""Features of completions, and the means that they are to have, as flags."""
+"""Parses flags that give features of completions and the means that these are asked to have."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,18 +11,19 @@ def parse_features(
     features: Sequence[str] = (), words: Sequence[str] = ()
 ) -> dict[str, tuple[Callable[..., Any], float]]:
     """
-    Features and the means that they are to have, name -> (function, moment), as `LanguageModel.constrain` takes them.
+    Features and their means, name -> (function, moment), as `LanguageModel.constrain` takes them.
 
     Args:
         features (`Sequence[str]`):
-            Entries `module:function=moment`; functions in the protocol of TRL's reward functions. Its name is that of
-            the function.
+            Entries `module:function=moment`. The functions have the protocol of TRL's reward functions, and give the
+            features their names.
         words (`Sequence[str]`):
-            Entries `word,word,…=moment`, or `name:word,word,…=moment`: whether a completion contains one of these
-            words, see [`contains_words`].
+            Entries `word,word,…=moment`, or `name:word,word,…=moment`. The feature is whether a completion contains
+            one of these words: see [`contains_words`].
 
     Raises:
-        ValueError: if an entry has another form, a moment is no number (of words: no share), or two have one name.
+        ValueError: if an entry has another form, a moment is not a number (for words: not a share), or two features
+            have the same name.
     """
     constraints: dict[str, tuple[Callable[..., Any], float]] = {}
     for flag, entries in (("features", features), ("words", words)):
@@ -45,7 +46,7 @@ def contains_words(words: Sequence[str]) -> Callable[..., list[float]]:
     """
     The feature that is 1 for completions that contain one of these words or phrases, and 0 for others.
 
-    Words are whole, and case does not matter: "cat" is in "The Cat sat.", not in "scattered", nor in "cats".
+    Whole words count, in any case: "cat" is in "The Cat sat.", but not in "scattered" or "cats".
     """
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, words)) + r")(?!\w)", re.IGNORECASE)
 
@@ -56,7 +57,7 @@ def contains_words(words: Sequence[str]) -> Callable[..., list[float]]:
 
 
 def _text(completion: Any) -> str:
-    """Of a completion of a chat, all its messages."""
+    """The text of a completion; of a chat, the text of all its messages."""
     return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)
 
 

@@ -1,4 +1,4 @@
-"""Functions, models and rewards by name."""
+"""Loads functions, models and rewards that flags name."""
 
 import difflib
 import importlib
@@ -25,13 +25,13 @@ def load_reward_func(name: str) -> Callable[..., Any]:
 
 def load_function(name: str, flag: str) -> Callable[..., Any]:
     """
-    The function that `module:function` names. Modules in the current folder are found too.
+    The function that `module:function` names. The module may be in the current folder.
 
     Args:
         name (`str`):
-            `module:function`.
+            The name, `module:function`.
         flag (`str`):
-            What it was given as, for the errors.
+            The flag that gave the name, for error messages.
 
     Raises:
         ValueError: if the name has another form, the module cannot be imported, or has no such function.
@@ -42,7 +42,7 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
             f"`{flag}` must have the form `module:function`, got {name!r}. For a module `rewards.py` in the "
             f"current folder: `--{flag} rewards:my_reward`."
         )
-    if os.getcwd() not in sys.path:  # `accelerate launch` puts the script's folder there, not the current one
+    if os.getcwd() not in sys.path:  # `accelerate launch` adds the script's folder, not the current one
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
@@ -68,15 +68,15 @@ def load_language_model(
     path: str, args: RLOOConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> LanguageModel:
     """
-    The language model in a folder or a repository of the hub, with the completions that a trainer would draw.
+    The language model in a folder or a repository of the hub, which draws the completions that a trainer would draw.
 
     Args:
         path (`str`):
-            Of a model or an adapter.
+            The folder or name of a model or an adapter.
         args ([`~trl.RLOOConfig`]):
-            Gives `model_init_kwargs`, device, `max_completion_length` and `temperature`.
+            Its `model_init_kwargs`, device, `max_completion_length` and `temperature` are used.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Default: the one saved beside the model.
+            The tokenizer. Default: the one saved beside the model.
     """
     with whole_weights():
         model = load_causal_lm(path, **(args.model_init_kwargs or {}))
@@ -99,28 +99,28 @@ def load_pooled_reward(
     seed: int = 0,
 ) -> RewardModel | RewardEnsemble | PooledReward:
     """
-    The reward in a folder; an ensemble with its members pooled by a rule, on a common zero for each prompt.
+    The reward in a folder; the members of an ensemble are pooled by a rule, on a common zero for each prompt.
 
     Args:
         path (`str`):
-            Of a reward model or an ensemble; the rules but `"mean"` need an ensemble.
+            The folder of a reward model or an ensemble. All rules but `"mean"` need an ensemble.
         rule (`str`):
             See [`~rlhf_bayes.numerics.pool`].
         prior ([`~rlhf_bayes.LanguageModel`]):
-            Each member is centered on its completions. Not used by the mean.
+            Each member is centered on the prior's completions. The mean does not use it.
         prompts (`Sequence` of `str` or of chats):
-            All that will be scored.
+            All prompts whose completions will be scored.
         beta (`float`, *optional*):
-            β of the posterior; the rules without one do not use it, nor does `"mean_minus_variance"` with a `penalty`.
+            β of the posterior. Rules without a β do not use it, nor does `"mean_minus_variance"` with a `penalty`.
         penalty (`float`, *optional*):
             Weight of the variance, for `"mean_minus_variance"`.
         num_samples (`int`, *optional*, defaults to `64`):
-            Completions drawn for each prompt.
+            Completions that the prior draws for each prompt.
         seed (`int`, *optional*, defaults to `0`):
-            Of the draws.
+            Seed of these draws.
 
     Raises:
-        ValueError: if the rule is unknown, a parameter is of no use to it, or there is a single model only.
+        ValueError: if the rule is unknown, does not use a parameter that is given, or needs an ensemble.
     """
     beta = beta if uses_beta(rule, penalty) else None
     pool(torch.zeros(1, 1), rule, beta, penalty)  # refuses what the rule cannot use, before anything is loaded

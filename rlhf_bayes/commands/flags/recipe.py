@@ -1,4 +1,4 @@
-"""What the recipes have in common: flags, prompts, a training run, and what was drawn before and after it."""
+"""What the recipes have in common: flags, prompts, a training run, and an evaluation before and after it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +23,7 @@ from rlhf_bayes.report import betas_around, what_if_of, write_sampling
 
 @dataclass
 class PromptArguments:
-    """Prompts to train on, and the report on the first of them."""
+    """Flags for the prompts to train on, and for the report on the first of them."""
 
     dataset_name: str | None = field(
         default=None,
@@ -33,16 +33,18 @@ class PromptArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the hub."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split that holds the prompts."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts: texts or chats."})
-    max_prompts: int | None = field(default=None, metadata={"help": "Train on that many, chosen at random."})
-    report_prompts: int = field(default=16, metadata={"help": "Prompts in the report before and after; 0: none."})
-    report_samples: int = field(default=128, metadata={"help": "Completions a prompt in the report."})
+    max_prompts: int | None = field(
+        default=None, metadata={"help": "Train on this many prompts, chosen at random. Default: all."}
+    )
+    report_prompts: int = field(default=16, metadata={"help": "Number of prompts in the report; 0: no report."})
+    report_samples: int = field(default=128, metadata={"help": "Completions for each prompt in the report."})
 
     def check(self, own_model: bool) -> None:
         """
         Refuse the bundled prompts for another model.
 
         Raises:
-            ValueError: if a model of one's own comes without prompts.
+            ValueError: if a model of the user's own is named without prompts.
         """
         if own_model and self.dataset_name is None:
             raise ValueError(
@@ -63,7 +65,7 @@ def parse_flags(
     classes: Sequence[type], defaults: Mapping[str, Any], toy_defaults: Mapping[str, Any]
 ) -> tuple[bool, tuple]:
     """
-    The dataclasses of a script filled from its flags and `--config`, and whether a model of one's own is named.
+    The dataclasses of a script filled from its flags and `--config`, and whether the flags name a model.
 
     Args:
         classes (`Sequence[type]`):
@@ -71,9 +73,9 @@ def parse_flags(
         defaults (`Mapping[str, Any]`):
             Defaults that differ from those of the dataclasses.
         toy_defaults (`Mapping[str, Any]`):
-            More of them, where no `model_name_or_path` is named: the bundled model's.
+            Further defaults for the bundled model, which is used where no `model_name_or_path` is named.
     """
-    # the bundled model has defaults of its own, so look first whether another is named
+    # parsed once beforehand, since the bundled model has defaults of its own
     (model_args, *_) = TrlParser(ModelConfig, add_help=False, allow_abbrev=False).parse_args_and_config(
         return_remaining_strings=True
     )
@@ -84,7 +86,7 @@ def parse_flags(
 
 
 def model_init_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, Any]:
-    """What `from_pretrained` gets: the model's flags, under the `model_init_kwargs` that the training's may hold."""
+    """Arguments of `from_pretrained`: the model's flags, overridden by the training's `model_init_kwargs`."""
     return {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -94,16 +96,16 @@ def model_init_kwargs(model_args: ModelConfig, training_args: TrainingArguments)
 
 
 def train_and_report(trainer: Trainer, report: Callable[[], None] | None) -> None:
-    """Train, or go on where `resume_from_checkpoint` says, save the model, and report on one of the processes."""
+    """Train, or resume from `resume_from_checkpoint`, save the model, and report on the main process."""
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PosteriorProgress())
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.save_state()  # the log, which the report reads, though no checkpoint was due
+    trainer.save_state()  # the report reads the log, which is otherwise saved with a checkpoint only
     if report is not None and trainer.is_world_process_zero():
         report()
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # a process that leaves while its group is up may abort
+    trainer.accelerator.end_training()  # a process that exits before its process group is closed may abort
 
 
 def evaluate_saved(
@@ -114,22 +116,23 @@ def evaluate_saved(
     dataset: Dataset,
 ) -> Evaluation:
     """
-    Prior and trained policy against the posterior, on the first prompts: what was saved is what is judged.
+    Evaluate the prior and the saved policy against the posterior, on the first prompts.
 
     Args:
         trainer (`Trainer`):
-            It has saved its model in its `output_dir`.
+            A trainer that has saved its model in its `output_dir`.
         args ([`PromptArguments`]):
-            How many of what.
+            The number of prompts and of completions.
         model_path (`str`):
-            Of the prior.
+            The folder or name of the prior.
         posterior_of (`Callable`):
-            From the prior to the posterior.
+            Makes the posterior from the prior.
         dataset (`Dataset`):
-            Prompts, and the columns that rewards ask for.
+            Prompts, and the columns that reward functions ask for.
     """
     training_args: RLOOConfig = trainer.args
-    unset_hf_deepspeed_config()  # under ZeRO-3 models would be loaded in shards, which waits for the other processes
+    # under ZeRO-3 transformers would load models in shards and wait for the other processes, which do not come here
+    unset_hf_deepspeed_config()
     prior, policy = (
         load_language_model(path, training_args, trainer.processing_class)
         for path in (model_path, training_args.output_dir)
@@ -162,13 +165,13 @@ def save_evaluation(
 
     Args:
         evaluation ([`Evaluation`]):
-            Of the trained policy.
+            The evaluation of the trained policy.
         trainer, args, model_path:
-            As for [`evaluate_saved`].
+            As in [`evaluate_saved`].
         reward_scale (`float`, *optional*):
             Units of reward per nat of evidence, where the evidence is a reward.
         known (`Any`):
-            More of `sampling.json`: see [`~rlhf_bayes.report.write_sampling`].
+            Further entries of `sampling.json`: see [`~rlhf_bayes.report.write_sampling`].
     """
     settings = {name: value for name, value in asdict(args).items() if value not in (None, [])}
     sampling = {"beta": evaluation.beta, "settings": {"model_name_or_path": model_path, **settings}, **known}
@@ -180,7 +183,7 @@ def save_evaluation(
 
 
 def print_samples(evaluation: Evaluation, console: Console) -> None:
-    """A completion of each of some prompts, before and after."""
+    """Print completions of the first prompts, before and after training."""
     draws = {"prior (before)": evaluation.from_prior, "policy (after)": evaluation.from_policy}
     console.print(samples_table(evaluation.from_policy.prompts[:4], draws, title="Samples"))
 
@@ -193,16 +196,16 @@ def reward_report(
 
     Args:
         trainer, args, model_path, dataset:
-            As for [`evaluate_saved`].
+            As in [`evaluate_saved`].
         reward_funcs (`list`):
-            What it was trained on, whatever the objective.
+            The reward functions that the policy was trained on.
     """
     training_args, console, beta = trainer.args, Console(), trainer.beta
 
     def posterior_of(prior: LanguageModel) -> Posterior:
         return prior.tilt(
             reward_funcs,
-            beta or 1.0,  # without a posterior (β = 0) the evidence is only read as a reward
+            beta or 1.0,  # at β = 0 there is no posterior, and the evidence serves as the reward only
             reward_weights=training_args.reward_weights,
             reward_clip_range=training_args.reward_clip_range,
             missing_eos_penalty=getattr(training_args, "missing_eos_penalty", None),

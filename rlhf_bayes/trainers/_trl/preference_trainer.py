@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from trl import RewardTrainer as TRLRewardTrainer
 
+from rlhf_bayes.rewards.lengths import LengthLimit
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers.reward.preference_data import PAIR_COLUMNS, PairCollator, fit_length
 
@@ -44,7 +45,8 @@ class PairRewards(NamedTuple):
 class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
-    def __init__(self, model, args, **trl_arguments):
+    def __init__(self, model, args, positions: int | None = None, **trl_arguments):
+        self.positions = positions  # texts of more tokens than these are too long, whatever `max_length` says
         self.num_dropped: dict[str, int] = {}
         self._train_prepared = False
         super().__init__(model, args, **trl_arguments)
@@ -95,7 +97,7 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
             )
         finally:
             args.max_length = max_length
-        fitting = fit_length(dataset, dataset_name, max_length, args.overlong)
+        fitting = fit_length(dataset, dataset_name, LengthLimit(max_length, self.positions), args.overlong)
         if isinstance(dataset, Dataset):
             self.num_dropped[dataset_name] = len(dataset) - len(fitting)
         return fitting

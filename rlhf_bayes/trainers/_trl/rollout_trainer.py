@@ -35,6 +35,7 @@ from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
+from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
@@ -229,13 +230,10 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._failures.errors.clear()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (B_global, F)
+        self._failures.errors += unusable_rewards(
+            rewards, self.reward_funcs, self.reward_func_names, self.args.infinite_where_forbidden
+        )
         self._failures.stop_all(self.accelerator.num_processes)
-        for column, (func, name) in enumerate(zip(self.reward_funcs, self.reward_func_names, strict=True)):
-            if isinstance(func, nn.Module) and not rewards[:, column].isfinite().all():
-                raise ValueError(
-                    f"Reward model `{name}` must return finite rewards, got {rewards[:, column].tolist()}. Its "
-                    "weights or its precision are broken; try it in float32 on the completions above."
-                )
         first = self.accelerator.process_index * len(prompts)
         self._rewards_per_func = rewards[first : first + len(prompts)]
         # RLOO's own statistics are means: over what is not forbidden

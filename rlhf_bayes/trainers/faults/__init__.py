@@ -1,1 +1,1 @@
-"""Runs that are disturbed, and lose nothing: whole checkpoints, resuming, signals, rewards that fail."""
+"""What keeps a run from losing work: complete checkpoints, resuming, signals, rewards that fail."""

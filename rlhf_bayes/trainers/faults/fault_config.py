@@ -1,4 +1,4 @@
-"""What the configurations of all trainers say about runs that are disturbed."""
+"""Fields of all trainers' configurations that say what happens when something goes wrong."""
 
 from dataclasses import dataclass, field
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, at a moment when they cannot leave half a checkpoint."""
+"""Holds Ctrl-C and SIGTERM back while a checkpoint is written, so that they cannot leave half of one."""
 
 import signal
 import threading
@@ -11,10 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 @contextmanager
 def finished_before_signals() -> Iterator[None]:
     """
-    Within, SIGINT and SIGTERM wait: they are delivered at the end.
+    A context that holds SIGINT and SIGTERM back, and delivers the first of them at its end.
 
-    Trainer writes a checkpoint in place, and the newest folder is the one that a run is resumed from. Outside of the
-    main thread, which alone may handle signals, nothing is changed.
+    Trainer writes a checkpoint in place, and a run is resumed from the newest folder, so half a checkpoint does harm.
+    Only the main thread may handle signals; in another thread the context does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

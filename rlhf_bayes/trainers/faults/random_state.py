@@ -15,7 +15,7 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 (what the Trainer saves)
         self._torch = torch.get_rng_state()
-        # only if it was used: asking would start CUDA
+        # only where CUDA is initialised already: asking for its state would initialise it
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
     def restore(self) -> None:

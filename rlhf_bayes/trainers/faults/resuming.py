@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what is lost where it meets other processes or another engine."""
+"""Finds the checkpoint that a run resumes from, and says what is lost with other processes or another engine."""
 
 import logging
 from pathlib import Path
@@ -18,15 +18,15 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path, num_p
 
     Args:
         asked (`bool` or `str`, *optional*):
-            True: the newest in `output_dir` that is whole in all processes. "auto": the same, or none. Otherwise a
-            path; as flags give them, these words may be spelt with capitals.
+            True: the newest checkpoint in `output_dir` that is whole for all processes. "auto": the same, or None if
+            there is none. Otherwise a path. From a flag, True may be the text "true", in any case.
         output_dir (`str` or `Path`):
-            Where checkpoints are looked for.
+            The folder in which checkpoints are looked for.
         num_processes (`int`):
-            That ask, all at once.
+            Number of processes, all of which must call this together.
 
     Raises:
-        `ValueError`: there is none, or it was cut short.
+        `ValueError`: if there is no checkpoint, or it was not written to the end.
     """
     if asked is None or asked is False:
         return None
@@ -37,7 +37,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str | Path, num_p
     whole = whole_checkpoints(Path(output_dir))
     steps = set(whole)
     if num_processes > 1:
-        # each sees its own disk, perhaps, and all must start from the same step
+        # processes may have disks of their own, but all must start from the same step
         steps = set.intersection(*gather_object([steps]))
     if steps:
         return str(whole[max(steps)])
@@ -70,7 +70,7 @@ def _check_whole(folder: Path) -> None:
 
 
 def where_to_go_on(output_dir: str | Path, step: int) -> str:
-    """What to tell those whose run stopped at a step."""
+    """A sentence for the error of a run that stopped at a step: the checkpoint to resume from."""
     try:
         whole = whole_checkpoints(Path(output_dir))
     except OSError:
@@ -84,22 +84,22 @@ def where_to_go_on(output_dir: str | Path, step: int) -> str:
 
 
 def load_device(device: torch.device) -> str:
-    """Where to load tensors to: with several processes, a CPU has an index too, which no loader knows."""
+    """The device to load tensors to: with several processes the CPU is called "cpu:0", which loaders refuse."""
     return "cpu" if device.type == "cpu" else str(device)
 
 
 def check_resumable(checkpoint: str | Path, args: TrainingArguments) -> None:
     """
-    Say what is lost where a checkpoint was written by another number of processes, or on another engine.
+    Warn of what is lost where a checkpoint was written by another number of processes, or on another engine.
 
     Args:
         checkpoint (`str` or `Path`):
-            The folder.
+            The folder of the checkpoint.
         args ([`~transformers.TrainingArguments`]):
-            Of this run.
+            The arguments of this run.
 
     Raises:
-        `ValueError`: DeepSpeed cannot read it.
+        `ValueError`: if DeepSpeed cannot read the checkpoint.
     """
     folder, num_processes = Path(checkpoint), args.world_size
     deepspeed = args.deepspeed_plugin is not None

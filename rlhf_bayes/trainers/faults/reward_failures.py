@@ -1,8 +1,8 @@
 """
-Reward functions that fail, and a run that can go on from just before.
+Reward functions that fail, and a run that can be resumed from just before the failure.
 
-A failed reward stops all processes at the same place, between two optimizer steps, and what the run was at the end of
-the last one is saved: the checkpoint is the one that would have been saved there.
+A failed reward stops all processes at the same place, between two optimizer steps. The state of the run at the end of
+the last step is then saved: the checkpoint is the one that would have been saved there.
 """
 
 from typing import Any, final
@@ -18,7 +18,7 @@ from rlhf_bayes.trainers.rollout.rollout_config import RolloutConfig
 @final
 class RewardFailures:
     """
-    Errors that reward functions ended with in this process, for all processes to stop at.
+    The errors of reward functions in this process, at which all processes stop.
 
     Attributes:
         errors (`list[Exception]`): of the current rollout.
@@ -30,7 +30,7 @@ class RewardFailures:
         self.raised: Exception | None = None
 
     def kept_from(self, reward_funcs: Any, args: RolloutConfig) -> list:
-        """One reward function or several, called again where they fail, and at last failing into `errors`."""
+        """The reward functions as [`retried`]: called again where they fail, with the last error put in `errors`."""
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         return [retried(func, args.reward_timeout, args.reward_retries, self.errors) for func in funcs]
 
@@ -40,14 +40,14 @@ class RewardFailures:
 
         Args:
             num_processes (`int`):
-                That call this, all at once.
+                Number of processes, all of which must call this together.
         """
         messages = [f"{type(error).__name__}: {error}" for error in self.errors]
         if num_processes > 1:
             messages = gather_object(messages)
         if not messages:
             return
-        # the processes where nothing failed stop too
+        # the processes in which nothing failed stop too
         self.raised = self.errors[0] if self.errors else RuntimeError(f"In another process: {messages[0]}")
         raise self.raised
 
@@ -55,13 +55,13 @@ class RewardFailures:
 @final
 class StepEnd:
     """
-    What a checkpoint between two optimizer steps holds, and what the next rollout changes.
+    The state at the end of an optimizer step that belongs into a checkpoint and that the next rollout changes.
 
     Args:
         state ([`~transformers.TrainerState`]):
-            Of the run.
+            The state of the run.
         metrics (`dict[str, list[float]]`):
-            That are not logged yet.
+            Metrics that are not logged yet.
     """
 
     def __init__(self, state: TrainerState, metrics: dict[str, list[float]]):
@@ -71,7 +71,7 @@ class StepEnd:
         self._num_tokens = state.num_input_tokens_seen
 
     def restore(self, state: TrainerState, metrics: dict[str, list[float]]) -> None:
-        """Set these, and the random number generators, back to what they were."""
+        """Set state, metrics and the random number generators back to what they were at the end of the step."""
         self._random.restore()
         metrics.clear()
         metrics.update(self._unlogged)

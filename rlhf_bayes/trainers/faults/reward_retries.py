@@ -1,4 +1,4 @@
-"""Reward functions that may fail or hang: given a time, called again, at last kept from taking the run with them."""
+"""Reward functions that may fail or hang: they have a time limit, are called again, and never crash the run."""
 
 import asyncio
 import contextvars
@@ -17,26 +17,27 @@ from rlhf_bayes.rewards.validation import callable_name, is_async_callable
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
-"""Seconds between two calls: twice as many each time."""
+"""Seconds between two calls. The wait doubles each time, up to the longest."""
 
 
 def retried(func: Any, timeout: float | None, retries: int, failures: list[Exception]) -> Any:
     """
-    The same reward function, called again where it raises or takes too long.
+    The same reward function, which is called again where it raises or takes too long.
 
-    When nothing helps, the error is left in `failures` and the rewards are zeros, which nobody may use: other
-    processes wait for this one at the next gather, and only there all of them can stop together.
+    When all calls fail, the last error is put into `failures` and the rewards are zeros, which must not be used. The
+    function returns, rather than raises, since other processes wait for this one at the next gather: only after that
+    can all of them stop together.
 
     Args:
         func (`Callable` or `torch.nn.Module`):
-            As [`~rlhf_bayes.rewards.checked`] returns it. A module, which has another protocol, is returned as it is.
+            As [`~rlhf_bayes.rewards.checked`] returns it. A module has another protocol and is returned as it is.
         timeout (`float`, *optional*):
-            Seconds for one call. A function that is not async is then called in a thread, which cannot be ended: it
-            may still run beside the next call.
+            Seconds for one call. A function that is not async is then called in a thread. A thread cannot be stopped,
+            so the call may still run beside the next one.
         retries (`int`):
-            Calls after the first.
+            Number of calls after the first.
         failures (`list[Exception]`):
-            Where the last error goes.
+            The last error is appended to it.
     """
     if isinstance(func, nn.Module):
         return func
@@ -81,10 +82,10 @@ def _retried_async(func, name, timeout, retries, failures) -> Callable:
 
 def in_time(call: Callable[[], Any], timeout: float | None) -> Any:
     """
-    The result of a call, in a thread of its own where there is a timeout.
+    The result of a call, which runs in a thread of its own where there is a timeout.
 
     Raises:
-        TimeoutError: after so many seconds.
+        TimeoutError: if the call takes longer than `timeout` seconds.
     """
     if timeout is None:
         return call()
@@ -93,7 +94,7 @@ def in_time(call: Callable[[], Any], timeout: float | None) -> Any:
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def run():
-        # torch keeps these for each thread
+        # torch keeps the current device and the gradient mode per thread, so the new thread gets the caller's
         if device is not None:
             torch.cuda.set_device(device)
         try:
@@ -102,7 +103,7 @@ def in_time(call: Callable[[], Any], timeout: float | None) -> Any:
         except BaseException as error:
             results.put((None, error))
 
-    # a daemon: a function that hangs for good must not keep the process
+    # a daemon thread, so that a function that hangs does not keep the process from exiting
     threading.Thread(target=contextvars.copy_context().run, args=(run,), daemon=True).start()
     try:
         result, error = results.get(timeout=timeout)
@@ -122,7 +123,7 @@ def _named(error: Exception, name: str, timeout: float | None) -> Exception:
 
 
 def _next_wait(name: str, error: Exception, attempt: int, retries: int, failures: list[Exception]) -> float | None:
-    """Seconds to the next call; None if there is none."""
+    """Seconds until the next call; None if there is no further call."""
     if attempt == retries:
         if retries:
             error.add_note(f"The reward function '{name}' failed {retries + 1} times (`reward_retries` = {retries}).")

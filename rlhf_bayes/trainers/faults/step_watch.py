@@ -1,4 +1,4 @@
-"""What is looked at around each optimizer step: whether its gradient is finite, and whether the run is to end."""
+"""Checks around each optimizer step: whether its gradient is finite, and whether the run must end."""
 
 import logging
 import signal
@@ -26,7 +26,7 @@ class StepWatch(TrainerCallback):
             Whose `args` are a [`FaultConfig`].
 
     Attributes:
-        skipped_in_a_row (`int`): steps until now.
+        skipped_in_a_row (`int`): how many of the latest optimizer steps, without a gap, were skipped.
         terminated (`bool`): whether SIGTERM ended the training.
     """
 
@@ -43,10 +43,10 @@ class StepWatch(TrainerCallback):
 
     def check_gradients(self) -> None:
         """
-        To be called when the training is over.
+        Raise the error that ended the training, if there is one. Call it after the training.
 
         Raises:
-            FloatingPointError: it was ended because too many gradients in a row were not finite.
+            FloatingPointError: if the training ended because too many gradients in a row were not finite.
         """
         if self.gave_up:
             raise FloatingPointError(
@@ -57,14 +57,14 @@ class StepWatch(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within: SIGTERM ends the training after a step, if `save_on_sigterm` says so."""
+        """A context in which SIGTERM ends the training after the current step, if `save_on_sigterm` is set."""
         if not self.trainer.args.save_on_sigterm:
             yield
             return
         if threading.current_thread() is not threading.main_thread():
             raise ValueError(
-                "`save_on_sigterm` must be False outside of the main thread, which alone hears of signals. Train in "
-                "the main thread."
+                "`save_on_sigterm` must be False outside of the main thread, since only the main thread receives "
+                "signals. Train in the main thread."
             )
         handler = signal.signal(signal.SIGTERM, self._on_sigterm)
         try:
@@ -103,12 +103,12 @@ class StepWatch(TrainerCallback):
 
     @property
     def _scales_the_loss(self) -> bool:
-        # fp16: steps are skipped as a matter of course, while a scale is looked for
+        # under fp16 DeepSpeed skips steps itself while it searches for a loss scale
         fp16 = self.trainer.is_deepspeed_enabled and self.trainer.accelerator.mixed_precision == "fp16"
         return fp16 or self.trainer.accelerator.scaler is not None
 
     def _deepspeed_skipped(self, step: int) -> bool:
-        # its engine has taken the step by now, or looked at the gradient itself
+        # by now DeepSpeed's engine has taken the step, or has found itself that the gradient is not finite
         engine = self.trainer.model_wrapped
         if not engine.was_step_applied():
             return True
@@ -121,7 +121,7 @@ class StepWatch(TrainerCallback):
         return False
 
     def _anywhere(self, flag: bool) -> bool:
-        # all processes must do the same
+        # all processes must decide alike: one that stops alone would leave the others waiting
         accelerator = self.trainer.accelerator
         if accelerator.distributed_type == DistributedType.NO:
             return flag
@@ -129,13 +129,13 @@ class StepWatch(TrainerCallback):
 
 
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether all entries are finite; of sharded tensors, those that this process holds."""
+    """Whether all entries are finite. Of a sharded tensor, only the part that this process holds is checked."""
     tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():
             by_device.setdefault(tensor.device, []).append(tensor)
-    # the largest entry, which is nan if any is: a sum of squares might overflow
+    # the largest entry is nan if any entry is, and unlike a sum of squares it cannot overflow
     return all(
         bool(torch.stack([norm.float() for norm in torch._foreach_norm(group, torch.inf)]).isfinite().all())
         for group in by_device.values()

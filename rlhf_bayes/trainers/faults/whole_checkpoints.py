@@ -1,9 +1,9 @@
 """
-Checkpoints that tell whether they were written to the end.
+Checkpoints that record that they were written to the end.
 
-A process may be killed, or a disk fill up, in the middle of a checkpoint, and a folder that is there says nothing
-about what is missing from it. The list of its files with their sizes is therefore written last: a folder without it,
-or with other files than it says, is not used.
+A process may be killed, or a disk may fill up, while a checkpoint is written, and its folder does not show what is
+missing. Therefore a list of its files with their sizes is written last. A folder without this list, or with other
+files than it names, is not used.
 """
 
 import json
@@ -22,10 +22,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def seal(folder: Path) -> None:
-    """Declare a checkpoint whole: all of its files are on the disk, as they are now."""
+    """Flush all files of a checkpoint to the disk, then write the list that declares it whole."""
     sizes = {}
     for path in _files(folder):
-        _flush(path)  # after a power cut, a file may have its size and not its content
+        _flush(path)  # otherwise a file may have its size, but not its content, after a power cut
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     part = folder / f"{MANIFEST}.part"
     part.write_text(json.dumps({"saved_at": time.time(), "files": sizes}, indent=1), encoding="utf-8")
@@ -35,12 +35,12 @@ def seal(folder: Path) -> None:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether it was once declared whole. Checkpoints of other trainers are not."""
+    """Whether a checkpoint was declared whole once. Checkpoints of other trainers were not."""
     return (folder / MANIFEST).is_file()
 
 
 def defect(folder: Path) -> str | None:
-    """What keeps a checkpoint from being whole, in words; None if it is."""
+    """Why a checkpoint is not whole, in words; None if it is whole."""
     if not is_sealed(folder):
         return f"`{MANIFEST}`, which is written last, is missing"
     try:
@@ -57,7 +57,7 @@ def defect(folder: Path) -> str | None:
 
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:
-    """Step -> folder of all checkpoints there, whole or not, by step."""
+    """All checkpoints in a folder, whole or not: step -> folder, in the order of the steps."""
     if not output_dir.is_dir():
         return {}
     found = {int(match[1]): path for path in output_dir.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
@@ -65,19 +65,19 @@ def checkpoints(output_dir: Path) -> dict[int, Path]:
 
 
 def whole_checkpoints(output_dir: Path) -> dict[int, Path]:
-    """The same, of those that are whole. The others are named in warnings."""
+    """The whole checkpoints in a folder: step -> folder. A warning names each of the others."""
     whole = {}
     for step, folder in checkpoints(output_dir).items():
         reason = defect(folder)
         if reason is None:
             whole[step] = folder
         else:
-            logger.warning(f"`{folder}` is passed over, because it was not written to the end: {reason}.")
+            logger.warning(f"`{folder}` is skipped, because it was not written to the end: {reason}.")
     return whole
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, so that what is left of it at any moment is not taken for a whole one."""
+    """Delete a checkpoint. Its list of files goes first, so that a half-deleted one is not taken for a whole one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -90,9 +90,9 @@ def rotate(output_dir: Path, limit: int | None, keep: Collection[Path]) -> None:
         output_dir (`Path`):
             Where they are.
         limit (`int`, *optional*):
-            How many are left; None or 0 for all.
+            How many to keep; None or 0 keeps all.
         keep (`Collection[Path]`):
-            Never deleted: the newest and the best.
+            Checkpoints that are never deleted: the newest and the best.
     """
     if not limit:
         return
@@ -114,7 +114,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # cannot be opened there
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:

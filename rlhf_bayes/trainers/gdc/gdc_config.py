@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from rlhf_bayes.numerics.dpg import BASELINES
 from rlhf_bayes.numerics.f_divergence import divergence_of, names_by_baseline
-from rlhf_bayes.objectives.gdc_losses import GDC_LOSSES
+from rlhf_bayes.objectives.gdc_losses import GDC_LOSSES, infinite_where_forbidden
 from rlhf_bayes.trainers.field_help import document_fields
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
@@ -140,6 +140,14 @@ class GDCConfig(RolloutConfig):
             )
         },
     )
+
+    @property
+    def infinite_where_forbidden(self) -> str | None:
+        """The divergence, if it is infinite where the evidence forbids what the policy can draw; else None."""
+        if not infinite_where_forbidden(self.divergence, self.alpha):
+            return None
+        alpha = "" if self.alpha is None else f" and `alpha`={self.alpha:g}"
+        return f"`divergence`={self.divergence!r}{alpha}"
 
     def _number_rules(self) -> NumberRules:
         return super()._number_rules() | {

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_bayes.likelihoods import Likelihood, combine_rewards, known_bound
+from rlhf_bayes.likelihoods import Likelihood, combine_rewards, known_bound, known_forbids
 from rlhf_bayes.lm.forward import CompletionScores
 from rlhf_bayes.numerics import importance_ess
 from rlhf_bayes.numerics.dpg import default_baseline, dpg_advantages, dpg_baselines
@@ -20,10 +20,10 @@ from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.objectives.replay import ReplayBuffer
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
-from rlhf_bayes.trainers.gdc.gdc_evidence import beta_of, check_evidence, check_same_beta, power_of_evidence
+from rlhf_bayes.trainers.gdc.gdc_evidence import check_annealing, check_same_beta, power_of_evidence
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
-from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward, checked_reward_funcs, forbids
+from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.scored_rollout import Rollout
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 from rlhf_bayes.trainers.rollout.withheld_steps import withheld_steps
@@ -57,7 +57,8 @@ class GDCTrainer(RolloutTrainer):
         quantization_config, peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
-            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`.
+            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`. One that
+            forbids completions is refused by the divergences that are infinite then: the reverse KL, and `alpha=1`.
 
     Metrics, besides TRL's: those of [`PPOTrainer`] under `posterior/`, log Z being the pooled one, all of the policy,
     by the weights π/q where something else draws (there without `posterior/importance_ess`); and
@@ -111,15 +112,11 @@ class GDCTrainer(RolloutTrainer):
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
         check_prior_samples(args.prior_samples, train_dataset)
-        check_evidence(args, reward_funcs, likelihood)
-        self.evidence = None if likelihood is None else LikelihoodReward(likelihood)
-        if self.evidence is not None:
-            reward_funcs = [self.evidence]
-        else:
-            base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
-            reward_funcs = checked_reward_funcs(
-                reward_funcs, reward_processing_classes, args.device, base, allow_forbidden=True
-            )
+        check_evidence(args, reward_funcs, likelihood, reward_processing_classes)
+        check_annealing(args, beta_of(args, likelihood))
+        base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
+        reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
+        self.evidence = None if likelihood is None else reward_funcs[0]
         super().__init__(
             model,
             reward_funcs,
@@ -153,7 +150,7 @@ class GDCTrainer(RolloutTrainer):
         if args.max_pseudo_reward is not None:
             clip = f"`max_pseudo_reward` = {args.max_pseudo_reward}"
             logger.warning(f"{clip} moves the optimum off the posterior where it takes effect: see `gdc/clipped`.")
-        self._forbidden_seen = likelihood is not None and forbids(likelihood)
+        self._forbidden_seen = likelihood is not None and known_forbids(likelihood) is True
         self._skips_step = False
 
     # From a rollout to the columns of a batch

@@ -73,6 +73,11 @@ class PPOConfig(RolloutConfig):
         default=10_000, metadata={"help": "Completions over which a KL far from `target_kl` changes β by a fifth."}
     )
 
+    @property
+    def infinite_where_forbidden(self) -> str | None:
+        """PPO minimises the reverse KL, which is infinite where the evidence forbids what the policy can draw."""
+        return "PPO, which minimises the reverse KL"
+
     def _number_rules(self) -> NumberRules:
         return super()._number_rules() | {
             "beta": (self.beta, lambda x: 0 <= x < math.inf, "at least 0 (0 is plain RL)"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_bayes.likelihoods import combine_rewards
+from rlhf_bayes.likelihoods import Likelihood, combine_rewards
 from rlhf_bayes.lm.critic import CRITIC
 from rlhf_bayes.lm.forward import CompletionScores
 from rlhf_bayes.numerics import k1
@@ -27,7 +27,7 @@ from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
-from rlhf_bayes.trainers.rollout.reward_funcs import checked_reward_funcs
+from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.scored_rollout import Rollout
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 
@@ -60,7 +60,7 @@ class PPOTrainer(RolloutTrainer):
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Policy, as in [`~trl.RLOOTrainer`].
-        reward_funcs (`RewardFunc | list[RewardFunc]`):
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Reward functions, sync or async, sequence-classification models or paths to such, as in
             [`~trl.RLOOTrainer`]; a path may also hold an ensemble, and a normalization beside the weights is applied.
             A folder with LoRA adapters on the base of a policy with LoRA is scored by that base: no other is loaded.
@@ -78,6 +78,10 @@ class PPOTrainer(RolloutTrainer):
             it takes (same tokenizer as the policy). Default: a zero head on the policy's trunk; with
             `critic="separate"` a LoRA adapter on the policy's base, a copy of the reward model's trunk, or one of the
             policy's.
+        likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
+            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`. It is the
+            reward, and β is 1, so `beta`, `target_kl` and what shapes rewards are left out. One that forbids
+            completions is refused: the reverse KL is infinite then.
 
     Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
     sequence), `posterior/gap_standard_error`, `posterior/importance_ess` (see [`posterior_metrics`]);
@@ -105,7 +109,7 @@ class PPOTrainer(RolloutTrainer):
     def __init__(
         self,
         model,
-        reward_funcs,
+        reward_funcs=None,
         args=None,
         train_dataset=None,
         eval_dataset=None,
@@ -117,6 +121,7 @@ class PPOTrainer(RolloutTrainer):
         peft_config=None,
         ref_model=None,
         value_model=None,
+        likelihood: Likelihood | None = None,
     ):
         args = config_of(args, PPOConfig, model, "PPO")
         if args.critic_warmup_steps and args.weight_decay and args.deepspeed_plugin is not None:
@@ -126,8 +131,10 @@ class PPOTrainer(RolloutTrainer):
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
+        check_evidence(args, reward_funcs, likelihood, reward_processing_classes)
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
-        reward_funcs = checked_reward_funcs(reward_funcs, reward_processing_classes, args.device, base)
+        reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
+        self.evidence = None if likelihood is None else reward_funcs[0]
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
@@ -147,6 +154,7 @@ class PPOTrainer(RolloutTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        self.beta = beta_of(args, likelihood)
         self.critic = attach_critic(
             self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
         )

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import maybe_extract_prompt
 
 from rlhf_bayes.numerics import best_of_n_kl_bound, expected_best_of_n
 from rlhf_bayes.numerics.bradley_terry import preference_metrics, votes_to_prob
 from rlhf_bayes.numerics.calibration import ReliabilityBins, reliability_bins
-from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, RewardEnsemble, RewardModel, check_pairs, read_judgement
+from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, RewardEnsemble, RewardModel, read_judgement
+from rlhf_bayes.rewards.lengths import OVERLONG, LengthLimit, overlong_rows
+from rlhf_bayes.rewards.pairs import prompt_and_texts, read_pairs
+from rlhf_bayes.rewards.text_classifier import too_long_for
 
 
 @dataclass(frozen=True)
@@ -57,43 +59,95 @@ class HeldOutRewards:
         return HeldOutRewards(zeros, zeros, self.chosen_prob, self.votes)
 
 
-def raw_member_rewards(reward: RewardModel | RewardEnsemble, prompts: Sequence, completions: Sequence) -> Tensor:
-    """Logits of each member, as in training: (K, B), without the stored normalisation."""
-    if isinstance(reward, RewardModel):
-        return reward.classifier.logits(prompts, completions)[:, :1].T
-    return reward.member_logits(prompts, completions)
-
-
-def held_out_rewards(reward: RewardModel | RewardEnsemble, dataset: Dataset) -> HeldOutRewards:
+def raw_member_rewards(
+    reward: RewardModel | RewardEnsemble, prompts: Sequence, completions: Sequence, max_length: int | None = None
+) -> Tensor:
     """
-    Score the pairs of a preference dataset.
+    Logits of each member, as in training: (K, B), without the stored normalisation.
+
+    Of texts of more than `max_length` tokens, the last so many are read.
+    """
+    if isinstance(reward, RewardModel):
+        return reward.classifier.logits(prompts, completions, max_length)[:, :1].T
+    return reward.member_logits(prompts, completions, max_length)
+
+
+def held_out_rewards(
+    reward: RewardModel | RewardEnsemble, dataset: Dataset, max_length: int | None = None, overlong: str = "error"
+) -> HeldOutRewards:
+    """
+    Score the pairs of a preference dataset, each text as the trainer reads it.
 
     Args:
         reward ([`~rlhf_bayes.rewards.RewardModel`] or [`~rlhf_bayes.rewards.RewardEnsemble`]):
             The model.
         dataset (`Dataset`):
             Pairs as [`~rlhf_bayes.RewardTrainer`] takes them: texts or chats, with or without `prompt`, `votes`, ….
+        max_length (`int`, *optional*):
+            Longest text, in tokens. Never more than the model has positions for.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What becomes of pairs with a longer text: `"drop"`, `"truncate"` from the left, or `"error"`.
 
     Raises:
-        TypeError or ValueError: if the trainer would refuse the pairs, or they have a `margin`.
+        TypeError or ValueError: if the trainer would refuse the pairs, or they have a `margin`, `tools` or
+        `chat_template_kwargs`.
     """
-    check_pairs("dataset", dataset)
-    if "margin" in dataset.column_names:
-        raise ValueError(
-            "`dataset` must not have the column `margin`, which Δ would be compared with: it belongs to training. "
-            "Remove it."
-        )
-    rows = [maybe_extract_prompt(row) for row in dataset]
-    prompts = [row["prompt"] for row in rows]
-    chosen, rejected = (
-        raw_member_rewards(reward, prompts, [row[name] for row in rows]) for name in ("chosen", "rejected")
-    )
+    dataset = pairs_that_fit([reward], dataset, max_length, overlong)
+    rows = [prompt_and_texts(row) for row in dataset]  # pyright: ignore[reportArgumentType]
+    prompts, *sides = zip(*rows, strict=True)
+    chosen, rejected = (_rewards_of(reward, prompts, side, max_length, overlong) for side in sides)
     if not set(dataset.column_names) & set(JUDGEMENT_COLUMNS):
         return HeldOutRewards(chosen, rejected)
     judgements = [read_judgement(row, f"`dataset` row {index}") for index, row in enumerate(dataset)]
     prob = torch.tensor([judgement.chosen_prob for judgement in judgements])
     votes = [judgement.votes for judgement in judgements]
     return HeldOutRewards(chosen, rejected, prob, None if None in votes else torch.tensor(votes, dtype=torch.float))
+
+
+def pairs_that_fit(
+    rewards: Sequence[RewardModel | RewardEnsemble], dataset: Dataset, max_length: int | None, overlong: str
+) -> Dataset:
+    """
+    The pairs of a preference dataset whose texts are short enough for all of several models.
+
+    So they are compared on the same pairs: with `overlong="truncate"`, on all. Arguments and errors as for
+    [`held_out_rewards`].
+    """
+    if overlong not in OVERLONG:
+        raise ValueError(f"`overlong` must be one of {OVERLONG}, got {overlong!r}. Choose one of them.")
+    dataset = read_pairs("dataset", dataset)
+    if "margin" in dataset.column_names:
+        raise ValueError(
+            "`dataset` must not have the column `margin`, which Δ would be compared with: it belongs to training. "
+            "Remove it."
+        )
+    for column in ("tools", "chat_template_kwargs"):
+        if column in dataset.column_names:
+            raise ValueError(
+                f"`dataset` must not have the column `{column}`: the trainer passes it to the chat template, and a "
+                "reward model that is scored does not, so the texts would differ. Put it into the messages."
+            )
+    rows = [prompt_and_texts(row) for row in dataset]  # pyright: ignore[reportArgumentType]
+    prompts, *sides = zip(*rows, strict=True)
+    classifiers = [classifier for reward in rewards for classifier in reward.classifiers]
+    too_long = sorted({row for side in sides for row in too_long_for(classifiers, prompts, side, max_length)})
+    positions = [classifier.positions for classifier in classifiers if classifier.positions is not None]
+    limit = LengthLimit(max_length, min(positions, default=None))
+    overlong_rows("pairs in `dataset`", too_long, len(dataset), limit, overlong)
+    if overlong == "truncate":
+        return dataset
+    dropped = set(too_long)
+    return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
+
+
+def _rewards_of(
+    reward: RewardModel | RewardEnsemble, prompts: Sequence, texts: Sequence, max_length: int | None, overlong: str
+) -> Tensor:
+    if overlong != "truncate":
+        return raw_member_rewards(reward, prompts, texts)
+    positions = [classifier.positions for classifier in reward.classifiers if classifier.positions is not None]
+    limit = LengthLimit(max_length, min(positions, default=None))
+    return raw_member_rewards(reward, prompts, texts, limit.tokens)
 
 
 class BestOfN(NamedTuple):

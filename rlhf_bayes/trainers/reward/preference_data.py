@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, read_judgement
+from rlhf_bayes.rewards.lengths import LengthLimit, identical_rows, overlong_rows
 
 logger = logging.getLogger(__name__)
 
@@ -45,55 +46,61 @@ class PairReader:
         return columns
 
 
-def fit_length(dataset: Any, name: str, max_length: int | None, overlong: str) -> Any:
+def fit_length(dataset: Any, name: str, limit: LengthLimit, overlong: str) -> Any:
     """
-    Drop, truncate or refuse tokenised pairs of which a text has more than `max_length` tokens, and report how many.
+    Drop, truncate or refuse tokenised pairs of which a text is too long, and report how many and which.
+
+    Args:
+        dataset (`Dataset` or a stream): with `chosen_ids` and `rejected_ids`.
+        name (`str`): its name in messages.
+        limit ([`~rlhf_bayes.rewards.lengths.LengthLimit`]): tokens that a text may have.
+        overlong (`str`): `"drop"`, `"truncate"` or `"error"`.
 
     Raises:
-        `ValueError`: `overlong="error"` and there is one, or none would be left.
+        `ValueError`: `overlong="error"` and there is one, none would be left, or truncated pairs are all identical.
     """
-    if max_length is None:
+    if limit.tokens is None:
         return dataset
     if not isinstance(dataset, Dataset):  # a stream: dealt with as the pairs come, so not counted
         if overlong == "truncate":
-            return dataset.map(functools.partial(_truncated, max_length=max_length))
+            return dataset.map(functools.partial(_truncated, max_length=limit.tokens))
         if overlong == "error":
-            return dataset.filter(functools.partial(_must_fit, name=name, max_length=max_length))
+            return dataset.filter(functools.partial(_must_fit, name=name, limit=limit), with_indices=True)
         logger.warning(
-            f"`{name}` is a stream: pairs with a text of more than `max_length` = {max_length} tokens are dropped "
-            "without being counted. Set `overlong` to 'truncate' to keep them, or to 'error' to find them."
+            f"`{name}` is a stream: pairs with a text of more than {limit} are dropped without being counted. Set "
+            "`overlong` to 'truncate' to keep them, or to 'error' to find them."
         )
-        return dataset.filter(functools.partial(_fits, max_length=max_length))
-    ids = dataset.select_columns(["chosen_ids", "rejected_ids"])
-    fitting = [index for index, row in enumerate(ids) if _fits(row, max_length)]
-    too_long = len(dataset) - len(fitting)
+        return dataset.filter(functools.partial(_fits, limit=limit))
+    ids: Any = dataset.select_columns(["chosen_ids", "rejected_ids"])
+    too_long, identical, alike = [], [], 0
+    for index, row in enumerate(ids):
+        alike += row["chosen_ids"] == row["rejected_ids"]
+        if not _fits(row, limit):
+            too_long.append(index)
+            cut = _truncated(row, limit.tokens)
+            if cut["chosen_ids"] == cut["rejected_ids"] and row["chosen_ids"] != row["rejected_ids"]:
+                identical.append(index)
+    overlong_rows(f"pairs in `{name}`", too_long, len(dataset), limit, overlong)
     if not too_long:
         return dataset
-    found = (
-        f"{too_long} of {len(dataset)} pairs in `{name}` have a text of more than `max_length` = {max_length} tokens"
-    )
-    if overlong == "error":
-        raise ValueError(f"{found}. Raise `max_length`, or set `overlong` to 'drop' or 'truncate'.")
     if overlong == "truncate":
-        logger.warning(f"{found}: the last {max_length} tokens are kept.")
-        return dataset.map(functools.partial(_truncated, max_length=max_length))
-    if not fitting:
-        raise ValueError(f"{found}: none is left. Raise `max_length`, or set `overlong='truncate'`.")
-    logger.warning(f"{found}: they are dropped. Raise `max_length`, or set `overlong='truncate'` to keep them.")
-    return dataset.select(fitting)
+        identical_rows(f"pairs in `{name}`", identical, len(dataset) - alike, limit)
+        return dataset.map(functools.partial(_truncated, max_length=limit.tokens))
+    dropped = set(too_long)
+    return dataset.select([index for index in range(len(dataset)) if index not in dropped])
 
 
-def _fits(row: Mapping[str, Any], max_length: int) -> bool:
-    return len(row["chosen_ids"]) <= max_length and len(row["rejected_ids"]) <= max_length
+def _fits(row: Mapping[str, Any], limit: LengthLimit) -> bool:
+    return limit.allows(len(row["chosen_ids"])) and limit.allows(len(row["rejected_ids"]))
 
 
-def _must_fit(row: Mapping[str, Any], name: str, max_length: int) -> bool:
-    if _fits(row, max_length):
+def _must_fit(row: Mapping[str, Any], index: int, name: str, limit: LengthLimit) -> bool:
+    if _fits(row, limit):
         return True
     longest = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     raise ValueError(
-        f"A pair in `{name}` has a text of {longest} tokens, and `max_length` is {max_length}. Raise `max_length`, or "
-        "set `overlong` to 'drop' or 'truncate'."
+        f"A pair in `{name}`, row {index}, has a text of {longest} tokens, more than {limit}. {limit.advice}, or set "
+        "`overlong` to 'drop' or 'truncate'."
     )
 
 

@@ -14,14 +14,22 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf_bayes.lm.critic import active_adapter, kept_trainable
 from rlhf_bayes.numerics import bradley_terry_loss
 from rlhf_bayes.numerics.bradley_terry import noisy_vote_loss, preference_metrics, smoothed, vote_error_prob
-from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIndex, RewardModel, check_pairs
+from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIndex, RewardModel
+from rlhf_bayes.rewards.lengths import num_positions
+from rlhf_bayes.rewards.loading import load_config
+from rlhf_bayes.rewards.pairs import read_pairs
 from rlhf_bayes.trainers._trl.preference_trainer import PairRewards, PreferenceTrainer
 from rlhf_bayes.trainers.faults.resuming import load_device
 from rlhf_bayes.trainers.reward.annotators import AnnotatorReliability
 from rlhf_bayes.trainers.reward.preference_data import PAIR_COLUMNS, PairReader, annotators_in
 from rlhf_bayes.trainers.reward.reward_card import reward_card
 from rlhf_bayes.trainers.reward.reward_config import RewardConfig
-from rlhf_bayes.trainers.reward.trained_members import add_adapters, widen_head
+from rlhf_bayes.trainers.reward.trained_members import (
+    add_adapters,
+    check_adapter_config,
+    check_saved_head,
+    widen_head,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +109,18 @@ class RewardTrainer(PreferenceTrainer):
                 f"`optimizers` must be left out with `num_members` = {args.num_members}: members are added to the "
                 "model after an optimizer was made for it. Pass `optimizer_cls_and_kwargs`."
             )
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_pairs(name, dataset)
+        if peft_config is not None:
+            check_adapter_config("peft_config", peft_config)
+        train_dataset, eval_dataset = (
+            read_pairs("train_dataset", train_dataset),
+            read_pairs("eval_dataset", eval_dataset),
+        )
         self._annotator_ids, self.reliability, self._groups = self._annotators(args, train_dataset)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
             model,
             args,
+            positions=num_positions(_config_of(model, args)),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -127,6 +140,7 @@ class RewardTrainer(PreferenceTrainer):
 
     def _add_members(self, args: RewardConfig) -> list[str]:
         """Give the model its members; the names of their adapters, where that is what they are."""
+        check_saved_head(self.model)
         if args.ensemble == "lora":
             if args.num_members > 1 and self.is_deepspeed_enabled and args.gradient_checkpointing:
                 raise ValueError(
@@ -285,8 +299,8 @@ class RewardTrainer(PreferenceTrainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if not isinstance(eval_dataset, str):  # the name of one that was checked
-            check_pairs("eval_dataset", eval_dataset)
+        if not isinstance(eval_dataset, str):  # the name of one that was read
+            eval_dataset = read_pairs("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def pair_metrics(self, chosen: Tensor, rejected: Tensor, pairs: dict[str, Tensor]) -> dict[str, float]:
@@ -326,7 +340,8 @@ class RewardTrainer(PreferenceTrainer):
         """
         Give each member mean 0 and standard deviation 1 on these completions: gain and bias are saved with the model.
 
-        Draw them from the prior, whose β they give a meaning.
+        Draw them from the prior, whose β they give a meaning. Those that the model has no positions for are left out,
+        and counted in a warning. Save the model before, so that an error here costs no training.
 
         Args:
             prompts (`list` of `str` or of chats): B prompts.
@@ -381,3 +396,10 @@ class RewardTrainer(PreferenceTrainer):
     def load_objective_state(self, state: dict[str, Any]) -> None:
         if self.reliability is not None:
             self.reliability.load_state_dict(state)
+
+
+def _config_of(model: Any, args: RewardConfig) -> Any:
+    if not isinstance(model, str):
+        return model.config
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    return load_config(model, **{name: options[name] for name in ("revision", "trust_remote_code") if name in options})

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+
+from rlhf_bayes.lm.adapters import check_can_be_read_again, check_leaves_base
+from rlhf_bayes.rewards.loading import is_head
 
 HEADS = ("score", "classifier")
 
@@ -17,18 +20,62 @@ def member_names(num_members: int) -> list[str]:
     return ["default", *(f"member_{index}" for index in range(1, num_members))]
 
 
+def check_adapter_config(name: str, config: PeftConfig) -> None:
+    """
+    Refuse adapters that would be saved without the head, which is random in the base that they are loaded on.
+
+    Args:
+        name (`str`): what the config is called in errors.
+        config (`PeftConfig`): of the adapter.
+
+    Raises:
+        `ValueError`: another task than sequence classification, or, without a task, no head among `modules_to_save`;
+            an initialisation that cannot be repeated when the adapter is read.
+    """
+    check_can_be_read_again(config, f"`{name}`")
+    saved = getattr(config, "modules_to_save", None) or ()
+    if config.task_type == TaskType.SEQ_CLS or (config.task_type is None and any(map(is_head, saved))):
+        return
+    raise ValueError(
+        f"`{name}` must train and save the classification head beside the adapter, got "
+        f"`task_type={config.task_type and str(config.task_type)!r}` and `modules_to_save={list(saved) or None}`: the "
+        "saved adapter would be read with another head than it was trained with. Set `task_type='SEQ_CLS'`."
+    )
+
+
+def check_saved_head(model: nn.Module) -> None:
+    """
+    Refuse a PEFT model that is saved without its head; see [`check_adapter_config`].
+
+    Raises:
+        `ValueError`: PEFT keeps the head frozen, or there is none of a name that PEFT knows.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    check_adapter_config("peft_config of the model", model.active_peft_config)
+    if not any(
+        parameter.requires_grad and ".modules_to_save." in name and is_head(name)
+        for name, parameter in model.named_parameters()
+    ):
+        raise ValueError(
+            "A PeftModel must train and save its classification head, got one whose head PEFT keeps frozen, or has no "
+            f"name for ({type(model.get_base_model()).__name__}). Set `modules_to_save` in `peft_config` to the name "
+            "of the head, and load an adapter with `is_trainable=True`."
+        )
+
+
 def widen_head(model: nn.Module, num_members: int, seed: int) -> None:
     """
     Give a classifier of one label K labels, one for each member: the first keeps its weights, the others draw theirs.
 
     Raises:
-        `ValueError`: the model has no linear head `score` or `classifier`, or PEFT keeps it frozen.
+        `ValueError`: the model has no linear head `score` or `classifier`, or it is frozen.
     """
     places = list(_heads(model))
     if not any(owner._modules[name].weight.requires_grad for owner, name in places):
         raise ValueError(
-            "`num_members` with `ensemble='heads'` needs a head that learns, got one that PEFT keeps frozen. Set "
-            "`modules_to_save=['score']`, or `task_type='SEQ_CLS'`, in `peft_config`."
+            "`num_members` with `ensemble='heads'` needs a head that learns, got one whose weights are frozen. Set "
+            "`requires_grad` of its weights."
         )
     first = places[0][0]._modules[places[0][1]]
     rows = _initial_weights((num_members - 1, first.in_features), model, torch.Generator().manual_seed(seed))
@@ -51,7 +98,7 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
         `list[str]`: their names.
 
     Raises:
-        `ValueError`: the model has no adapter, or several, or it does not bring its own head.
+        `ValueError`: the model has no adapter, or several, or one whose initialisation changes the base.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -64,13 +111,8 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
             f"{', '.join(model.peft_config)}. Pass the base model and a `peft_config`."
         )
     config = model.peft_config["default"]
+    check_leaves_base(config, "the members of `ensemble='lora'`")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not any(".modules_to_save.default." in name for name in trained):
-        raise ValueError(
-            f"`ensemble='lora'` needs adapters that bring their own head, got "
-            f"`modules_to_save={config.modules_to_save}`. Set `modules_to_save=['score']`, or `task_type='SEQ_CLS'`, "
-            "in `peft_config`."
-        )
     names = member_names(num_members)
     for index, name in enumerate(names[1:], start=1):
         with torch.random.fork_rng():

@@ -1,13 +1,12 @@
 """What a trainer is given as evidence, in the form in which TRL calls it."""
 
-import math
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from rlhf_bayes.likelihoods import Constraint, Likelihood, MomentLikelihood, ProductLikelihood, checked_evidence
+from rlhf_bayes.likelihoods import Likelihood, checked_evidence
 from rlhf_bayes.lm.pretrained import whole_weights
 from rlhf_bayes.rewards import checked, load_reward
 from rlhf_bayes.rewards.scoring import PASSED_BY_TRL
@@ -19,13 +18,13 @@ def checked_reward_funcs(
     tokenizers: Any,
     device: torch.device,
     base: PolicyBase | None = None,
-    allow_forbidden: bool = False,
 ) -> list:
     """
     Reward functions whose results are checked; those given by a path are loaded.
 
     They are loaded here since TRL would read the weights without the normalization beside them. Adapters on the
-    policy's base are loaded later, when the policy is: see [`share_base`].
+    policy's base are loaded later, when the policy is: see [`share_base`]. A reward may be `-inf`, for a forbidden
+    completion.
 
     Args:
         reward_funcs, tokenizers:
@@ -34,8 +33,6 @@ def checked_reward_funcs(
             Of the models that are loaded.
         base ([`PolicyBase`], *optional*):
             The base of a policy with LoRA.
-        allow_forbidden (`bool`, *optional*, defaults to `False`):
-            Whether a reward may be `-inf`.
 
     Raises:
         ValueError: if there is no function, or another number of tokenizers than of functions.
@@ -58,7 +55,7 @@ def checked_reward_funcs(
                 funcs[number] = SharedReward(funcs[number], tokenizers[number], device, number, base)
             else:
                 funcs[number] = load_reward(funcs[number], tokenizers[number], device)
-    return [checked(func, allow_forbidden) for func in funcs]
+    return [checked(func, allow_forbidden=True) for func in funcs]
 
 
 @final
@@ -85,12 +82,3 @@ class LikelihoodReward:
         evidence = checked_evidence(self.likelihood, prompts, completions, completion_ids, columns)
         self.features = evidence.features
         return evidence.log_likelihood.tolist()
-
-
-def forbids(likelihood: Likelihood) -> bool:
-    """Whether it is known to forbid completions: a condition, alone or in a product."""
-    if isinstance(likelihood, ProductLikelihood):
-        return any(map(forbids, likelihood.likelihoods))
-    if isinstance(likelihood, MomentLikelihood):
-        return any(map(math.isinf, likelihood.lambdas.values()))
-    return isinstance(likelihood, Constraint)

@@ -75,6 +75,11 @@ class RolloutConfig(FaultConfig, RLOOConfig):
                 f"`steps_per_generation={self.gradient_accumulation_steps}` or a multiple."
             )
 
+    @property
+    def infinite_where_forbidden(self) -> str | None:
+        """What is minimised, if it is infinite for a policy that can draw a forbidden completion; else None."""
+        return None
+
     def _number_rules(self) -> NumberRules:
         return {
             "missing_eos_penalty": (self.missing_eos_penalty, lambda x: 0 <= x < math.inf, "at least 0, or None"),

@@ -96,7 +96,7 @@ def test_disturbed_in_other_ways_too(tmp_path):
     )
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line.startswith("│")]
     assert [(row[2], row[4]) for row in rows] == [
-        ("[0]", "yes"), ("[0]", "yes"), ("[0]", "no, steps were left out"), ("[1]", "yes"),
+        ("[0]", "yes"), ("[0]", "yes"), ("[0]", "no, steps were skipped"), ("[1]", "yes"),
     ]  # fmt: skip
     for row, words in zip(
         rows, ("SIGTERM: saved at step", "has 100 bytes", "(1 in a row", "go on from it"), strict=True

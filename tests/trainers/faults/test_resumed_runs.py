@@ -44,7 +44,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(kind, toy, tmp_path, cap
     resumed = make(kind, toy, tmp_path)
     resumed.train(resume_from_checkpoint=True)
     for step in (4, 6):
-        assert f"checkpoint-{step}` is passed over" in caplog.text
+        assert f"checkpoint-{step}` is skipped" in caplog.text
     assert_same_weights(resumed, whole)
     # and they have been written again
     assert [defect(folder) for folder in checkpoints(tmp_path).values()] == [None] * 3

@@ -69,7 +69,7 @@ def test_whole_ones_are_found_by_step_and_the_others_named(tmp_path, caplog):
     (tmp_path / "checkpoint-7").write_text("a file")
     assert list(checkpoints(tmp_path)) == [9, 10, 11, 100]
     assert list(whole_checkpoints(tmp_path)) == [9, 10, 11]
-    assert "checkpoint-100` is passed over" in caplog.text
+    assert "checkpoint-100` is skipped" in caplog.text
     assert checkpoints(tmp_path / "nowhere") == {}
 
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import RewardConfig, RewardTrainer, toy
-from rlhf_bayes.rewards import RewardEnsemble, RewardModel
+from rlhf_bayes.rewards import RewardEnsemble, RewardIndex, RewardModel
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards, best_of_n, held_out_rewards, raw_member_rewards
 
 PLAIN = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "save_strategy": "no"}
@@ -52,6 +52,69 @@ def test_pairs_without_a_prompt_are_read_as_with_it(tokenizer):
     assert_close(without.rejected, with_prompt.rejected)
     assert with_prompt.chosen_prob is None
     assert with_prompt.target.tolist() == [1.0]
+
+
+# a prefix that both texts share ends inside a word, before a space, or nowhere
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "Cats sleep ", "rejected": "Dogs bark"},
+        {"chosen": "The hotel was good.", "rejected": "The hotel was goofy."},
+        {"chosen": "The hotel was good.", "rejected": ""},
+        {"chosen": "The hotel was", "rejected": "The hotel was bad."},
+        {"chosen": "The hotel", "rejected": "The hotel"},
+        {"prompt": "The hotel EOS", "chosen": "", "rejected": " was bad."},
+    ],
+)
+def test_what_was_trained_is_what_is_scored(tmp_path, tokenizer, row):
+    row = {name: text.replace("EOS", tokenizer.eos_token) for name, text in row.items()}
+    rows = [row, {**row, "rejected": " was dull."}]
+    model = classifier(1)
+    config = RewardConfig(str(tmp_path), **PLAIN)
+    trainer = RewardTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    reward = RewardModel(model, tokenizer, index=RewardIndex(append_eos=True))
+    judged = held_out_rewards(reward, Dataset.from_list(rows))
+    for side in ("chosen", "rejected"):
+        for column, ids in enumerate(trainer.train_dataset[f"{side}_ids"]):
+            with torch.no_grad():
+                expected = model.eval()(torch.tensor([ids])).logits[0, 0]
+            assert_close(getattr(judged, side)[0, column], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_long_pairs_are_judged_by_the_rule_of_training(tokenizer, caplog, num_labels):
+    model = classifier(num_labels)  # 128 positions
+    reward = (RewardModel if num_labels == 1 else RewardEnsemble)(model, tokenizer)
+    long = " was good." * 60
+    pairs = Dataset.from_list(
+        [
+            {"prompt": "The hotel", "chosen": " was bad.", "rejected": " was fine."},
+            {"prompt": "The hotel", "chosen": long, "rejected": " was fine."},
+            {"prompt": "The hotel", "chosen": " was dull.", "rejected": " was fine."},
+        ]
+    )
+    with pytest.raises(ValueError, match=r"1 of 3 pairs .* more than the model's 128 positions: row 1\."):
+        held_out_rewards(reward, pairs)
+    with pytest.raises(ValueError, match=r"more than `max_length` = 4 tokens: rows 0, 1, 2.*`max_length`"):
+        held_out_rewards(reward, pairs, max_length=4)
+    kept = held_out_rewards(reward, pairs, overlong="drop")
+    assert_close(kept.chosen, held_out_rewards(reward, pairs.select([0, 2])).chosen)
+    assert "row 1. They are dropped" in caplog.text
+    for max_length, tokens in ((None, 128), (20, 20)):
+        cut = held_out_rewards(reward, pairs, max_length, "truncate")
+        ids = tokenizer("The hotel" + long, add_special_tokens=False)["input_ids"][-tokens:]
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0]
+        assert_close(cut.chosen[:, 1], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="`overlong` must be one of"):
+        held_out_rewards(reward, pairs, overlong="cut")
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_columns_that_only_training_reads_are_refused(tokenizer, column):
+    rows = Dataset.from_list([{"prompt": "I", "chosen": " am.", "rejected": " was.", column: "{}"}])
+    with pytest.raises(ValueError, match=f"must not have the column `{column}`"):
+        held_out_rewards(RewardModel(classifier(1), tokenizer), rows)
 
 
 def test_raw_rewards_are_logits(tokenizer):

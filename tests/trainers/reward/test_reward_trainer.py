@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2ForSequenceClassification
 from trl import RewardTrainer as TRLRewardTrainer
 
 from rlhf_bayes import RewardTrainer
@@ -205,12 +206,35 @@ def test_arguments_that_are_refused(toy, tmp_path):
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(ValueError, match="`optimizers` must be left out with `num_members` = 2"):
         RewardTrainer(model, args, train_dataset=pairs, processing_class=toy.tokenizer, optimizers=(optimizer, None))
-    frozen = LoraConfig(r=2, target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="needs a head that learns, got one that PEFT keeps frozen"):
-        trained(RewardTrainer, toy, args, pairs, peft_config=frozen, train=False)
-    args = quiet(tmp_path, ours=True, num_members=2, ensemble="lora")
-    with pytest.raises(ValueError, match="needs adapters that bring their own head, got `modules_to_save=None`"):
-        trained(RewardTrainer, toy, args, pairs, peft_config=frozen, train=False)
+    model.score.requires_grad_(False)
+    with pytest.raises(ValueError, match="needs a head that learns, got one whose weights are frozen"):
+        RewardTrainer(model, args, train_dataset=pairs, processing_class=toy.tokenizer)
+
+
+# a head that is not saved beside the adapter is drawn anew when the adapter is read
+@pytest.mark.parametrize("given_as", ["peft_config", "PeftModel"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["embed_tokens"]}, {"task_type": "CAUSAL_LM"}, {"task_type": "FEATURE_EXTRACTION"}],
+)
+@pytest.mark.parametrize("members", [{}, {"num_members": 2}, {"num_members": 2, "ensemble": "lora"}])
+def test_adapters_saved_without_their_head_are_refused(toy, tmp_path, given_as, options, members):
+    config, model = LoraConfig(r=2, target_modules=["q_proj"], **options), "no/such/model"  # before it is loaded
+    if given_as == "PeftModel":
+        base, task = classifier(toy, tmp_path / "base"), options.get("task_type")
+        if task == "CAUSAL_LM":
+            base.prepare_inputs_for_generation = None  # as PEFT wants of a causal LM
+        model, config = get_peft_model(base, config), None
+    args = quiet(tmp_path, ours=True, **members)
+    with pytest.raises(ValueError, match=r"must train and save the classification head .*Set `task_type='SEQ_CLS'`"):
+        RewardTrainer(model, args, train_dataset=hard_pairs(toy), processing_class=toy.tokenizer, peft_config=config)
+
+
+def test_a_frozen_adapter_is_refused(toy, tmp_path):
+    get_peft_model(classifier(toy, tmp_path / "base"), LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(classifier(toy, tmp_path / "base"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"whose head PEFT keeps frozen.*is_trainable=True"):
+        trained(RewardTrainer, toy, quiet(tmp_path, ours=True), hard_pairs(toy), train=False, model=model)
 
 
 def test_data_is_refused_before_the_model_loads(tmp_path, toy):
@@ -330,3 +354,22 @@ def test_whole_evaluations_have_means_of_their_own(toy, tmp_path):
     assert metrics["eval_mean_reward"] == pytest.approx((sum(chosen) + sum(rejected)) / 22, rel=1e-4)
     assert metrics["eval_min_reward"] == pytest.approx(min(chosen + rejected))
     assert metrics["eval_max_reward"] == pytest.approx(max(chosen + rejected))
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_texts_beyond_the_positions_of_the_model_are_not_trained_on(toy, tmp_path, learnt):
+    size = {"vocab_size": len(toy.tokenizer), "num_labels": 1, "pad_token_id": toy.tokenizer.pad_token_id}
+    if learnt:
+        model = GPT2ForSequenceClassification(GPT2Config(**size, n_positions=4, n_embd=8, n_layer=1, n_head=2))
+    else:
+        model = classifier(toy, tmp_path / "base")  # rotary
+        model.config.max_position_embeddings = 4
+    pairs = Dataset.from_dict({"chosen": ["a b a", "a b a b", "b"], "rejected": ["b", "a", "a"]})
+    trainer = trained(RewardTrainer, toy, quiet(tmp_path, ours=True), pairs, model=model, eval_dataset=pairs)
+    assert len(trainer.train_dataset) == 2
+    assert trainer.num_dropped == {"train": 1, "eval": 1}
+    assert math.isfinite(trainer.evaluate()["eval_log_loss"])
+    # scoring draws the line at the same place
+    assert len(trainer.reward()([""] * 2, ["a b a", "b"])) == 2
+    with pytest.raises(ValueError, match=r"4 tokens; got 5 with its tokenizer in row 1"):
+        trainer.reward()([""] * 2, pairs["chosen"][:2])

@@ -95,7 +95,7 @@ BAD = {
     "a string": (lambda n: ["high"] * n, TypeError, "'bad' returned 'high' for completion 0"),
     "nan": (lambda n: [0.0] * (n - 1) + [math.nan], ValueError, "'bad' returned nan for completion 23"),
     "infinity": (lambda n: [math.inf] * n, ValueError, "'bad' returned inf for completion 0"),
-    "minus infinity": (lambda n: [-math.inf] * n, ValueError, "'bad' returned -inf for completion 0"),
+    "minus infinity": (lambda n: [-math.inf] * n, ValueError, "'bad' must return finite rewards with PPO"),
     "too few": (
         lambda n: [0.0] * (n - 1),
         ValueError,
