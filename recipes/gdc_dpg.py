@@ -17,6 +17,10 @@ Any causal LM, prompts and features, by flags or `--config file.yaml`, as in TRL
     accelerate launch recipes/gdc_dpg.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 \
         --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 --max_completion_length 64 \
         --words women:she,her,woman,actress=0.5 --features my_features:is_kind=0.9 --features my_features:curses=0
+
+Towards any other posterior, by an object with a method `log_likelihood` in a module of the current folder:
+
+    accelerate launch recipes/gdc_dpg.py --likelihood my_evidence:likelihood
 """
 
 import math
@@ -75,11 +79,11 @@ def parse_arguments() -> tuple[Arguments, GDCConfig, ModelConfig]:
     own_model, parsed = cli.parse_flags((Arguments, GDCConfig, ModelConfig), DEFAULTS, TOY_DEFAULTS)
     args, training_args, model_args = parsed
     args.check(own_model)
-    if not args.features and not args.words:
+    if not args.features and not args.words and args.likelihood is None:
         if own_model:
             raise ValueError(
-                "`--features module:function=moment` or `--words word,word=moment` must be given with "
-                "`--model_name_or_path`, got neither."
+                "`--features module:function=moment`, `--words word,word=moment` or `--likelihood module:object` must "
+                "be given with `--model_name_or_path`, got none."
             )
         args.words = TOY_WORDS
     return args, training_args, model_args
@@ -105,22 +109,32 @@ def evidence_of(
     return posterior.likelihood
 
 
-def main() -> None:
-    args, training_args, model_args = parse_arguments()
-    console = Console()
-
-    # data and features come before the model, so that wrong names are found at once
-    constraints = cli.parse_features(args.features, args.words)
-    dataset = args.load(training_args.seed)
-
-    # posterior
-    training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
-    prior = cli.load_language_model(model_args.model_name_or_path, training_args)
+def fitted_evidence(
+    constraints: dict, dataset: Dataset, args: Arguments, training_args: GDCConfig, model_path: str
+) -> MomentLikelihood:
+    """The evidence of the features and their means, the same in all processes; what was fitted is printed."""
+    prior = cli.load_language_model(model_path, training_args)
     likelihood = evidence_of(prior, constraints, dataset, args, training_args.seed)
     # λ differs in its last digits between devices; all processes must train towards the same target
     (likelihood.lambdas,) = broadcast_object_list([likelihood.lambdas])
     if likelihood.summary is not None and training_args.process_index == 0:
-        console.print(likelihood.summary.table(title="The distribution with these means that is closest to the prior"))
+        title = "The distribution with these means that is closest to the prior"
+        Console().print(likelihood.summary.table(title=title))
+    return likelihood
+
+
+def main() -> None:
+    args, training_args, model_args = parse_arguments()
+
+    # data and evidence come before the model, so that wrong names are found at once
+    likelihood = args.load_likelihood("features", "words", "fit_prompts", "fit_samples")
+    constraints = {} if likelihood is not None else cli.parse_features(args.features, args.words)
+    dataset = args.load(training_args.seed)
+
+    # posterior
+    training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
+    if likelihood is None:
+        likelihood = fitted_evidence(constraints, dataset, args, training_args, model_args.model_name_or_path)
 
     # model
     trainer = GDCTrainer(
@@ -134,7 +148,10 @@ def main() -> None:
 
     # train, save and report
     def report() -> None:
-        print_report(trainer, args, model_args.model_name_or_path, likelihood, constraints, dataset)
+        if constraints:
+            print_report(trainer, args, model_args.model_name_or_path, likelihood, constraints, dataset)
+        else:
+            cli.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
 
     cli.train_and_report(trainer, report if args.report_prompts > 0 else None)
 

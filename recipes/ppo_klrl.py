@@ -18,6 +18,10 @@ Any causal LM, prompts and reward, by flags or `--config file.yaml`, as in TRL's
 With a reward model from reward_models/train.py, an ensemble whose members are pooled pessimistically:
 
     accelerate launch recipes/ppo_klrl.py --reward_model_path runs/reward_model --reward_rule pessimistic
+
+Towards any posterior, by an object with a method `log_likelihood` in a module of the current folder:
+
+    accelerate launch recipes/ppo_klrl.py --likelihood my_evidence:likelihood
 """
 
 from dataclasses import dataclass, field
@@ -72,10 +76,10 @@ def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
     own_model, parsed = cli.parse_flags((Arguments, PPOConfig, ModelConfig), DEFAULTS, TOY_DEFAULTS)
     args, training_args, model_args = parsed
     args.check(own_model)
-    if own_model and not args.reward_func and args.reward_model_path is None:
+    if own_model and not args.reward_func and args.reward_model_path is None and args.likelihood is None:
         raise ValueError(
-            "`--reward_func module:function` or `--reward_model_path` must be given with `--model_name_or_path`, got "
-            "neither."
+            "`--reward_func module:function`, `--reward_model_path` or `--likelihood module:object` must be given "
+            "with `--model_name_or_path`, got none."
         )
     if training_args.target_kl and uses_beta(args.reward_rule, args.reward_penalty):
         raise ValueError(f"`--target_kl` must be left out with `--reward_rule {args.reward_rule}`: it moves β.")
@@ -87,7 +91,8 @@ def parse_arguments() -> tuple[Arguments, PPOConfig, ModelConfig]:
 def main() -> None:
     args, training_args, model_args = parse_arguments()
 
-    # data and reward come before the model, so that wrong names are found at once
+    # data and evidence come before the model, so that wrong names are found at once
+    likelihood = args.load_likelihood("reward_func", "reward_model_path", "reward_rule", "reward_penalty")
     dataset = args.load(training_args.seed)
     reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []]
     if args.reward_model_path is not None:
@@ -104,7 +109,8 @@ def main() -> None:
         )
     trainer = PPOTrainer(
         model=model_args.model_name_or_path,
-        reward_funcs=reward_funcs,
+        reward_funcs=reward_funcs if likelihood is None else None,
+        likelihood=likelihood,
         args=training_args,
         train_dataset=dataset,
         peft_config=get_peft_config(model_args),
@@ -113,7 +119,10 @@ def main() -> None:
 
     # train, save and report
     def report() -> None:
-        cli.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
+        if likelihood is None:
+            cli.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
+        else:
+            cli.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
 
     cli.train_and_report(trainer, report if args.report_prompts > 0 else None)
 

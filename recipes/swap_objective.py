@@ -72,18 +72,28 @@ def main() -> None:
     own_model, parsed = cli.parse_flags((Arguments, config_class, ModelConfig), defaults, TOY_DEFAULTS)
     args, training_args, model_args = parsed
     args.check(own_model)
-    if own_model and not args.reward_func:
-        raise ValueError("`--reward_func module:function` must be given with `--model_name_or_path`, got none.")
+    if own_model and not args.reward_func and args.likelihood is None:
+        raise ValueError(
+            "`--reward_func module:function` or `--likelihood module:object` must be given with "
+            "`--model_name_or_path`, got neither."
+        )
+    if args.likelihood is not None and trainer_class is RLOOTrainer:
+        raise ValueError(
+            f"`--likelihood` must be left out with `--objective {args.objective}`, got {args.likelihood!r}: TRL's "
+            f"trainer takes rewards only. Choose one of {', '.join(name for name in OBJECTIVES if name != 'rloo')}."
+        )
 
-    # data and reward come before the model, so that wrong names are found at once
+    # data and evidence come before the model, so that wrong names are found at once
+    likelihood = args.load_likelihood("reward_func")
     dataset = args.load(training_args.seed)
     reward_funcs = [cli.load_reward_func(name) for name in args.reward_func or []] or [sentiment_reward]
+    evidence = {"reward_funcs": reward_funcs} if likelihood is None else {"likelihood": likelihood}
 
     # from here on, the script is the same for all objectives
     training_args.model_init_kwargs = cli.model_init_kwargs(model_args, training_args)
     trainer = trainer_class(
         model=model_args.model_name_or_path,
-        reward_funcs=reward_funcs,
+        **evidence,
         args=training_args,
         train_dataset=dataset,
         peft_config=get_peft_config(model_args),
@@ -91,7 +101,10 @@ def main() -> None:
 
     # train, save and report
     def report() -> None:
-        cli.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
+        if likelihood is None:
+            cli.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
+        else:
+            cli.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
 
     cli.train_and_report(trainer, report if args.report_prompts > 0 else None)
 

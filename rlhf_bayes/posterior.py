@@ -29,17 +29,16 @@ if TYPE_CHECKING:
 @final
 class Posterior:
     r"""
-    What the evidence makes of the prior (Korbak, Perez & Buckley 2022, arXiv 2205.11275):
+    The distribution over completions given prior and evidence (Korbak, Perez & Buckley 2022, arXiv 2205.11275):
 
         π*(x | c)  =  π0(x | c) · exp(log_likelihood(c, x)) / Z(c)
 
-    It knows its density up to Z(c), which depends on the prompt, not how to draw from it: samplers and trainers do
-    that.
+    It gives the density up to Z(c), which depends on the prompt. Samplers draw from it, and trainers train towards it.
 
-    A completion may be given as text, as token ids, or both. Exactly:
+    A completion may be given as text, as token ids, or both:
 
-    - **both**: the ids are scored by the prior and the text by the likelihood, as in training, where a text is what a
-      tokenizer makes of the ids.
+    - **both**: the ids are scored by the prior and the text by the likelihood, as in training, where the text is
+      decoded from the ids.
     - **ids only** (`completions=None`): the text is the ids decoded by the prior's tokenizer with special tokens
       skipped; for a chat prompt, it is one assistant message with that text.
     - **text only** (`completion_ids=None`): the ids are those of the prior's tokenizer on the completion alone, with
@@ -54,7 +53,7 @@ class Posterior:
             Evidence, for instance a `RewardLikelihood`.
 
     Raises:
-        `TypeError`: a prior without `log_prob`, or a likelihood without `log_likelihood`.
+        `TypeError`: if the prior has no `log_prob`, or the likelihood no `log_likelihood`.
     """
 
     def __init__(self, prior: "LanguageModel", likelihood: Likelihood):
@@ -78,7 +77,7 @@ class Posterior:
 
     @property
     def bound(self) -> float | None:
-        """Nats that `log_likelihood` never exceeds, or `None` where no bound is known. Exact rejection needs one."""
+        """Upper bound on `log_likelihood` in nats, or `None` if none is known. Exact rejection sampling needs it."""
         return known_bound(self.likelihood)
 
     @property
@@ -126,8 +125,7 @@ class Posterior:
                 Columns of the dataset that reward functions ask for, B entries each.
 
         Raises:
-            `TypeError` or `ValueError`: inputs that do not belong together, or evidence that is not a number per
-            completion.
+            `TypeError` or `ValueError`: if inputs do not fit together, or evidence is not a number per completion.
         """
         completions, ids = self._both_forms(prompts, completions, completion_ids)
         return self._log_likelihood(prompts, completions, ids, columns)
@@ -142,11 +140,13 @@ class Posterior:
         """
         log π0(x | c) + log_likelihood(c, x) of each completion, in nats: (B,), fp32, on the prior's device.
 
-        Unnormalised: log π*(x | c) + log Z(c). Arguments and errors as in `log_likelihood`; what is not in the prior's
-        support is refused too.
+        It is unnormalised: log π*(x | c) + log Z(c). Arguments and errors are those of [`Posterior.log_likelihood`]. A
+        completion outside of the prior's support is refused too.
         """
         completions, ids = self._both_forms(prompts, completions, completion_ids)
-        log_prior = self.prior.log_prob(prompts, ids)  # (B,), first: it refuses ids outside of the support
+        log_prior = self.prior.log_prob(
+            prompts, ids
+        )  # (B,); computed first, since it refuses ids outside of the support
         return log_prior + self._log_likelihood(prompts, completions, ids, columns).to(log_prior.device)
 
     def _with(self, likelihood: Likelihood) -> "Posterior":
@@ -208,7 +208,7 @@ def tilt(
 
         π*(x | c)  =  π0(x | c) · exp(r(c, x) / beta) / Z(c)
 
-    Everything that moves it is an argument here, under TRL's names.
+    All settings that change the posterior are arguments here, with TRL's names.
 
     Args:
         prior (`LanguageModel`):
@@ -232,7 +232,7 @@ def tilt(
         [`Posterior`]
 
     Raises:
-        `TypeError` or `ValueError`: an argument outside of its range; see `RewardLikelihood`.
+        `TypeError` or `ValueError`: if an argument is out of range; see `RewardLikelihood`.
     """
     likelihood = RewardLikelihood(
         reward_funcs,
@@ -253,8 +253,8 @@ def condition(prior: "LanguageModel", predicate: Callable) -> Posterior:
 
         π*(x | c)  =  π0(x | c) · b(c, x) / Z(c)
 
-    Z(c) is how often the prior meets it. Of all distributions that always do, this is the closest to the prior, at
-    KL(π*‖π0) = −log Z(c).
+    Z(c) is the probability that the prior meets it. Of all distributions that always meet it, the posterior is the
+    closest to the prior, at KL(π*‖π0) = −log Z(c).
 
     Args:
         prior (`LanguageModel`):
@@ -266,7 +266,7 @@ def condition(prior: "LanguageModel", predicate: Callable) -> Posterior:
         [`Posterior`], with `bound` 0: a draw from the prior that meets the predicate is an exact draw.
 
     Raises:
-        `TypeError`: not a function. What it returns is checked at each call, see `Constraint`.
+        `TypeError`: if it is not a function. What it returns is checked at each call, see `Constraint`.
 
     Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, "pointwise constraints"; a prompt's own Z as in Korbak
     et al. 2022, arXiv 2112.00791.
@@ -288,7 +288,7 @@ def constrain(
     """
     The distribution closest in KL to the prior in which features have given means.
 
-    See [`MomentLikelihood.fit`], which takes these arguments. `posterior.likelihood.summary` says how well λ is known.
+    Arguments are those of [`MomentLikelihood.fit`]. `posterior.likelihood.summary` has the uncertainty of λ.
     """
     likelihood = MomentLikelihood.fit(
         prior,

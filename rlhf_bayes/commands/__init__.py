@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 _COMMANDS = {
+    "export": "a reward model as one classifier that plain transformers reads",
     "memory": "predict how much memory PPO needs, by role",
     "merge": "merge adapters into their base, for programs that do not read adapters",
     "report": "one page of HTML, and PNGs, on one or several runs",

@@ -185,7 +185,14 @@ def _phases(config: PreTrainedConfig, lm: Any, roles: Roles, run: Run) -> dict[s
 
 
 def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_checkpointing: bool) -> float:
-    """Bytes that a forward pass of the trunk of a causal LM on the meta device keeps for its backward pass."""
+    """
+    Bytes that a forward pass of the trunk of a causal LM on the meta device keeps for its backward pass.
+
+    Args:
+        lm (`torch.nn.Module`): The causal LM.
+        batch_size, length (`int`): Sequences, and tokens of each.
+        gradient_checkpointing (`bool`): Whether the backward pass runs the layers again.
+    """
     model: Any = lm
     odd = length | 1  # the sizes of a model are even, so none of them is mistaken for the length
     if gradient_checkpointing:

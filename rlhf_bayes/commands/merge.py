@@ -14,6 +14,7 @@ from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder
 from rlhf_bayes.lm.merging import merged
 from rlhf_bayes.lm.pretrained import is_adapter, load_causal_lm
 from rlhf_bayes.lm.probe import disagreement, probe_log_probs, rounding
+from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.loading import (
     DEFAULT_ADAPTER,
@@ -99,17 +100,21 @@ def _merge_reward(folder: Path, output_dir: Path) -> None:
     tokenizer = load_tokenizer(folder, folder.name)
     if index.kind != "lora":
         _save_merged(load_adapters(folder, [DEFAULT_ADAPTER], num_labels=None, dtype="auto"), tokenizer, output_dir)
-        index.save(output_dir)
+        write_index(output_dir, index)
         return
     names = [f"member_{member}" for member in range(index.num_members)]
     for name, place in zip(names, adapter_folders(folder, index.members), strict=True):
         _save_merged(load_adapters(place, [DEFAULT_ADAPTER], dtype="auto"), tokenizer, output_dir / name)
-        RewardIndex(append_eos=index.append_eos).save(output_dir / name)
+        write_index(output_dir / name, RewardIndex(append_eos=index.append_eos))
     replace(index, kind="models", members=names).save(output_dir)
 
 
 def _save_merged(model, tokenizer, folder: Path) -> None:
-    merged(model).save_pretrained(folder)
+    whole = merged(model)
+    # the head reads the last token that is not padding; the base need not know which that is
+    padding = tokenizer.pad_token_id
+    whole.config.get_text_config().pad_token_id = tokenizer.eos_token_id if padding is None else padding
+    whole.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer
-from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]  exported lazily
+from trl import TrlParser
 
 from rlhf_bayes import cli, toy
 from rlhf_bayes.commands.sampling import (
@@ -68,6 +68,11 @@ class Arguments:
     condition: str | None = field(
         default=None, metadata={"help": "A predicate that must hold, `module:function`; with or without a reward."}
     )
+    likelihood: str | None = field(
+        default=None,
+        metadata={"help": "Evidence in nats instead of rewards and a condition, `module:object`: an object with a "
+                  "method `log_likelihood`, or a function without arguments that returns one."},
+    )  # fmt: skip
     beta: float = field(default=0.25, metadata={"help": "Units of reward per nat of evidence."})
     what_if_beta: list[float] | None = field(
         default=None, metadata={"action": "extend", "help": "Other β to estimate. Default: from β/8 to 8·β."}
@@ -116,9 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)
-    reward_funcs, predicate = load_evidence(args)
+    likelihood = None if args.likelihood is None else cli.load_likelihood(args.likelihood)
+    reward_funcs, predicate = ([], None) if likelihood is not None else load_evidence(args)
     prior = load_model(args, args.model_name_or_path or toy.model_path())
-    posterior, names = make_posterior(args, prior, reward_funcs, predicate)
+    if likelihood is not None:
+        posterior, names = Posterior(prior, likelihood), [str(args.likelihood)]
+    else:
+        posterior, names = make_posterior(args, prior, reward_funcs, predicate)
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
@@ -200,7 +209,7 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(path)) if prior is None else prior.tokenizer
     options = tokenizer, length, args.temperature, args.batch_size
     if args.vllm and prior is None:
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
         engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
         return VLLMLanguageModel(model.to(_device()), engine, *options)
@@ -214,6 +223,12 @@ def make_posterior(
     The posterior that the flags describe, and the names of its evidence.
 
     The prior is tilted by the rewards, if there are any, and conditioned on the predicate, if there is one.
+
+    Args:
+        args ([`Arguments`]): The flags.
+        prior ([`~rlhf_bayes.LanguageModel`]): π0.
+        reward_funcs (`list`): Reward functions and models, perhaps none.
+        predicate (`Callable`, *optional*): The predicate that must hold.
     """
     if not reward_funcs:
         return prior.condition(predicate), [str(args.condition)]
@@ -231,11 +246,18 @@ def _check(args: Arguments) -> None:
     if args.model_name_or_path is not None:
         if args.dataset_name is None and not args.prompt:
             raise ValueError("`--dataset_name` or `--prompt` must be given with `--model_name_or_path`, got neither.")
-        if not args.reward_func and args.reward_model_path is None and args.condition is None:
+        if not (args.reward_func or args.reward_model_path or args.condition or args.likelihood):
             raise ValueError(
-                "`--reward_func`, `--reward_model_path` or `--condition` must be given with `--model_name_or_path`, "
-                "got none."
+                "`--reward_func`, `--reward_model_path`, `--condition` or `--likelihood` must be given with "
+                "`--model_name_or_path`, got none."
             )
+    if args.likelihood is not None:
+        for name in ("reward_func", "reward_model_path", "reward_clip_range", "condition", "beta", "what_if_beta"):
+            if getattr(args, name) != Arguments.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`--{name}` must be left out with `--likelihood`, got {getattr(args, name)!r}: a likelihood is "
+                    "the whole evidence, in nats. Multiply what it is made of in your module."
+                )
     wrong = [beta for beta in args.what_if_beta or [] if not 0 < beta < math.inf]
     if wrong:
         raise ValueError(f"`--what_if_beta` must be positive and finite, got {wrong[0]}: β = 0 has no posterior.")
@@ -260,7 +282,7 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
     if args.vllm:
         try:
-            import vllm  # noqa: F401
+            import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ValueError(
                 "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`."

@@ -68,7 +68,14 @@ def draw_from_prior(
     generator: torch.Generator,
     columns: Mapping[str, Sequence],
 ) -> Method:
-    """Completions of the prior. The estimates for other β use them, and tables compare samplers with them."""
+    """
+    Completions of the prior. The estimates for other β use them, and tables compare samplers with them.
+
+    Args:
+        posterior ([`~rlhf_bayes.Posterior`]): The posterior, whose prior is drawn from.
+        beta (`float`, *optional*): Units of reward per nat, where the evidence is a reward.
+        prompts, n, generator, columns: As in [`Sampler.sample`].
+    """
     drawn = posterior.prior.sample(prompts, n, generator)
     return _method(
         "prior",
@@ -89,7 +96,14 @@ def draw_by(
     generator: torch.Generator,
     columns: Mapping[str, Sequence],
 ) -> Method:
-    """Draws of a sampler, and the means of the posterior that they estimate."""
+    """
+    Draws of a sampler, and the means of the posterior that they estimate.
+
+    Args:
+        name (`str`): Name of the sampler, for tables.
+        sampler ([`~rlhf_bayes.samplers.Sampler`]): The sampler.
+        posterior, beta, prompts, n, generator, columns: As in [`draw_from_prior`].
+    """
     return _method(name, sampler.sample(posterior, prompts, n, generator, columns), posterior, beta, columns)
 
 

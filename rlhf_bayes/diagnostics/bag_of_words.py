@@ -154,7 +154,8 @@ def _descend(difference: csr_matrix, targets: np.ndarray, l2: float) -> np.ndarr
         return loss.sum() + l2 / 2 * theta @ theta, gradient
 
     options = {"maxiter": 2000, "maxfun": 4000}
-    result = minimize(objective, np.zeros(difference.shape[1]), jac=True, method="L-BFGS-B", options=options)
+    start = np.zeros(difference.get_shape()[1])
+    result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
     if not result.success:
         warnings.warn(f"The bag-of-words fit stopped before it converged: {result.message}", stacklevel=3)
     return result.x

@@ -112,7 +112,8 @@ class PosteriorCallback(TrainerCallback):
         return outcome[0]
 
     def _evaluate(self) -> dict[str, float]:
-        prior, model = self.posterior.prior, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        prior = self.posterior.prior
+        model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         was_training = model.training
         policy = LanguageModel(
             model, prior.tokenizer, prior.max_completion_length, prior.temperature, prior.batch_size

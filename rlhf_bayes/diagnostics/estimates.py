@@ -9,7 +9,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from rlhf_bayes.diagnostics.diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
+from rlhf_bayes.diagnostics.diversity import distinct_n, duplicates, repeated_ngrams, self_bleu, words
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
 from rlhf_bayes.numerics import log_z as importance_log_z
@@ -310,7 +310,7 @@ def _fit(
         return over_prompts(scale * means, scale**2 * variances, trustworthy)
 
     def of_texts(measure: Any, *arguments: int) -> Estimate:
-        values = [measure([text.split() for text in texts], *arguments) for texts in draws.texts]
+        values = [measure([words(text) for text in texts], *arguments) for texts in draws.texts]
         return over_prompts(torch.tensor(values, dtype=torch.float64))
 
     return PosteriorFit(
@@ -330,7 +330,7 @@ def _fit(
         prior_perplexity=of(f"{name}/prior_perplexity"),
         distinct_1=of_texts(distinct_n, 1),
         distinct_2=of_texts(distinct_n, 2),
-        self_bleu=of_texts(self_bleu),
+        self_bleu=over_prompts(torch.tensor([self_bleu(texts) for texts in draws.texts], dtype=torch.float64)),
         repeated_4grams=of_texts(repeated_ngrams),
         duplicates=of_texts(duplicates),
         num_draws=draws.log_prob.size(1),

@@ -127,6 +127,7 @@ def reward_model_card(
         _calibration(metrics, bins, reliability_plot),
         _normalisation(index),
         _loading(name, index),
+        _plain(name, index),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -230,7 +231,7 @@ def _normalisation(index: RewardIndex) -> str:
         ]
         text = (
             f"r = gain · logit + bias has mean 0 and standard deviation 1 on {index.normalization.reference}; applied "
-            "when the classes below score, not by plain transformers.\n\n" + _table(("member", "gain", "bias"), rows)
+            "when the classes below score.\n\n" + _table(("member", "gain", "bias"), rows)
         )
     return "## Normalisation\n\n" + text
 
@@ -251,6 +252,27 @@ def _loading(name: str, index: RewardIndex) -> str:
         "it is:\n\n```python\nfrom rlhf_bayes import PPOTrainer\n\n"
         'trainer = PPOTrainer(model="your/model", reward_funcs=reward, train_dataset=dataset)\n```'
     )
+
+
+def _plain(name: str, index: RewardIndex) -> str:
+    eos = "with `tokenizer.eos_token` appended to each text, " if index.append_eos else ""
+    if index.kind in ("lora", "models"):
+        text = (
+            f"No single model gives the mean of the members. `rlhf-bayes export {name} --member {index.members[0]}` "
+        )
+        text += "writes one of them as a classifier with one label, whose logit is its reward."
+    else:
+        given = {
+            "nothing": "the raw logit of a member" if index.kind == "heads" else "the raw logit",
+            "gain": "the normalised reward without the bias, a constant that no comparison depends on",
+            "gain_and_bias": "the normalised reward",
+        }[index.folded]
+        text = (
+            f"`AutoModelForSequenceClassification` and pipelines, {eos}give {given}; the labels say so. "
+            f"`rlhf-bayes export {name}` writes a classifier with one label, whose logit is the reward"
+            f"{', and whose tokenizer appends EOS' if index.append_eos else ''}."
+        )
+    return f"## In plain transformers\n\n{text}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -68,6 +68,18 @@ def exact_log_weights(
     """
     log of P/π at a sampler's draws, one tensor for each prompt.
 
+    Args:
+        exact ([`~rlhf_bayes.samplers.Draws`]):
+            Exact draws of the posterior.
+        policy ([`~rlhf_bayes.samplers.Proposal`]):
+            π.
+        posterior ([`~rlhf_bayes.Posterior`]):
+            The posterior, with the unnormalised density P.
+        columns (`Mapping[str, Sequence]`, *optional*):
+            Columns of the dataset, an entry for each prompt.
+        prompts (`list` of `str` or of chats):
+            The prompts that are evaluated.
+
     Raises:
         ValueError: if the sampler does not draw exactly, or drew for other prompts.
     """

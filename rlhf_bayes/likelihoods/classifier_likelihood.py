@@ -1,4 +1,4 @@
-"""A classifier as evidence: the probability of what is wanted."""
+"""A classifier as evidence: the probability of a label."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from rlhf_bayes.rewards import TextClassifier
 @final
 class ClassifierLikelihood:
     r"""
-    Evidence of a sequence classifier, with no temperature to choose:
+    Evidence of a sequence classifier, without a temperature:
 
         log_likelihood(c, x)  =  log p(O = label | c, x)
 
@@ -26,10 +26,10 @@ class ClassifierLikelihood:
 
     Args:
         model (`torch.nn.Module` or `str` or `Path`):
-            The classifier, with a `config`; or where to load one from. Its probabilities are taken at their word: see
-            [`~rlhf_bayes.numerics.reliability_bins`] for whether they come true.
+            The classifier, with a `config`, or the path to load it from. Its probabilities are used as they are:
+            [`~rlhf_bayes.numerics.reliability_bins`] shows whether they are calibrated.
         label (`int` or `str`):
-            What is observed: the index of a logit, or a name in `model.config.label2id`; 0 or 1 with one logit.
+            The observed label: the index of a logit, or a name in `model.config.label2id`; 0 or 1 with one logit.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The model's tokenizer. Default: the one saved beside the model.
         device (`torch.device`, *optional*):
@@ -43,8 +43,8 @@ class ClassifierLikelihood:
         forbids (`bool`): False; no completion is impossible for a classifier with finite logits.
 
     Raises:
-        `TypeError` or `ValueError`: no classifier, a regression, a reward model of `RewardTrainer`, or a label that
-        it does not have.
+        `TypeError` or `ValueError`: if the model is no classifier, a regression or a reward model of `RewardTrainer`,
+            or does not have the label.
 
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equation 8.
     """
@@ -62,7 +62,7 @@ class ClassifierLikelihood:
     ):
         self.classifier = TextClassifier(model, tokenizer, device, batch_size)
         if self.classifier.index is not None:
-            # its zero means nothing: comparisons leave a constant per prompt open
+            # comparisons do not fix a constant for each prompt, so σ of a reward is not a probability
             raise ValueError(
                 f"`model` must give probabilities, and '{self.classifier.name}' is a reward model, learnt from "
                 "comparisons. Use it as a reward: `RewardLikelihood(model, beta)`."
@@ -87,10 +87,11 @@ class ClassifierLikelihood:
         """
         log p(O = label | c, x) of each completion: (B,), fp32, nats, at most 0.
 
-        `completion_ids` and `columns` are not read: the classifier has its own tokenizer.
+        Arguments are those of [`Likelihood.log_likelihood`]. `completion_ids` and `columns` are not read: the
+        classifier has its own tokenizer.
 
         Raises:
-            `ValueError`: a text that the classifier cannot read, or logits that are not finite.
+            `ValueError`: if the classifier cannot read a text, or its logits are not finite.
         """
         logits = self.classifier.logits(prompts, completions)  # (B, L)
         if logits.shape[-1] == 1:
@@ -105,7 +106,7 @@ def _checked_label(label: int | str, num_labels: int, label2id: Mapping[str, int
             f"`label` must be an index or a name of a label, got {label!r} of type {type(label).__name__}. Pass 1 for "
             "the positive answer of a classifier with one logit."
         )
-    # one logit has two answers
+    # one logit stands for two labels
     num_answers = max(num_labels, 2)
     if isinstance(label, str):
         if label not in label2id or num_labels == 1:

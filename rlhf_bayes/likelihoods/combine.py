@@ -1,4 +1,4 @@
-"""Several rewards for a completion, made one."""
+"""Combines several rewards of a completion into one."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ def combine_rewards(
 
         r  =  clip(sum_f w_f r_f)  -  missing_eos_penalty * [no EOS]
 
-    A function that returned `None` (NaN here) adds nothing. All of it moves the optimum: it belongs to the posterior.
+    A function that returned `None` (NaN here) adds nothing. Every argument moves the optimum, so it belongs to the
+    posterior.
 
     Args:
         rewards_per_func (`torch.Tensor` of shape `(B, F)`):
@@ -34,7 +35,7 @@ def combine_rewards(
         `torch.Tensor` of shape `(B,)`, fp32: in units of reward; NaN where every function returned `None`.
 
     Raises:
-        `ValueError`: shapes that do not match, or `missing_eos_penalty` without `ended`.
+        `ValueError`: if shapes do not match, or `missing_eos_penalty` is given without `ended`.
     """
     if rewards_per_func.ndim != 2 or weights.shape != rewards_per_func.shape[1:]:
         raise ValueError(
@@ -44,7 +45,7 @@ def combine_rewards(
     rewards_per_func = rewards_per_func.float()
     weights = weights.to(rewards_per_func)  # (F,)
     applies = ~rewards_per_func.isnan()  # (B, F)
-    # where, not multiply: a forbidden completion under a function of weight zero would give 0 * -inf = nan
+    # torch.where rather than a product: for a function of weight 0, a forbidden completion would give 0 · −inf = nan
     weighted = torch.where(applies & (weights != 0), rewards_per_func * weights, 0.0)  # (B, F)
     rewards = weighted.sum(-1)  # (B,)
     if clip_range is not None:

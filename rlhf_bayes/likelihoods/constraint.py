@@ -1,4 +1,4 @@
-"""A hard constraint as evidence: allowed, or not."""
+"""A hard constraint as evidence: completions that do not meet it are forbidden."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
@@ -28,10 +28,10 @@ class Constraint(EvidenceLikelihood):
     Attributes:
         bound (`float`): 0 nats. A draw from the prior that meets the predicate is an exact draw from the posterior.
         forbids (`bool`): True.
-        name (`str`): of the predicate.
+        name (`str`): name of the predicate.
 
     Raises:
-        `TypeError`: not a function.
+        `TypeError`: if `predicate` is not a function.
 
     Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.1, "pointwise constraints".
     """
@@ -57,11 +57,13 @@ class Constraint(EvidenceLikelihood):
         columns: Mapping[str, Sequence] | None = None,
     ) -> Evidence:
         """
-        0 or `-inf` for each completion, (B,), fp32, and what the predicate said, as 1 or 0.
+        0 or `-inf` for each completion, (B,), fp32, and the predicate as a feature, 1 or 0.
+
+        Arguments are those of [`Likelihood.log_likelihood`].
 
         Raises:
-            `TypeError` or `ValueError`: the predicate returned something other than `bool`, 0 or 1 for a completion,
-                or raised; with the row.
+            `TypeError` or `ValueError`: if the predicate raises, or returns something other than `bool`, 0 or 1 for a
+                completion; the error names the row.
         """
         values = self._scorer(prompts, completions, completion_ids, columns)[:, 0]  # (B,)
         wrong = ((values != 0) & (values != 1)).nonzero().flatten().tolist()

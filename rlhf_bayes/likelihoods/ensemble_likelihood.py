@@ -1,4 +1,4 @@
-"""Several reward models as evidence: what their disagreement makes of the posterior."""
+"""Several reward models as evidence, and rules for how their disagreement changes the posterior."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, final, runtime_checkable
@@ -15,15 +15,15 @@ from rlhf_bayes.rewards import PooledReward, PromptCenters
 @runtime_checkable
 class Ensemble(Protocol):
     """
-    K reward models. Any object with these two will do; a `RewardEnsemble` is one.
+    K reward models: any object with these two attributes, for instance a `RewardEnsemble`.
 
-    Where it also has a method `member(k)` that returns the k-th model as a reward function of TRL's protocol, one
-    member's likelihood runs that model only.
+    It may also have a method `member(k)` that returns the k-th model as a reward function of TRL's protocol. Then the
+    likelihood of one member runs only that model.
     """
 
     @property
     def num_members(self) -> int:
-        """K."""
+        """The number of members, K."""
         ...
 
     def member_rewards(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
@@ -104,10 +104,13 @@ class EnsembleLikelihood:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
         """
-        Pooled reward of each completion: (B,), fp32. `completion_ids` and `columns` are not read: members read text.
+        Pooled reward of each completion: (B,), fp32.
+
+        Arguments are those of [`Likelihood.log_likelihood`]. `completion_ids` and `columns` are not read, since
+        members read text.
 
         Raises:
-            `ValueError`: a prompt without a center, or a member's reward that is nan or `+inf`.
+            `ValueError`: if a prompt has no center, or a member's reward is nan or `+inf`.
         """
         return self.pooled.rewards(prompts, completions)
 
@@ -118,7 +121,11 @@ class EnsembleLikelihood:
         completion_ids: Sequence[Sequence[int]] | None = None,
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
-        """Pooled reward over beta, nats: (B,), fp32, `-inf` where forbidden. Raises as `rewards` does."""
+        """
+        Pooled reward over beta: (B,), fp32, nats, `-inf` where forbidden.
+
+        Arguments are those of [`Likelihood.log_likelihood`]; errors are those of `rewards`.
+        """
         return self.rewards(prompts, completions, completion_ids, columns) / self.beta
 
     def member(self, k: int) -> Likelihood:
@@ -126,7 +133,7 @@ class EnsembleLikelihood:
         The evidence of member k alone, r_k / beta.
 
         Raises:
-            `IndexError`: there is no such member.
+            `IndexError`: if there is no such member.
         """
         if not 0 <= k < self.ensemble.num_members:
             raise IndexError(f"`k` must be between 0 and {self.ensemble.num_members - 1}, the members, got {k}.")
@@ -141,10 +148,10 @@ class EnsembleLikelihood:
 
     def cut(self, generator: torch.Generator | None = None) -> Likelihood:
         """
-        The evidence of a member drawn uniformly, whatever `rule` is; its posterior is one draw of their equal mixture.
+        The evidence of a member drawn uniformly, for any `rule`. Its posterior is a component of their equal mixture.
 
-        "Cut" as in models whose modules do not feed back: unlike in `"marginal"`, the completions do not decide which
-        member is right. Draw again for each completion, or train one policy a draw.
+        "Cut" as in models with modules that have no feedback: unlike with `"marginal"`, the completions do not
+        influence which member is right. Draw a member anew for each completion, or train one policy per draw.
 
         Args:
             generator (`torch.Generator`, *optional*): makes the draw reproducible.

@@ -1,4 +1,4 @@
-"""What a posterior needs to know about the evidence."""
+"""The protocol of evidence, and checks of what it returns."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class Evidence(NamedTuple):
-    """What a likelihood says of B completions, and what it read off them."""
+    """The log-likelihoods of B completions, and the features that they come from."""
 
     log_likelihood: Tensor
-    """(B,), nats; `-inf` forbids."""
+    """(B,), nats; `-inf` forbids a completion."""
     features: dict[str, Tensor]
-    """name -> (B,): the features, predicates (0 or 1) or rewards behind it, to be reported."""
+    """name -> (B,): features, predicates (0 or 1) or rewards that the evidence comes from, for reports."""
 
 
 @runtime_checkable
@@ -21,10 +21,10 @@ class Likelihood(Protocol):
     """
     Evidence of completions. Any object with this method makes a posterior, `Posterior(prior, likelihood)`.
 
-    It may also have, each optional:
+    It may also have:
 
     - an attribute `bound` (`float` or `None`), in nats, that `log_likelihood` never exceeds for any prompt and
-      completion: what exact sampling by rejection needs. Without one, no bound is known.
+      completion. Exact rejection sampling needs it. Without the attribute, no bound is known.
     - an attribute `forbids` (`bool` or `None`): True if `log_likelihood` may be `-inf`, False if it never is.
       Objectives that are infinite for a forbidden completion, such as PPO's, refuse evidence with True before the
       model loads. Without the attribute, or with None, they train until `-inf` comes, and then save a checkpoint and
@@ -43,12 +43,22 @@ class Likelihood(Protocol):
         log p(evidence | prompt, completion) up to a constant per prompt: (B,), fp32, nats.
 
         `-inf` forbids a completion; the posterior refuses NaN and `+inf`.
+
+        Args:
+            prompts (`Sequence` of `str` or of chats):
+                B prompts.
+            completions (`Sequence` of `str` or of chats):
+                B completions, in the form of their prompts.
+            completion_ids (`Sequence[Sequence[int]]`):
+                Token ids of the B completions, up to and including the first EOS.
+            columns (`Mapping[str, Sequence]`):
+                Columns of the dataset, B entries each.
         """
         ...
 
 
 class EvidenceLikelihood:
-    """A [`Likelihood`] of which all is said by `evidence`. For the likelihoods here, that tell their features."""
+    """Base of the likelihoods that report their features: they define `evidence`, which gives `log_likelihood`."""
 
     def evidence(
         self,
@@ -57,7 +67,11 @@ class EvidenceLikelihood:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
     ) -> Evidence:
-        """log_likelihood of each completion, and the features behind it."""
+        """
+        log_likelihood of each completion, and the features that it comes from.
+
+        Arguments are those of [`Likelihood.log_likelihood`].
+        """
         raise NotImplementedError(f"{type(self).__name__} must define `evidence`.")
 
     def log_likelihood(
@@ -67,7 +81,11 @@ class EvidenceLikelihood:
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
     ) -> Tensor:
-        """The first part of `evidence`, (B,), fp32, nats. Raises as it does."""
+        """
+        The log-likelihoods of `evidence`: (B,), fp32, nats.
+
+        Arguments are those of [`Likelihood.log_likelihood`]; errors are those of `evidence`.
+        """
         return self.evidence(prompts, completions, completion_ids, columns).log_likelihood
 
 
@@ -78,7 +96,11 @@ def checked_log_likelihood(
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence] | None = None,
 ) -> Tensor:
-    """The first part of `checked_evidence`: (B,), fp32, nats."""
+    """
+    The log-likelihoods of [`checked_evidence`]: (B,), fp32, nats.
+
+    Arguments and errors are those of [`checked_evidence`].
+    """
     return checked_evidence(likelihood, prompts, completions, completion_ids, columns).log_likelihood
 
 
@@ -94,9 +116,15 @@ def checked_evidence(
 
     The log-likelihoods are (B,), fp32, nats, without gradient, each finite or `-inf`.
 
+    Args:
+        likelihood ([`Likelihood`]):
+            The evidence.
+        prompts, completions, completion_ids, columns:
+            As in [`Likelihood.log_likelihood`].
+
     Raises:
-        `TypeError`: not a tensor of one number for each completion.
-        `ValueError`: NaN or `+inf`, with the row.
+        `TypeError`: if it does not return a tensor with one number for each completion.
+        `ValueError`: if it returns NaN or `+inf`; the error names the row.
     """
     arguments = (prompts, completions, completion_ids, columns)
     tells = getattr(likelihood, "evidence", None)
@@ -114,7 +142,7 @@ def known_forbids(likelihood: Any) -> bool | None:
     `likelihood.forbids`: whether it may return `-inf`, or `None` where it does not say.
 
     Raises:
-        `TypeError`: neither a bool nor `None`.
+        `TypeError`: if the attribute is neither a bool nor `None`.
     """
     forbids = getattr(likelihood, "forbids", None)
     if forbids is not None and not isinstance(forbids, bool):

@@ -28,7 +28,8 @@ class MomentLikelihood(EvidenceLikelihood):
     With the λ that `fit` finds, π0(x | c) · exp(λ·φ) / Z(c) is the distribution closest to the prior, in the mean KL
     over the prompts, of all those in which the features have the given means over the prompts' completions.
 
-    λ_f = +∞ and −∞ are the limits: the binary feature must be 1, must be 0. Then it forbids and adds nothing else.
+    λ_f may be +∞ or −∞. Then the feature must be binary, and completions in which it is not 1, or not 0, are
+    forbidden.
 
     Args:
         features (`Mapping[str, Callable | torch.nn.Module | str]`):
@@ -36,9 +37,9 @@ class MomentLikelihood(EvidenceLikelihood):
         lambdas (`Mapping[str, float]`):
             name -> λ_f, nats per unit of the feature.
         feature_bounds (`Mapping[str, tuple[float, float]]`, *optional*):
-            name -> (low, high), what a feature can be: (0, 1) if it is binary. A value outside is refused.
+            name -> (low, high), the range of a feature: (0, 1) if it is binary. A value outside is refused.
         summary (`MomentSummary`, *optional*):
-            How well λ is known.
+            The uncertainty of λ.
         device (`torch.device`, *optional*):
             Where to put models that are loaded from a path.
 
@@ -47,7 +48,7 @@ class MomentLikelihood(EvidenceLikelihood):
         forbids (`bool`): whether some λ_f is infinite.
 
     Raises:
-        `TypeError` or `ValueError`: no feature, names that do not agree, λ that is NaN, bounds that are none.
+        `TypeError` or `ValueError`: if there is no feature, names do not agree, λ is NaN, or bounds are not a range.
 
     Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.1.
     """
@@ -86,7 +87,7 @@ class MomentLikelihood(EvidenceLikelihood):
 
     @property
     def bound(self) -> float | None:
-        """Nats that λ·φ never exceeds, or `None` where a feature's bounds are not known."""
+        """Upper bound on λ·φ, in nats, or `None` where a feature's bounds are not known."""
         total = 0.0
         for name, lam in self.lambdas.items():
             if lam == 0 or math.isinf(lam):
@@ -97,7 +98,7 @@ class MomentLikelihood(EvidenceLikelihood):
 
     @property
     def forbids(self) -> bool | None:
-        """Whether some λ is infinite: then the feature is a condition."""
+        """Whether some λ is infinite, so that its feature is a condition."""
         return any(map(math.isinf, self.lambdas.values()))
 
     def features(
@@ -110,9 +111,11 @@ class MomentLikelihood(EvidenceLikelihood):
         """
         φ of each completion: (B, F), fp32, in the order of `names`.
 
+        Arguments are those of [`Likelihood.log_likelihood`].
+
         Raises:
-            `TypeError` or `ValueError`: a feature that returned no number, NaN, an infinity, `None` or the wrong
-                count; what it raises itself, with a note.
+            `TypeError` or `ValueError`: if a feature does not return one finite number for each completion. What a
+                feature raises itself gets a note.
         """
         values = self._scorer(prompts, completions, completion_ids, columns)  # (B, F)
         missing = values.isnan().nonzero().tolist()
@@ -132,10 +135,13 @@ class MomentLikelihood(EvidenceLikelihood):
         columns: Mapping[str, Sequence] | None = None,
     ) -> Evidence:
         """
-        λ·φ of each completion, nats, (B,), fp32, `-inf` where a condition is not met; and φ by name.
+        λ·φ of each completion, (B,), fp32, nats, `-inf` where a condition is not met; and φ by name.
+
+        Arguments are those of [`Likelihood.log_likelihood`].
 
         Raises:
-            `ValueError`: as `features`; a value outside of `feature_bounds`, or neither 0 nor 1 where λ is infinite.
+            `ValueError`: as in `features`; if a value is outside of `feature_bounds`, or neither 0 nor 1 where λ is
+                infinite.
         """
         values = self.features(prompts, completions, completion_ids, columns).double()  # (B, F)
         total = torch.zeros(len(values), dtype=torch.float64)
@@ -166,10 +172,10 @@ class MomentLikelihood(EvidenceLikelihood):
     def _fit_to(
         self, features: Tensor, log_weights: Tensor, wanted: Mapping[str, float], prompts: Sequence[Any]
     ) -> None:
-        """Take λ and summary from features (P, n, F) of draws with log-weights (P, n), fp64."""
+        """Set λ and the summary from features (P, n, F) of draws with log-weights (P, n), fp64."""
         moments = torch.tensor(list(wanted.values()), dtype=torch.float64)  # (F,)
         binary = ((features == 0) | (features == 1)).flatten(0, 1).all(0)  # (F,)
-        # a count that was never above 1 on the draws is not binary, if its bounds are known to be wider
+        # a count that never exceeds 1 on the draws is not binary if its known bounds are wider
         binary &= torch.tensor([self.feature_bounds.get(name, (0.0, 1.0)) == (0.0, 1.0) for name in self.names])
         forced = binary & ((moments == 0) | (moments == 1))
         met = log_weights.masked_fill((features != moments)[..., forced].any(-1), -torch.inf)  # (P, n)
@@ -199,40 +205,42 @@ class MomentLikelihood(EvidenceLikelihood):
 
             (1/P) Σ_c E_π*(·|c)[φ]  =  μ̄,        π*(x | c)  =  π0(x | c) · exp(λ·φ(c, x)) / Z(c)
 
-        **One λ for all prompts**, each with its own Z: "half of the stories" is half of all the prompts' stories, more
-        of one prompt's and less of another's, at the least mean KL. For half of *each* prompt's, fit it by itself.
+        **One λ for all prompts**, each with its own Z: "half of the stories" is half of the stories of all prompts
+        together, more for one prompt and fewer for another, at the least mean KL. For half of the stories of *each*
+        prompt, fit each prompt by itself.
 
-        A binary feature at moment 1 or 0 becomes a condition: λ = ±∞, and the other moments are those given it.
+        A binary feature at moment 1 or 0 becomes a condition: λ = ±∞, and the other moments are conditional on it.
 
         Args:
             prior (`LanguageModel`):
                 π0.
             constraints (`Mapping[str, tuple]`):
                 name -> (feature, moment): a reward function of TRL's protocol (or a model, or its path), and the mean
-                it is to have. Names are those of the summary's rows. A feature that is 0 or 1 on every draw is taken
-                for binary.
+                that it must have. The summary uses these names. A feature that is 0 or 1 on every draw is taken to be
+                binary.
             prompts (`Sequence` of `str` or of chats):
                 P prompts. Their choice is part of the target.
             num_samples (`int`, *optional*, defaults to `256`):
-                Completions a prompt, at least 2. The bias of λ is of the order of 1/num_samples, for any P.
+                Completions for each prompt, at least 2. The bias of λ is of the order of 1/num_samples, for any P.
             generator (`torch.Generator`, *optional*):
-                Makes the draw reproducible.
+                Makes the draws reproducible.
             proposal (`LanguageModel`, *optional*):
-                Where to draw, weighted by π0/q: a policy trained towards these moments reaches what the prior does
-                not. With the prior's tokenizer and `max_completion_length`. Default: the prior.
+                The distribution to draw from, with weights π0/q. A policy trained towards these moments reaches
+                completions that the prior hardly draws. It needs the prior's tokenizer and `max_completion_length`.
+                Default: the prior.
             columns (`Mapping[str, Sequence]`, *optional*):
                 Columns of the dataset that features ask for, P entries each.
             feature_bounds (`Mapping[str, tuple[float, float]]`, *optional*):
-                name -> (low, high). Default: (0, 1) for binary features, unknown for the others. Another range says
-                that a feature is not binary, whatever the draws.
+                name -> (low, high). Default: (0, 1) for binary features, unknown for the others. With another range a
+                feature is not treated as binary, whatever its values on the draws.
             evidence (`Likelihood`, *optional*):
-                What is known already: the moments are those of π0·exp(evidence + λ·φ), the closest to the posterior of
-                that evidence, which then stands for the prior in the summary.
+                Further evidence: the moments are those of π0·exp(evidence + λ·φ), the distribution closest to the
+                posterior of that evidence. In the summary that posterior takes the place of the prior.
 
         Raises:
-            `TypeError` or `ValueError`: a proposal with another support, a feature that returns no numbers, a
-                condition that no draw of a prompt meets, moments that the draws do not reach or that contradict each
-                other.
+            `TypeError` or `ValueError`: if the proposal has another support, a feature does not return numbers, no
+                draw of a prompt meets a condition, or the draws do not reach the moments, which may also contradict
+                each other.
 
         Source: Khalifa, Elsahar & Dymetman 2021, arXiv 2012.11635, section 2.2; [`~rlhf_bayes.numerics.fit_moments`].
         """
@@ -252,13 +260,13 @@ class MomentLikelihood(EvidenceLikelihood):
             warnings.warn(
                 f"λ rests on few draws: {summary} Draw more (`num_samples`), or draw from a policy trained "
                 "towards these moments (`proposal`).",
-                stacklevel=4,  # where `constrain` is called
+                stacklevel=4,  # the warning names the line that calls `constrain`
             )
         return likelihood
 
 
 def _repeated(columns: Mapping[str, Sequence], num_prompts: int, num_samples: int) -> dict[str, list]:
-    """Entries of prompts as those of their completions, which are neighbours."""
+    """Columns with the entry of each prompt repeated for its completions, which are next to each other."""
     for name, values in columns.items():
         if isinstance(values, str) or len(values) != num_prompts:
             raise ValueError(
@@ -275,7 +283,7 @@ def _draw(
     num_samples: int,
     generator: torch.Generator | None,
 ) -> tuple["Completions", Tensor]:
-    """P · n completions, and log π0/q of each: (P, n), fp64, on the CPU."""
+    """Draw P · n completions; returns them with log π0/q of each: (P, n), fp64, on the CPU."""
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 2:
         raise ValueError(f"`num_samples` must be an integer of at least 2, completions a prompt, got {num_samples!r}.")
     if proposal is None:
@@ -296,7 +304,7 @@ def _draw(
 
 
 def _under_evidence(log_weights: Tensor, prompts: Sequence[Any]) -> Tensor:
-    """Relative to the posterior of the evidence, as they are to the prior without: (P, n)."""
+    """Log-weights (P, n) with the posterior of the evidence in the place of the prior, normalised per prompt."""
     log_zs = log_z(log_weights, dim=-1)[:, None]  # (P, 1)
     forbidden = (log_zs == -torch.inf).flatten().nonzero().flatten().tolist()
     if forbidden:
@@ -363,7 +371,7 @@ def _summary(
 
 
 def _checked_moments(constraints: Any) -> dict[str, float]:
-    """name -> moment."""
+    """name -> moment, from checked constraints."""
     if not isinstance(constraints, Mapping) or not constraints:
         raise TypeError(
             f"`constraints` must map names to (feature, moment), got {constraints!r}. Pass, for instance, "

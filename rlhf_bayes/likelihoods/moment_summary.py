@@ -1,4 +1,4 @@
-"""How well the λ of given moments are known, as numbers and as a table."""
+"""The λ of given moments and their uncertainty, as numbers and as a table."""
 
 import math
 from collections.abc import Mapping
@@ -17,18 +17,18 @@ MIN_SAMPLES = 25
 
 @dataclass(frozen=True)
 class FeatureMoment:
-    """One feature of an exponential family: its λ, and its mean before and after."""
+    """One feature of an exponential family: its λ, and its mean under the prior and under π*."""
 
     lam: float
-    """Nats per unit of the feature; ±∞ for a condition, a binary feature at moment 1 or 0."""
+    """λ, in nats per unit of the feature; ±∞ for a condition, a binary feature at moment 1 or 0."""
     standard_error: float
-    """Of `lam`, over draws; 0 for a condition."""
+    """Standard error of `lam` over draws; 0 for a condition."""
     wanted: float
     """The moment asked for."""
     reached: float
-    """The moment under π*, estimated on the draws of the fit: there it is the wanted one up to rounding."""
+    """The moment under π*, estimated on the draws of the fit, where it is the wanted one up to rounding."""
     reached_standard_error: float
-    """How far the moment of the fitted π* is from the wanted one in truth."""
+    """Standard error: how far the true moment of the fitted π* typically is from the wanted one."""
     prior: float
     """The moment under the prior."""
 
@@ -36,40 +36,40 @@ class FeatureMoment:
 @dataclass(frozen=True)
 class MomentSummary:
     """
-    What the draws say of an exponential family with given moments. Means over prompts, nats.
+    Estimates for an exponential family with given moments, from draws. Means over prompts, in nats.
 
     Standard errors are those of the draws for these prompts; other prompts may differ by more.
     """
 
     features: Mapping[str, FeatureMoment]
-    """By name."""
+    """The features, by name."""
     log_z: float
     """Mean over prompts of log Z(c) = log E_π0[exp(λ·φ)], conditions included."""
     log_z_standard_error: float
-    """Of `log_z`."""
+    """Standard error of `log_z`."""
     kl: float
-    """KL(π*‖π0) = λ·μ̄ − log Z: what the constraints cost."""
+    """KL(π*‖π0) = λ·μ̄ − log Z, the distance from the prior that the constraints require."""
     kl_standard_error: float
-    """Of `kl`."""
+    """Standard error of `kl`."""
     importance_ess: Tensor
-    """(P,) draws of each prompt that count under π*."""
+    """(P,): effective sample size of each prompt's weights."""
     khat: Tensor
-    """(P,) Pareto shape of each prompt's weights; infinite where too few of them are distinct."""
+    """(P,): Pareto shape of each prompt's weights; infinite where too few of them are distinct to fit it."""
     num_samples: int
-    """Draws a prompt."""
+    """Draws for each prompt."""
 
     @property
     def num_prompts(self) -> int:
-        """P."""
+        """The number of prompts, P."""
         return len(self.importance_ess)
 
     @property
     def trustworthy(self) -> Tensor:
         """
-        (P,) bool: at least 25 draws, of which 10 count, and k̂ below the threshold for that many.
+        (P,) bool: at least 25 draws, an effective sample size of at least 10, and k̂ below its threshold.
 
-        Where k̂ is infinite it has nothing to say: features of a few values tie the weights, and the tail above the
-        ties is too short for a fit. Then the effective sample size decides.
+        Where k̂ is infinite it could not be fitted, since features with few values make many weights equal. Then only
+        the effective sample size decides.
         """
         if self.num_samples < MIN_SAMPLES:
             return torch.zeros_like(self.khat, dtype=torch.bool)
@@ -77,7 +77,7 @@ class MomentSummary:
         return (self.importance_ess >= MIN_IMPORTANCE_ESS) & tail
 
     def table(self, title: str | None = None) -> Table:
-        """A row for each feature; what holds for all of them below."""
+        """A table with a row for each feature; the caption holds the numbers that concern all of them."""
         table = Table(title=title, caption=str(self), caption_justify="left")
         table.add_column("feature")
         for name in ("λ (nats per unit)", "moment wanted", "reached", "under the prior"):

@@ -1,4 +1,4 @@
-"""Evidence of several kinds at once."""
+"""The product of several kinds of evidence."""
 
 import itertools
 import math
@@ -25,23 +25,23 @@ class ProductLikelihood(EvidenceLikelihood):
 
         log_likelihood(c, x)  =  Σ_k a_k · log_likelihood_k(c, x)
 
-    What one of them forbids is forbidden. A product of products is one flat product.
+    A completion that one of them forbids is forbidden. A product of products becomes one flat product.
 
     Args:
         likelihoods (`Sequence[Likelihood]`):
-            At least one.
+            The experts, at least one.
         powers (`Sequence[float]`, *optional*):
-            a_k, one for each, positive and finite. Default: 1 each.
+            a_k of each expert, positive and finite. Default: 1 each.
 
     Attributes:
-        bound (`float` or `None`): Σ_k a_k · bound_k, nats, if every bound is known; it need not be reached.
+        bound (`float` or `None`): Σ_k a_k · bound_k, nats, if every bound is known; it may not be tight.
         forbids (`bool` or `None`): True if one of them forbids, False if none does, `None` if one does not say.
         likelihoods (`list[Likelihood]`): the experts, flat.
         powers (`list[float]`): their powers.
 
     Raises:
-        `TypeError`: a part that is no likelihood, or a power that is no number.
-        `ValueError`: no part, another number of powers, or a power that is not positive and finite.
+        `TypeError`: if a part is not a likelihood, or a power is not a number.
+        `ValueError`: if there is no part, or another number of powers, or a power is not positive and finite.
 
     Source: Hinton 2002, "Training products of experts by minimizing contrastive divergence".
     """
@@ -91,15 +91,15 @@ class ProductLikelihood(EvidenceLikelihood):
         Σ_k a_k · log_likelihood_k of each completion, and the features of all parts.
 
         The sum is (B,), fp32, nats, `-inf` where one part is. Where parts share the name of a feature, the second and
-        later ones get a number.
+        later ones get a number. Arguments are those of [`Likelihood.log_likelihood`].
 
         Raises:
-            `TypeError` or `ValueError`: a part that does not return one number of nats, or `-inf`, per completion.
+            `TypeError` or `ValueError`: if a part does not return a finite number or `-inf` for each completion.
         """
         total: Any = None
         features: dict[str, Tensor] = {}
         for part, power in zip(self.likelihoods, self.powers, strict=True):
-            # each is checked by itself: only then does no sum meet −inf + inf, nor a power overflow unseen
+            # each part is checked before the sum, which could hide an infinity: −inf + inf, or an overflow by a power
             evidence = checked_evidence(part, prompts, completions, completion_ids, columns)
             nats = power * evidence.log_likelihood
             total = nats if total is None else total.to(nats.device) + nats

@@ -48,7 +48,7 @@ class RewardLikelihood(EvidenceLikelihood):
             True for one that does.
 
     Raises:
-        `TypeError` or `ValueError`: an argument outside of its range.
+        `TypeError` or `ValueError`: if an argument is out of range.
     """
 
     forbids: bool | None = None
@@ -70,7 +70,7 @@ class RewardLikelihood(EvidenceLikelihood):
         self.eos_token_ids = frozenset(eos_token_ids or ())
         num_funcs = len(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else 1
         self.reward_weights = _checked_weights(reward_weights, num_funcs)  # (F,)
-        # last, because it may load models
+        # last, since it may load models: wrong arguments are refused before
         self._scorer = RewardScorer(reward_funcs, reward_processing_classes, device, allow_forbidden=True)
 
     @property
@@ -83,7 +83,7 @@ class RewardLikelihood(EvidenceLikelihood):
         """Upper end of `reward_clip_range` over `beta`, nats; `None` where the reward is not clipped."""
         if self.reward_clip_range is None or self.reward_clip_range[1] == math.inf:
             return None
-        # as fp32 has it: no log-likelihood is above by rounding
+        # computed in fp32 like the log-likelihoods, so that rounding puts none of them above the bound
         return float(torch.tensor(self.reward_clip_range[1]) / self.beta)
 
     def rewards(
@@ -96,8 +96,10 @@ class RewardLikelihood(EvidenceLikelihood):
         """
         r(c, x) of each completion, weighted, clipped and penalised: (B,), fp32, in units of reward.
 
+        Arguments are those of [`Likelihood.log_likelihood`].
+
         Raises:
-            `ValueError`: every function returned `None` for a completion.
+            `ValueError`: if every function returned `None` for a completion.
         """
         rewards_per_func = self._scorer(prompts, completions, completion_ids, columns)  # (B, F)
         ended = None
@@ -124,18 +126,22 @@ class RewardLikelihood(EvidenceLikelihood):
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
     ) -> Evidence:
-        """r(c, x) / beta of each completion, nats, (B,), fp32, and r as `"reward"`. Raises as `rewards` does."""
+        """
+        r(c, x) / beta of each completion, (B,), fp32, nats, and r as the feature `"reward"`.
+
+        Arguments are those of [`Likelihood.log_likelihood`]; errors are those of `rewards`.
+        """
         rewards = self.rewards(prompts, completions, completion_ids, columns)  # (B,)
         return Evidence(rewards / self.beta, {"reward": rewards})
 
 
 def check_beta(beta: float) -> float:
     """
-    `beta` as a float, if it makes a posterior.
+    `beta` as a float, after checking that it makes a posterior.
 
     Raises:
-        `TypeError`: not a number.
-        `ValueError`: zero, negative, NaN or infinite.
+        `TypeError`: if it is not a number.
+        `ValueError`: if it is zero, negative, NaN or infinite.
     """
     if isinstance(beta, bool) or not isinstance(beta, numbers.Real):
         raise TypeError(f"`beta` must be a positive number, got {beta!r} of type {type(beta).__name__}. Pass a float.")

@@ -51,7 +51,19 @@ class Critic(nn.Module):
         self.detach_trunk = False
 
     def forward(self, lm: PreTrainedModel, hidden: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        """Values (N,) of the N prefixes whose policy states are `hidden` (N, H); fp32, units of the reward."""
+        """
+        Values of N prefixes: (N,), fp32, units of the reward.
+
+        Args:
+            lm (`PreTrainedModel`):
+                The policy's causal LM, which holds the critic's adapter if it has one.
+            hidden (`Tensor` (N, H)):
+                The policy's last hidden state of each prefix.
+            mask (`Tensor` (B, T)):
+                The completion tokens whose prefixes these are.
+            inputs (`dict[str, Tensor]`):
+                The inputs of the policy's trunk, for a critic with a trunk or an adapter of its own.
+        """
         if self.backbone is not None:
             hidden = states_before(self.backbone(**inputs, use_cache=False), mask)[mask]
         elif self.adapter is not None:

@@ -142,6 +142,8 @@ def score_completions(
     Columns that are padding in every row do not reach the model.
 
     Args:
+        model (`torch.nn.Module`):
+            The prepared model, also inside of an engine.
         prompt_ids, prompt_mask (`Tensor` (B, P)):
             Left-padded prompts.
         completion_ids, completion_mask (`Tensor` (B, T)):

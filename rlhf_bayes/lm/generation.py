@@ -48,7 +48,19 @@ def remove_dropout(model: nn.Module) -> None:
 def sampling_config(
     max_new_tokens: int, eos_token_ids: list[int], pad_token_id: int, temperature: float
 ) -> GenerationConfig:
-    """A generation config that draws from the model's distribution at `temperature`, with no truncation."""
+    """
+    A generation config that draws from the model's distribution at a temperature, without truncation.
+
+    Args:
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        eos_token_ids (`list[int]`):
+            The tokens that end a completion.
+        pad_token_id (`int`):
+            The token that shorter completions are padded with.
+        temperature (`float`):
+            Divides the logits.
+    """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=True,
@@ -98,6 +110,7 @@ def draw_plainly(
         `list[list[int]]`: B completions, up to and including the first EOS.
     """
     device = base_causal_lm(model).device
+    eos = torch.tensor(eos_token_ids, device=device)
     drawn: dict[int, list[int]] = {}
     for rows in equal_length_groups([len(ids) for ids in prompt_ids]):
         ids = torch.tensor([list(prompt_ids[row]) for row in rows], device=device)  # (b, C)
@@ -105,10 +118,9 @@ def draw_plainly(
         for _ in range(max_new_tokens):
             logits = plain_logits(model, ids)[:, -1].float() / temperature  # (b, V)
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-            kept = first_eos_mask(ids[:, start:], eos_token_ids)  # (b, t)
-            ended = ~kept[:, -1] | torch.isin(ids[:, -1], torch.tensor(eos_token_ids, device=device))
-            if ended.all():
+            if torch.isin(ids[:, start:], eos).any(1).all():
                 break
+        kept = first_eos_mask(ids[:, start:], eos_token_ids)  # (b, t)
         drawn |= {row: own[keep].tolist() for row, own, keep in zip(rows, ids[:, start:], kept, strict=True)}
     return [drawn[row] for row in range(len(prompt_ids))]
 

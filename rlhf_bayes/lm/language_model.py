@@ -329,7 +329,15 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def check_prompt_fits(model: PreTrainedModel, prompt_length: int, max_completion_length: int, row: int) -> None:
     """
-    Refuse prompts that leave no room for a completion.
+    Refuse a prompt that leaves no room for a completion.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, whose config gives the number of positions.
+        prompt_length, max_completion_length (`int`):
+            Length of the prompt and of the longest completion, in tokens.
+        row (`int`):
+            Index of the prompt, for the message.
 
     Raises:
         ValueError: if the prompt has no token, or prompt + completion exceed the model's positions.

@@ -176,7 +176,7 @@ def _load_adapter(path: str, is_trainable: bool, init_kwargs: dict[str, Any]) ->
     return model
 
 
-def _resize_as_trained(base: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def _resize_as_trained(base: Any, weights: dict[str, Tensor]) -> None:
     # an adapter that was trained on a larger vocabulary brings its embeddings along
     rows = {weight.shape[0] for key, weight in weights.items() if _is_embedding(key, base)}
     if rows and max(rows) != base.get_input_embeddings().weight.shape[0]:

@@ -56,7 +56,7 @@ class VLLMLanguageModel(LanguageModel):
         if not callable(getattr(engine, "generate", None)):
             raise TypeError(f"`engine` must be a `vllm.LLM`, got {type(engine).__name__} without `generate`.")
         try:
-            from vllm import SamplingParams
+            from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ImportError("VLLMLanguageModel needs vLLM: `pip install 'rlhf_bayes[vllm]'`.") from error
         super().__init__(model_or_path, tokenizer, max_completion_length, temperature, batch_size)

@@ -38,15 +38,15 @@ def scored_by_length(
     score_rows: Callable[..., dict[str, Tensor | None]], sequences: tuple[Tensor, ...], batch_size: int
 ) -> dict[str, Tensor | None]:
     """
-    What `score_rows` says of all rows, `batch_size` at a time, in the order in which they came.
+    The columns that `score_rows` computes for all rows, `batch_size` rows at a time, in the order of the rows.
 
     Args:
         score_rows (`Callable`):
-            Given prompt_ids, prompt_mask, completion_ids and completion_mask of some rows, columns of as many rows.
+            Computes columns from prompt_ids, prompt_mask, completion_ids and completion_mask of some rows.
         sequences (`tuple[Tensor, ...]`):
-            The four of all rows: (B, P), (B, P), (B, T), (B, T).
+            These four for all rows: (B, P), (B, P), (B, T), (B, T).
         batch_size (`int`):
-            Rows at a time.
+            Number of rows in each call.
     """
     _, prompt_mask, _, completion_mask = sequences
     order = torch.arange(len(prompt_mask), device=prompt_mask.device)
@@ -54,6 +54,8 @@ def scored_by_length(
         order = (prompt_mask.sum(-1) + completion_mask.sum(-1)).argsort(stable=True)
     parts = [score_rows(*(tensor[rows] for tensor in sequences)) for rows in order.split(batch_size)]
     back = order.argsort()
-    return {
-        name: None if parts[0][name] is None else torch.cat([part[name] for part in parts])[back] for name in parts[0]
-    }
+    joined: dict[str, Tensor | None] = {}
+    for name in parts[0]:
+        tensors = [tensor for part in parts if (tensor := part[name]) is not None]  # None in one part is None in all
+        joined[name] = torch.cat(tensors)[back] if tensors else None
+    return joined

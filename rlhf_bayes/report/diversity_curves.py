@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from rlhf_bayes.diagnostics import distinct_n
+from rlhf_bayes.diagnostics.diversity import words
 from rlhf_bayes.report.run import Run, Sample
 
 
@@ -23,7 +24,7 @@ def diversity_over_training(runs: Sequence[Run]) -> dict[str, dict[str, tuple[li
     for name, steps in by_step.items():
         if steps:
             order = sorted(steps)
-            varied = [distinct_n([sample.completion.split() for sample in steps[step][:size]], 2) for step in order]
+            varied = [distinct_n([words(sample.completion) for sample in steps[step][:size]], 2) for step in order]
             measures["distinct-2"][name] = (order, varied)
             measures["duplicates (share)"][name] = (order, [duplicate_share(steps[step]) for step in order])
     return measures

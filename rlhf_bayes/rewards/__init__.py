@@ -1,4 +1,4 @@
-"""Reward functions in TRL's protocol: checked, and run on completions."""
+"""Reward functions in TRL's protocol: models, ensembles, checks, and scoring of completions."""
 
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.judgement import JUDGEMENT_COLUMNS, Judgement, check_pairs, read_judgement

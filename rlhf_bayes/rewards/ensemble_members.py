@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class Members(Protocol):
-    """What an ensemble asks of its members."""
+    """The protocol that an ensemble's members have."""
 
     kind: str
     """As in [`RewardIndex`]."""
@@ -34,7 +34,7 @@ class Members(Protocol):
 
     @property
     def classifiers(self) -> list[TextClassifier]:
-        """What reads the texts: one that the members share, or one for each."""
+        """The classifiers that read the texts: one that the members share, or one for each."""
         ...
 
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
@@ -92,8 +92,8 @@ class Adapters:
     """
     One base under K PEFT adapters, each with its classification head.
 
-    All members are scored in one forward pass, rows of different adapters in one batch, where PEFT can do that; else
-    one after the other.
+    All members are scored in one forward pass, with rows of different adapters in one batch, if PEFT can do that;
+    otherwise one after the other.
     """
 
     kind = "lora"
@@ -127,7 +127,7 @@ class Adapters:
         self, prompts: Sequence, completions: Sequence, members: Sequence[int], max_length: int | None = None
     ) -> Tensor:
         adapters = [self.names[member] for member in members]
-        # rows of a pass, not texts, are what memory bounds
+        # a text takes a row for each adapter, and memory limits the number of rows
         size = max(1, self.classifier.batch_size // len(adapters)) if self.in_one_pass else None
         batches = self.classifier.batches(prompts, completions, size, max_length)
         parts = [self._scored(inputs, adapters) for inputs in batches]
@@ -156,14 +156,14 @@ class Adapters:
         return self._in_turn(inputs, adapters)
 
     def _is_partitioned(self) -> bool:
-        # ZeRO-3 gathers weights in the order of use, and PEFT goes through a set: an order for each process
+        # PEFT iterates over a set, whose order differs between processes, but ZeRO-3 needs the same order on all
         return any(hasattr(parameter, "ds_id") for parameter in self._model.parameters())
 
     def _together(self, inputs: Any, adapters: list[str]) -> Tensor:
         rows = len(inputs["input_ids"])
         repeated = {name: column.repeat(len(adapters), 1) for name, column in inputs.items()}  # (K·b, T)
         names = [adapter for adapter in adapters for _ in range(rows)]
-        # a module that has none of the adapters runs as in the base only while one of them is the active one
+        # a module without these adapters behaves like the base only while one of them is active
         base = self._model.get_base_model()
         with active_adapter(base, adapters[0]), _adapter_of_each_row(self._model, names):
             return self.classifier.forward(repeated)[:, 0].view(len(adapters), rows)
@@ -217,7 +217,7 @@ class Models:
 
 @contextmanager
 def _adapter_of_each_row(model: nn.Module, names: list[str]) -> Iterator[None]:
-    # not by the argument `adapter_names` of the model, which leaves its hooks behind when a layer cannot mix
+    # not by PEFT's argument `adapter_names`, which leaves hooks behind if a layer cannot mix adapters
     def with_names(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, kwargs | {"adapter_names": names}
 

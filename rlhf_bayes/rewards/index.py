@@ -10,6 +10,7 @@ from transformers.utils.hub import cached_file
 from rlhf_bayes.rewards.normalization import Normalization
 
 INDEX_NAME = "reward_model.json"
+FOLDED = ("nothing", "gain", "gain_and_bias")
 KINDS = ("single", "heads", "lora", "models")
 
 
@@ -27,20 +28,27 @@ class RewardIndex:
             K names: adapters (`"default"` is the one at the root), subfolders, or names of heads. May be left out for
             a single model.
         append_eos (`bool`):
-            Whether plain texts, but not chats, are read as TRL's `RewardTrainer` tokenises them in training: EOS
-            appended unless it is there, and the tokenizer's own special tokens added. Else as TRL's trainers score:
-            neither.
+            Whether plain texts, but not chats, are read as TRL's `RewardTrainer` tokenises them in training: an EOS is
+            appended if there is none, and the tokenizer's special tokens are added. If not, they are read as TRL's
+            trainers score texts, without either.
         normalization ([`Normalization`], *optional*):
             Gain and bias of each member.
+        folded (`str`, *optional*, defaults to `"nothing"`):
+            What of gain and bias is in the weights of the head already: `"nothing"`, `"gain"`, or `"gain_and_bias"`.
+        tokenizer_appends_eos (`bool`, *optional*, defaults to `False`):
+            Whether the saved tokenizer appends the EOS of `append_eos` itself, for those who read the model without
+            this package.
 
     Raises:
-        `ValueError`: an unknown kind, or numbers of members that contradict each other.
+        `ValueError`: if the kind is unknown, or numbers of members contradict each other.
     """
 
     kind: str = "single"
     members: list[str] = field(default_factory=list)
     append_eos: bool = False
     normalization: Normalization | None = None
+    folded: str = "nothing"
+    tokenizer_appends_eos: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -48,6 +56,8 @@ class RewardIndex:
                 f"`kind` in {INDEX_NAME} must be one of {', '.join(KINDS)}, got {self.kind!r}. The file may come from "
                 "a newer version of rlhf_bayes."
             )
+        if self.folded not in FOLDED:
+            raise ValueError(f"`folded` in {INDEX_NAME} must be one of {', '.join(FOLDED)}, got {self.folded!r}.")
         if self.kind == "single" and not self.members:
             self.members = ["model"]
         if not self.members or len(set(self.members)) != len(self.members):
@@ -68,7 +78,7 @@ class RewardIndex:
 
     @property
     def num_members(self) -> int:
-        """K."""
+        """The number of members, K."""
         return len(self.members)
 
     def save(self, folder: str | Path) -> None:
@@ -80,6 +90,11 @@ class RewardIndex:
             "append_eos": self.append_eos,
             "normalization": None if self.normalization is None else self.normalization.to_dict(),
         }
+        # left out where they say nothing, so that versions without them read the file
+        if self.folded != "nothing":
+            fields["folded"] = self.folded
+        if self.tokenizer_appends_eos:
+            fields["tokenizer_appends_eos"] = True
         (Path(folder) / INDEX_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -88,7 +103,7 @@ class RewardIndex:
         The index in a folder or a repository of the hub, or None where there is none.
 
         Raises:
-            `ValueError`: the file is no index.
+            `ValueError`: if the file is not an index.
         """
         path = _find(folder)
         if path is None:
@@ -101,8 +116,8 @@ class RewardIndex:
             return cls(**fields, normalization=normalization)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"`{path}` must hold kind, members, append_eos and normalization, and no more: {error} Write it again "
-                "with `RewardIndex.save`, or remove it to read the weights as they are."
+                f"`{path}` must hold kind, members, append_eos and normalization, or other fields of `RewardIndex`: "
+                f"{error} Write it again with `RewardIndex.save`, or remove it to read the weights as they are."
             ) from error
 
 

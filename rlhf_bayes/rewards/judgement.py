@@ -1,4 +1,4 @@
-"""What people said of a pair of completions: the evidence, row by row, and checked."""
+"""Reads and checks the judgements of people in preference data, row by row."""
 
 import ast
 import json
@@ -17,22 +17,22 @@ logger = logging.getLogger(__name__)
 JUDGEMENT_COLUMNS = ("chosen_prob", "votes", "annotator", "annotators", "annotator_votes")
 _LABELS = {"chosen": 1.0, "rejected": 0.0, "tie": 0.5}
 _VOTES = ("chosen", "rejected", "tie")
-# the second pair of names is deprecated in TRL, which still takes it
+# the second pair of names is deprecated in TRL, but TRL still accepts it
 _TOKENISED = (("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids"))
 _LISTS = ("votes", "annotators", "annotator_votes")
 
 
 class Judgement(NamedTuple):
-    """What people said of a pair."""
+    """The judgement of people on a pair."""
 
     chosen_prob: float
-    """Share of the votes for chosen, half of the ties included."""
+    """Share of the votes for chosen; a tie counts as half a vote."""
     votes: list[int] | None
-    """Votes for chosen, for rejected, and ties."""
+    """Number of votes for chosen, of votes for rejected, and of ties."""
     annotators: list[str] | None
-    """Who voted."""
+    """Names of the annotators."""
     labels: list[float] | None
-    """What each of them said: 1 chosen, 0 rejected, ½ tie."""
+    """Vote of each annotator: 1 for chosen, 0 for rejected, ½ for a tie."""
 
 
 def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
@@ -49,7 +49,8 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
         where (`str`): the row's name in errors.
 
     Raises:
-        `ValueError`: a probability outside of [0, 1], negative or no votes, or columns that contradict each other.
+        `ValueError`: if a probability is outside of [0, 1], votes are negative or none, or columns contradict each
+            other.
     """
     row = {column: _cell(row[column]) if column in _LISTS else row[column] for column in row}
     if "chosen_prob" in row and ("votes" in row or "annotator_votes" in row):
@@ -77,7 +78,7 @@ def read_judgement(row: Mapping[str, Any], where: str) -> Judgement:
 
 
 def parsed_literal(text: str) -> Any:
-    """What a cell of a CSV file spells out as JSON, or as Python writes lists; None where it is any other text."""
+    """The value that a cell of a CSV file holds as JSON or as a Python literal; None for any other text."""
     if not text.strip().startswith(("[", "{")):
         return None
     for parse in (json.loads, ast.literal_eval):
@@ -126,7 +127,9 @@ def _checked_votes(votes: Any, where: str) -> list[int]:
             "Rename it, or leave it out."
         )
     if isinstance(votes, Mapping):
-        counts = [votes.get(name) or 0 for name in _VOTES]  # `datasets` puts None where only other rows have a name
+        counts = [
+            votes.get(name) or 0 for name in _VOTES
+        ]  # `datasets` fills in None for a name that only other rows have
     else:
         counts = list(votes) if isinstance(votes, Sequence) and not isinstance(votes, str) else []
     if len(counts) == 2:
@@ -143,23 +146,23 @@ def _checked_votes(votes: Any, where: str) -> list[int]:
 
 def check_pairs(name: str, dataset: Any) -> None:
     """
-    Refuse preference data that nothing can be learnt from; count and report what is odd.
+    Refuse preference data that nothing can be learnt from, and warn of rows that look wrong.
 
     Args:
-        name (`str`): what the dataset is called in errors.
+        name (`str`): the dataset's name in errors.
         dataset (`Dataset`, or a mapping of several):
-            Pairs, as texts or token ids. A stream, which has no length, is checked as its rows come.
+            Pairs, as texts or token ids. The rows of a stream, which has no length, are checked when they are read.
 
     Raises:
-        `ValueError`: a missing column, no rows, or nothing but ties.
-        `TypeError`: a text that is neither a string nor a list of messages.
+        `ValueError`: if a column is missing, there are no rows, or all are ties.
+        `TypeError`: if a text is neither a string nor a list of messages.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_pairs(f"{name}['{key}']", part)
         return
     columns = getattr(dataset, "column_names", None)
-    if columns is None:  # a stream that does not know them
+    if columns is None:  # a stream that does not know its columns
         return
     tokenised = next((pair for pair in _TOKENISED if set(pair) <= set(columns)), None)
     if not tokenised and not {"chosen", "rejected"} <= set(columns):

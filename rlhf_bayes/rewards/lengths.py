@@ -1,4 +1,4 @@
-"""What is too long for a reward model: one rule for training, judging and scoring."""
+"""The longest text that a reward model reads: one rule for training, evaluating and scoring."""
 
 import logging
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, final
 logger = logging.getLogger(__name__)
 
 OVERLONG = ("drop", "truncate", "error")
-# their position ids start behind the padding index, so two of the positions (padding at 1) are never used
+# in these families position ids start after the padding index (1), so two of the positions are never used
 _POSITIONS_AFTER_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -17,7 +17,7 @@ _ROWS_SHOWN = 5
 
 
 def num_positions(config: Any) -> int | None:
-    """Tokens that a model has positions for, from its config; None where the config sets no limit."""
+    """The number of tokens that a model has positions for, from its config; None where the config sets no limit."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
@@ -29,14 +29,13 @@ def num_positions(config: Any) -> int | None:
 @dataclass(frozen=True)
 class LengthLimit:
     """
-    The longest text, in tokens: what the user allows, and no more than the model has positions for.
+    The longest text, in tokens: the user's limit, but at most as many as the model has positions for.
 
-    A model with rotary positions computes something beyond them, but it was not trained there, and a model with learnt
-    positions fails.
+    Beyond its positions a model with learnt positions fails, and one with rotary positions was not trained.
 
     Args:
-        max_length (`int`, *optional*): What the user allows.
-        positions (`int`, *optional*): Those of the model, by [`num_positions`].
+        max_length (`int`, *optional*): The user's limit.
+        positions (`int`, *optional*): The model's limit, from [`num_positions`].
     """
 
     max_length: int | None = None
@@ -44,16 +43,16 @@ class LengthLimit:
 
     @property
     def tokens(self) -> int | None:
-        """The smaller of the two; None for no limit."""
+        """The smaller of the two limits; None for no limit."""
         return min((limit for limit in (self.max_length, self.positions) if limit is not None), default=None)
 
     @property
     def by_model(self) -> bool:
-        """Whether it is the model that sets the limit."""
+        """Whether the model's limit is the smaller one."""
         return self.positions is not None and self.tokens == self.positions and self.max_length != self.positions
 
     def allows(self, length: int) -> bool:
-        """Whether a text of so many tokens is short enough."""
+        """Whether a text of `length` tokens is short enough."""
         return self.tokens is None or length <= self.tokens
 
     def __str__(self) -> str:
@@ -61,29 +60,29 @@ class LengthLimit:
 
     @property
     def advice(self) -> str:
-        """How to raise it."""
+        """A sentence that says how to raise the limit."""
         return "Take a model with more positions" if self.by_model else "Raise `max_length`"
 
 
 def shown_rows(rows: Sequence[int]) -> str:
-    """Numbers of rows for a message: the first few."""
+    """The numbers of the first few rows, for a message."""
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN]))
     return f"row{'s' if len(rows) > 1 else ''} {shown}{', …' if len(rows) > _ROWS_SHOWN else ''}"
 
 
 def overlong_rows(what: str, rows: Sequence[int], num_rows: int, limit: LengthLimit, overlong: str) -> None:
     """
-    Report rows of which a text is too long, or refuse them.
+    Warn of rows with a text that is too long, or refuse them.
 
     Args:
-        what (`str`): what the rows are, and where: "pairs in `train`".
+        what (`str`): a description of the rows: "pairs in `train`".
         rows (`Sequence[int]`): their numbers in the dataset.
         num_rows (`int`): rows in the dataset.
-        limit ([`LengthLimit`]): what a text may have.
+        limit ([`LengthLimit`]): the longest text.
         overlong (`str`): `"drop"`, `"truncate"` or `"error"`.
 
     Raises:
-        `ValueError`: `overlong="error"`, or none would be left.
+        `ValueError`: if `overlong` is `"error"`, or no row would be left.
     """
     if not rows:
         return
@@ -102,16 +101,16 @@ def overlong_rows(what: str, rows: Sequence[int], num_rows: int, limit: LengthLi
 
 def identical_rows(what: str, rows: Sequence[int], num_rows: int, limit: LengthLimit) -> None:
     """
-    Report pairs that differ only in what was cut off, or refuse data of nothing else.
+    Warn of pairs that differ only in what was cut off, or refuse data in which all pairs do.
 
     Args:
-        what (`str`): what the rows are, and where: "pairs in `train`".
+        what (`str`): a description of the rows: "pairs in `train`".
         rows (`Sequence[int]`): their numbers in the dataset.
         num_rows (`int`): rows in the dataset that differed before.
-        limit ([`LengthLimit`]): what was kept of a text.
+        limit ([`LengthLimit`]): the longest text, to which they were cut.
 
     Raises:
-        `ValueError`: there is no other pair.
+        `ValueError`: if all pairs are so.
     """
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""Classifiers and tokenizers from disk or the hub: nothing in them may be left to chance."""
+"""Loads classifiers and tokenizers from disk or the hub, and refuses weights that would be drawn at random."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ def load_classifier(
             f"{saved}: {shown(mismatched)} has another shape. Take each label as a member with "
             "`RewardEnsemble.from_pretrained`, or one of them as a class with `ClassifierLikelihood`."
         )
-    # a head that the checkpoint lacks is drawn at random, with a warning only: the reward would be noise
+    # transformers draws a head that the checkpoint lacks at random, and only warns: the reward would be noise
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
@@ -91,8 +91,8 @@ def load_adapters(
         dtype (`torch.dtype` or `"auto"`, *optional*): Of the base; see [`load_classifier`].
 
     Raises:
-        `ValueError`: an adapter is not there, has no head of its own or one of other labels, names another base, or
-            was made in a way that changes the base and cannot be repeated here.
+        `ValueError`: if an adapter is missing, has no head or one with other labels, names another base, or was made
+            in a way that changes the base and cannot be repeated here.
     """
     folders = adapter_folders(folder, adapters)
     num_labels = check_adapters(folder, adapters, num_labels)
@@ -109,16 +109,16 @@ def load_adapters(
 
 
 def adapter_folders(folder: str | Path, adapters: Sequence[str]) -> list[Path]:
-    """Where `PeftModel.save_pretrained` writes each adapter."""
+    """The folders in which `PeftModel.save_pretrained` writes each adapter."""
     return [Path(folder) if name == DEFAULT_ADAPTER else Path(folder) / name for name in adapters]
 
 
 def check_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int | None = 1) -> int:
     """
-    The labels of each head, by default one; see [`load_adapters`].
+    Check adapters before they are loaded; returns the number of labels of each head. See [`load_adapters`].
 
     Raises:
-        `ValueError`: an adapter is not there, or has no head of its own or one of other labels.
+        `ValueError`: if an adapter is missing, or has no head or one with other labels.
     """
     folders = adapter_folders(folder, adapters)
     for adapter, place in zip(adapters, folders, strict=True):
@@ -146,10 +146,10 @@ def check_adapters(folder: str | Path, adapters: Sequence[str], num_labels: int 
 
 def head_labels(folder: str | Path) -> int:
     """
-    Labels of the classification head in a folder: of its PEFT adapter, or of its model.
+    Number of labels of the classification head in a folder: of its PEFT adapter, or of its model.
 
     Raises:
-        `ValueError`: an adapter without a head.
+        `ValueError`: if an adapter has no head.
     """
     if is_adapter(folder):
         return _head_labels(Path(folder), DEFAULT_ADAPTER)
@@ -165,7 +165,7 @@ def _head_labels(folder: Path, adapter: str) -> int:
             "none: the reward would be that of a head that it was not trained with. Train it with "
             '`modules_to_save=["score"]`.'
         )
-    # the last layer of a head of several comes last in the order of the names: dense, out_proj
+    # in a head of several layers the last one is last in alphabetical order: dense, out_proj
     return weights[max(key for key in heads if key.endswith("weight"))].shape[0]
 
 
@@ -178,7 +178,7 @@ def _load_base(
             f"The adapters in '{folder}' must name one base model, got {', '.join(named)}. Set "
             f"`base_model_name_or_path` in each {ADAPTER_CONFIG}, or combine whole models instead."
         )
-    with _no_load_report():  # of a head drawn at random, which each adapter replaces
+    with _no_load_report():  # transformers would report a head drawn at random, but each adapter replaces it
         base, info = _load(paths[0], num_labels, dtype)
     missing = [key for key in key_names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
     if missing:
@@ -191,16 +191,16 @@ def _load_base(
 
 
 def local_folder(path: str | Path) -> Path:
-    """A folder as it is; a repository of the hub, downloaded whole."""
+    """The path of a folder; a repository of the hub is downloaded first."""
     return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
 
 
 def found_index(folder: Path) -> RewardIndex:
     """
-    The index of a folder, or what its files say where there is none.
+    The index of a folder, or one made from its files if there is none.
 
     Raises:
-        `ValueError`: members in the folder that the index does not know.
+        `ValueError`: if the folder holds members that the index does not name.
     """
     index = RewardIndex.load(folder)
     if index is None:
@@ -241,7 +241,7 @@ def load_tokenizer(path: str | Path, name: str) -> PreTrainedTokenizerBase:
     The tokenizer saved beside a model, or beside the base of an adapter.
 
     Raises:
-        `ValueError`: the model was not loaded from a path.
+        `ValueError`: if the model was not loaded from a path.
     """
     if not str(path):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Gain and bias of a reward: without a scale, an inverse temperature 1/β says nothing."""
+"""Gain and bias of a reward. They fix its scale, without which β has no meaning."""
 
 import math
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class Normalization:
     Args:
         gain (`Sequence[float]`): K positive numbers, units of reward per raw unit.
         bias (`Sequence[float]`): K numbers, units of reward.
-        reference (`str`): What the completions were, for the reader of a model card.
+        reference (`str`): A description of the completions, for the model card.
 
     Raises:
-        `ValueError`: other lengths, or a gain that is not positive and finite.
+        `ValueError`: if lengths differ, or a gain is not positive and finite.
     """
 
     gain: tuple[float, ...]
@@ -50,10 +50,10 @@ class Normalization:
 
         Args:
             member_rewards (`torch.Tensor` of shape `(K, N)`): Raw rewards of N reference completions.
-            reference (`str`): What the completions were.
+            reference (`str`): A description of the completions.
 
         Raises:
-            `ValueError`: fewer than two completions, rewards that are not finite, or a member without spread.
+            `ValueError`: if there are fewer than two completions, rewards are not finite, or a member does not vary.
         """
         if member_rewards.ndim != 2 or member_rewards.shape[1] < 2:
             raise ValueError(
@@ -68,7 +68,7 @@ class Normalization:
             )
         rewards = member_rewards.double()  # (K, N)
         mean, std = rewards.mean(-1), rewards.std(-1, correction=0)  # (K,)
-        # below the resolution of the fp32 rewards, a spread is rounding
+        # a standard deviation below the resolution of fp32 is only rounding
         flat = std <= 4 * torch.finfo(torch.float32).eps * rewards.abs().amax(-1)
         if flat.any():
             member = int(flat.nonzero()[0])
@@ -80,7 +80,7 @@ class Normalization:
         return cls(tuple((1 / std).tolist()), tuple((-mean / std).tolist()), reference)
 
     def apply(self, member_rewards: Tensor) -> Tensor:
-        """gain · raw + bias: (K, B) raw rewards to (K, B) rewards. One `(1, B)` row a member."""
+        """gain · raw + bias: (K, B) raw rewards -> (K, B) rewards, a row for each member."""
         if member_rewards.ndim != 2 or member_rewards.shape[0] != len(self.gain):
             raise ValueError(
                 f"`member_rewards` must have shape (K, B) with K = {len(self.gain)} members as the normalization, got "
@@ -94,5 +94,5 @@ class Normalization:
         return Normalization((self.gain[index],), (self.bias[index],), self.reference)
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in the index file."""
+        """The dictionary that is stored in the index file."""
         return {"gain": list(self.gain), "bias": list(self.bias), "reference": self.reference}

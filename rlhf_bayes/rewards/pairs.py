@@ -1,4 +1,4 @@
-"""Preference data in the layouts that people publish, read into the one that the trainer takes."""
+"""Reads preference data from the layouts in which they are published into the one that the trainer takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ Text = str | Chat
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 WANTED = "a text, or a list of messages like {'role': 'user', 'content': 'Hi'}"
-# ShareGPT's names of who speaks, and those of tools that write its layout
+# names of speakers in the layout of ShareGPT, and in that of tools that write it
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
     "bard": "assistant", "bot": "assistant", "model": "assistant", "assistant": "assistant", "system": "system",
     "tool": "tool",
 }  # fmt: skip
-# an answer that begins with a prompt of one or two words may do so by chance
+# an answer may begin with a prompt of one or two words by chance
 _WORDS_BY_CHANCE = 2
 
 
@@ -27,17 +27,17 @@ def read_pairs(name: str, dataset: Any) -> Any:
     """
     The pairs with texts or chats in `chosen` and `rejected`, and the prompt's part in `prompt` where there is one.
 
-    These layouts are read besides: messages with `from` and `value`; one message in place of a list; chats as JSON or
-    Python text, as CSV files hold them; a text as the prompt of chats; a chat as the prompt of texts; and `chosen` and
-    `rejected` that repeat the prompt. What a row could mean in two ways is refused.
+    Other layouts are read too: messages with `from` and `value`; one message instead of a list; chats as JSON or
+    Python text, as in CSV files; a text as the prompt of chats; a chat as the prompt of texts; and `chosen` and
+    `rejected` that repeat the prompt. A row that is ambiguous is refused.
 
     Args:
-        name (`str`): what the dataset is called in errors.
+        name (`str`): the dataset's name in errors.
         dataset (`Dataset`, a stream, a mapping of several, or `None`):
-            Pairs, as texts or token ids. A stream is read row by row as its rows come.
+            Pairs, as texts or token ids. A stream is read row by row.
 
     Returns:
-        The same object where nothing had to be changed.
+        The dataset; the same object if nothing had to be changed.
 
     Raises:
         `TypeError` or `ValueError`: a row that cannot be read, named with its column, or as [`check_pairs`].
@@ -62,7 +62,7 @@ def read_pairs(name: str, dataset: Any) -> Any:
 
 def read_pair(row: Mapping[str, Any], where: str) -> dict[str, Text]:
     """
-    Prompt, where there is one, chosen and rejected of one row, all of them texts or all of them chats.
+    Prompt (if there is one), chosen and rejected of a row, either all texts or all chats.
 
     Args:
         row (`Mapping[str, Any]`): a row of the dataset.
@@ -100,8 +100,8 @@ def guessed_prompt(row: Mapping[str, Any]) -> Text:
     """
     The prompt of a row of [`read_pairs`], or a guess at it where there is none.
 
-    The guess is what chosen and rejected have in common at their beginning, up to the end of a turn or of a word. It
-    is empty where they have nothing in common.
+    The guess is the common beginning of chosen and rejected, up to the end of a turn or of a word. It is empty where
+    they have no common beginning.
     """
     if "prompt" in row:
         return row["prompt"]
@@ -110,7 +110,7 @@ def guessed_prompt(row: Mapping[str, Any]) -> Text:
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if not isinstance(chosen, str):
-        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # a reply is left
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)  # both replies keep at least one message or character
         while shared > 0 and chosen[shared - 1]["role"] == "assistant":
             shared -= 1
         return chosen[:shared]
@@ -125,7 +125,7 @@ def guessed_prompt(row: Mapping[str, Any]) -> Text:
 @final
 @dataclass(frozen=True)
 class _RowReader:
-    """The columns of a row that are to be replaced."""
+    """Reads the columns of a row that must be replaced."""
 
     name: str
     repeats_prompt: bool
@@ -176,7 +176,7 @@ def _read(name: str, dataset: Dataset) -> Dataset:
 @final
 @dataclass(frozen=True)
 class _RowReaderOfAll:
-    """All text columns of a row, which may have other types than before."""
+    """Reads all text columns of a row, whose types may change."""
 
     reader: _RowReader
 
@@ -215,7 +215,7 @@ def _text(value: Any, column: str, where: str) -> Text:
 
 
 def _parsed_chat(text: str, column: str, where: str) -> Chat | None:
-    """The chat that a text spells out as JSON or as a Python list; None for any other text."""
+    """The chat that a text holds as JSON or as a Python list; None for any other text."""
     stripped = text.strip()
     if not stripped.startswith(("[", "{")):
         return None
@@ -241,7 +241,7 @@ def _is_message(value: Any) -> bool:
 def _message(message: Any, column: str, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TypeError(f"`{column}` must hold {WANTED}, got {_shown(message)} in a list in {where}. Convert it.")
-    # `datasets` gives a message the keys that only other rows have, with None
+    # `datasets` adds keys that only other rows have to a message, with the value None
     role, content = message.get("role"), message.get("content")
     if role is None and message.get("from") is not None:
         speaker, content = message["from"], message.get("value")
@@ -262,7 +262,7 @@ def _message(message: Any, column: str, where: str) -> dict[str, Any]:
 
 
 def _with_text_as_prompt(texts: dict[str, Any], where: str) -> dict[str, Text]:
-    """A pair of chats whose prompt is a text: one of their user messages, or the message that both reply to."""
+    """A pair of chats whose prompt is a text: that of one of their user messages, or the message they reply to."""
     prompt, chosen, rejected = (texts[column] for column in TEXT_COLUMNS)
     if not any(message["role"] == "user" for message in [*chosen, *rejected]):
         return texts | {"prompt": [{"role": "user", "content": prompt}]}

@@ -1,4 +1,4 @@
-"""An ensemble's members combined by a rule, once the constant that Bradley–Terry leaves open is taken out."""
+"""Combines an ensemble's members by a rule, after centering them: comparisons do not fix a constant per prompt."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rlhf_bayes.numerics.pooling import pool_centered
 
 
 class MemberRewards(Protocol):
-    """What pooling asks of an ensemble."""
+    """The protocol of an ensemble that can be pooled."""
 
     def member_rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """Reward of each completion by each member: (K, B)."""
@@ -30,7 +30,7 @@ class PromptCenters:
         means (`torch.Tensor` of shape `(K, P)`): The means, in units of reward.
 
     Raises:
-        `ValueError`: shapes that do not match, or means that are not finite.
+        `ValueError`: if shapes do not match, or means are not finite.
     """
 
     def __init__(self, prompts: Sequence, means: Tensor):
@@ -50,7 +50,7 @@ class PromptCenters:
         The means of B prompts: (K, B).
 
         Raises:
-            `ValueError`: a prompt without a mean.
+            `ValueError`: if a prompt has no mean.
         """
         columns = [self._columns.get(_key(prompt)) for prompt in prompts]
         unknown = [prompt for prompt, column in zip(prompts, columns, strict=True) if column is None]
@@ -73,8 +73,8 @@ def prompt_centers(
     """
     Estimate E_π0[r_k(c, x) | c] of each member from completions of the prior.
 
-    The standard error is that of a mean of `num_samples` rewards; what is left of it moves a member by a constant, the
-    same for all completions of a prompt.
+    Its standard error is that of a mean of `num_samples` rewards. This error shifts a member by a constant, the same
+    for all completions of a prompt.
 
     Args:
         ensemble ([`RewardEnsemble`] or what has its `member_rewards`): The members, normalised already.
@@ -96,9 +96,9 @@ class PooledReward:
 
         r(c, x)  =  pool_k[r_k(c, x) − m_k(c)] + 1/K Σ_k m_k(c),        m_k(c) = E_π0[r_k(c, x) | c]
 
-    A reward model trained on comparisons knows its rewards up to a constant per prompt. The mean shifts with such
-    constants as a whole, which no posterior sees; every other rule would prefer other completions. So each member is
-    centered under the prior first, and the members' mean center is added back.
+    Comparisons determine rewards only up to a constant per prompt. Such constants shift the mean of the members by a
+    constant, which does not change a posterior, but with every other rule they change which completions are preferred.
+    So each member is centered under the prior first, and the mean of the centers is added back.
 
     Args:
         ensemble ([`RewardEnsemble`] or what has its `member_rewards`): The members.
@@ -109,7 +109,7 @@ class PooledReward:
             that the members are comparable as they are. Not used by the mean.
 
     Raises:
-        `ValueError`: an unknown rule, a parameter missing or of no use to it, or no `centers`.
+        `ValueError`: if the rule is unknown, lacks a parameter or `centers`, or does not use a parameter.
     """
 
     def __init__(
@@ -172,5 +172,5 @@ class PooledReward:
 
 
 def _key(prompt: Any) -> str:
-    # a text and a chat never meet: the latter starts with a bracket and a quote follows
+    # the keys of texts and chats differ: JSON starts a text with a quote and a chat with a bracket
     return json.dumps(prompt if isinstance(prompt, str) else list(prompt), sort_keys=True)

@@ -1,4 +1,4 @@
-"""Several reward models as one: what they agree on, and how far they do."""
+"""Several reward models as one reward function, with their disagreement."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_bayes.rewards.ensemble_members import Adapters, Heads, Members, Models
+from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 from rlhf_bayes.rewards.loading import found_index, load_adapters, load_classifier, load_tokenizer, local_folder
 from rlhf_bayes.rewards.normalization import Normalization
@@ -22,7 +23,7 @@ from rlhf_bayes.rewards.text_classifier import TextClassifier, without_overlong
 @final
 class RewardEnsemble:
     """
-    K reward models as one reward function of TRL's protocol: the mean of the members, with their spread beside it.
+    K reward models as one reward function of TRL's protocol: the mean of the members, which logs their spread too.
 
         r(c, x)  =  1/K · Σ_k r_k(c, x),        r_k  =  gain_k · raw_k + bias_k
 
@@ -61,9 +62,7 @@ class RewardEnsemble:
                 "`RewardEnsemble.from_pretrained`."
             )
         if isinstance(members, nn.Module):
-            classifier = TextClassifier(
-                members, tokenizer, batch_size=batch_size, append_eos=index is not None and index.append_eos
-            )
+            classifier = TextClassifier(members, tokenizer, batch_size=batch_size, index=index)
             adapters = list(members.peft_config) if isinstance(members, (PeftModel, SharedClassifier)) else []
             of_adapters = len(adapters) > 1 or (len(adapters) == 1 and classifier.num_labels == 1)
             self._members: Members = Adapters(classifier) if of_adapters else Heads(classifier)
@@ -74,7 +73,7 @@ class RewardEnsemble:
         self.normalization: Normalization | None = None
         if index is not None:
             _check_index(index, self._members)
-            # in the order of the index, which is that of the normalization
+            # the order must be that of the index, since the normalization has it
             self._members.names, self.normalization = list(index.members), index.normalization
 
     @classmethod
@@ -89,13 +88,15 @@ class RewardEnsemble:
         """
         Load an ensemble from a folder or a repository of the hub, or combine the single models of several.
 
-        Weights are in fp32, unless `dtype` says otherwise; see [`RewardModel`].
-
         Without a `reward_model.json`, a classifier of several labels is taken as an ensemble of heads, and subfolders
         `member_0`, … as its adapters or models.
 
+        Args:
+            path (`str`, `Path`, or a list of these): A folder or a repository of the hub; or those of single models.
+            device, batch_size, tokenizer, dtype: As in [`RewardModel`].
+
         Raises:
-            `ValueError`: a single model, weights that the index contradicts, or a member without a head.
+            `ValueError`: for a single model, weights that the index contradicts, or a member without a head.
         """
         if not isinstance(path, (str, Path)):
             return cls([RewardModel(one, tokenizer, device, batch_size, dtype=dtype) for one in path])
@@ -124,12 +125,12 @@ class RewardEnsemble:
 
     @property
     def num_members(self) -> int:
-        """K."""
+        """The number of members, K."""
         return len(self._members.names)
 
     @property
     def classifiers(self) -> list[TextClassifier]:
-        """What reads the texts: one that the members share, or one for each."""
+        """The classifiers that read the texts: one that the members share, or one for each."""
         return self._members.classifiers
 
     @property
@@ -139,9 +140,10 @@ class RewardEnsemble:
         return RewardIndex(members.kind, list(members.names), members.append_eos, self.normalization)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, tokenizers and index, for `from_pretrained` or `load_reward`."""
+        """Write weights, tokenizers and index, for `from_pretrained` or `load_reward`; see [`write_index`]."""
         self._members.save(folder)
-        self.index.save(folder)
+        before = self.classifiers[0].index if self._members.kind == "heads" else None
+        write_index(folder, self.index, before)
 
     def member_rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """
@@ -161,7 +163,7 @@ class RewardEnsemble:
         """
         Logits of each member, before any normalisation, as in training: (K, B), fp32, on the CPU.
 
-        Of texts of more than `max_length` tokens, the last so many are read.
+        Of longer texts only the last `max_length` tokens are read.
         """
         return self._members.logits(prompts, completions, max_length)
 
@@ -184,7 +186,11 @@ class RewardEnsemble:
         penalty: float | None = None,
         centers: "PromptCenters | Literal[False] | None" = None,
     ) -> PooledReward:
-        """The members combined by a rule of [`~rlhf_bayes.numerics.pool`], as a reward function: [`PooledReward`]."""
+        """
+        The members combined by a rule of [`~rlhf_bayes.numerics.pool`], as a reward function.
+
+        Arguments are those of [`PooledReward`].
+        """
         return PooledReward(self, rule, beta, penalty, centers)
 
     def member(self, index: int) -> "EnsembleMember":
@@ -203,8 +209,8 @@ class RewardEnsemble:
 
         Args:
             prompts (`list` of `str` or of chats): N prompts.
-            completions (`list` of `str` or of chats): Completions of them, best the prior's own.
-            reference (`str`, *optional*): What they are, for the reader of a model card.
+            completions (`list` of `str` or of chats): Their completions, preferably drawn from the prior.
+            reference (`str`, *optional*): A description of them, for the model card.
 
         Raises:
             `ValueError`: fewer than two completions, or a member that does not vary.
@@ -223,7 +229,7 @@ class EnsembleMember:
         self.__name__ = f"{ensemble.__name__}_{ensemble.index.members[index]}"
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
-        """Reward of each completion. `columns` are TRL's other arguments, which a classifier has no use for."""
+        """Reward of each completion. `columns` are TRL's other arguments, which a classifier does not use."""
         raw = self.ensemble._members.raw_rewards(prompts, completions, [self.index])  # (1, B)
         normalization = self.ensemble.normalization
         return (raw if normalization is None else normalization.member(self.index).apply(raw))[0].tolist()
@@ -239,8 +245,8 @@ def load_reward(
     """
     The reward model or ensemble in a folder or a repository of the hub, with its normalization.
 
-    Weights are in fp32, unless `dtype` says otherwise; see [`RewardModel`]. A classifier of several labels is
-    an ensemble only where a `reward_model.json` says so.
+    A classifier of several labels is an ensemble only if a `reward_model.json` says so. Arguments are those of
+    [`RewardModel`].
 
     Raises:
         `ValueError`: as [`RewardModel`] and [`RewardEnsemble.from_pretrained`].

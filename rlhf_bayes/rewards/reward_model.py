@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.normalization import Normalization
 from rlhf_bayes.rewards.text_classifier import TextClassifier, without_overlong
@@ -24,8 +25,8 @@ class RewardModel:
 
     Args:
         model (`torch.nn.Module` or `str` or `Path`):
-            The classifier, with a `config`; put in evaluation mode, since dropout would make the reward random. Or
-            where to load one with one label from: a whole model, or a PEFT adapter.
+            The classifier, with a `config`. It is put in evaluation mode, since dropout would make the reward random.
+            Or the path to load one with one label from: a whole model, or a PEFT adapter.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The model's tokenizer. Default: the one saved beside the model.
         device (`torch.device`, *optional*):
@@ -64,7 +65,7 @@ class RewardModel:
                 f"{f' in {model!s}' if is_path else ''}. Load it with `RewardEnsemble.from_pretrained` or "
                 "`load_reward`."
             )
-        self.classifier = TextClassifier(model, tokenizer, device, batch_size, 1, index.append_eos, dtype)
+        self.classifier = TextClassifier(model, tokenizer, device, batch_size, 1, None, dtype, index)
         self.__name__ = self.classifier.name
         if self.classifier.num_labels != 1:
             warnings.warn(
@@ -86,16 +87,23 @@ class RewardModel:
 
     @property
     def classifiers(self) -> list[TextClassifier]:
-        """What reads the texts: here one, of an ensemble perhaps several."""
+        """The classifiers that read the texts: here one, of an ensemble perhaps several."""
         return [self.classifier]
 
     @property
     def index(self) -> RewardIndex:
         """How the model is read, as `save_pretrained` stores it."""
-        return RewardIndex("single", append_eos=self.classifier.append_eos, normalization=self.normalization)
+        classifier = self.classifier
+        by_tokenizer = classifier.index is not None and classifier.index.tokenizer_appends_eos
+        return RewardIndex(
+            "single",
+            append_eos=classifier.append_eos,
+            normalization=self.normalization,
+            tokenizer_appends_eos=by_tokenizer,
+        )
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
-        """Reward of each completion. `columns` are TRL's other arguments, which a classifier has no use for."""
+        """Reward of each completion. `columns` are TRL's other arguments, which a classifier does not use."""
         return self.rewards(prompts, completions).tolist()
 
     def rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
@@ -120,12 +128,12 @@ class RewardModel:
         self.normalization = Normalization.fit(self.classifier.logits(prompts, completions)[:, :1].T, reference)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, tokenizer and index."""
+        """Write weights, tokenizer and index; gain and bias into the weights where they can be, by [`write_index`]."""
         model: Any = self.model
         model.save_pretrained(str(folder))
         self.tokenizer.save_pretrained(str(folder))
-        self.index.save(folder)
+        write_index(folder, self.index, before=self.classifier.index)
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
-        """What the model reads: see [`TextClassifier.text`]."""
+        """The text that the model reads: see [`TextClassifier.text`]."""
         return self.classifier.text(prompt, completion)

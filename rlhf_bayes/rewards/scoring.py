@@ -1,4 +1,4 @@
-"""Run reward functions on completions, as TRL does."""
+"""Runs reward functions on completions, as TRL does."""
 
 import asyncio
 import functools
@@ -23,7 +23,7 @@ NOT_PASSED_BY_TRL = ("prompt", "completion", "completion_ids")
 @final
 class RewardScorer:
     """
-    Reward functions of TRL's protocol, ready to be run: models loaded, everything that they return checked.
+    Reward functions of TRL's protocol, ready to run: models are loaded, and everything that they return is checked.
 
     Args:
         reward_funcs (`Callable`, `torch.nn.Module`, `str`, or a list of these):
@@ -123,6 +123,10 @@ def score(
     Reward of each completion by each function: (B, F), fp32, NaN for `None`.
 
     Use [`RewardScorer`] to score more than once with models that are loaded from a path.
+
+    Args:
+        reward_funcs, reward_processing_classes, allow_forbidden: As in [`RewardScorer`].
+        prompts, completions, completion_ids, columns: As in [`RewardScorer.__call__`].
     """
     scorer = RewardScorer(reward_funcs, reward_processing_classes, allow_forbidden=allow_forbidden)
     return scorer(prompts, completions, completion_ids, columns)
@@ -130,11 +134,11 @@ def score(
 
 def check_rows(prompts: Sequence, completions: Sequence, completion_ids: Sequence) -> None:
     """
-    Refuse batches whose parts do not belong together.
+    Refuse batches whose parts do not fit together.
 
     Raises:
-        `ValueError`: other lengths than one entry a row.
-        `TypeError`: a completion that is not in its prompt's form (text, or a list of messages).
+        `ValueError`: if a part does not have one entry for each row.
+        `TypeError`: if a completion does not have its prompt's form (text, or a list of messages).
     """
     if not len(prompts) == len(completions) == len(completion_ids):
         raise ValueError(
@@ -181,7 +185,7 @@ def _as_tensor(rewards: list[float | None]) -> Tensor:
 
 
 def _log_nothing(name: str, values: Any) -> None:
-    """`log_extra` and `log_metric` outside of a trainer, which would log."""
+    """Stands for `log_extra` and `log_metric`, which do nothing outside of a trainer."""
 
 
 def _run_together(coroutines: list) -> list:
@@ -196,9 +200,9 @@ def _run_together(coroutines: list) -> list:
 
 @functools.cache
 def _event_loop(process_id: int) -> asyncio.AbstractEventLoop:
-    # One loop for good, in a thread of its own: a caller inside a running loop cannot start another, and clients that
-    # a reward function keeps open (HTTP, gRPC) belong to the loop they were first used in. A forked process needs its
-    # own, hence the argument: threads do not survive a fork.
+    # One event loop is kept in a thread of its own. A caller inside a running loop cannot start another one, and
+    # clients that a reward function keeps open (HTTP, gRPC) belong to the loop in which they were first used. Threads
+    # do not survive a fork, so the argument makes a new loop for each process.
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name=f"rlhf-bayes-rewards-{process_id}", daemon=True).start()
     return loop

@@ -1,4 +1,4 @@
-"""Reward models that are LoRA adapters on a policy's base: scored by that base, with no copy of it in memory."""
+"""Reward models that are LoRA adapters on a policy's base, which scores them without a second copy in memory."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_head
 
-_PREFIX = "rlhf_bayes_reward"  # of the adapters' names in the policy
-# what PEFT keeps outside of the matrices of a layer, or for one adapter at a time
+_PREFIX = "rlhf_bayes_reward"  # prefix of the adapters' names in the policy
+# options whose weights PEFT keeps outside of a layer's matrices, or for only one adapter at a time
 _NOT_SHARED = ("trainable_token_indices", "target_parameters", "layer_replication", "megatron_config", "kasa_config")
 
 
 class CannotShareError(ValueError):
-    """Why adapters need a base of their own."""
+    """Adapters cannot share the policy's base; the message says why."""
 
 
 def is_on_base(folder: str | Path, index: RewardIndex, base: str, revision: str | None = None) -> bool:
@@ -38,10 +38,10 @@ def is_on_base(folder: str | Path, index: RewardIndex, base: str, revision: str 
     Whether a folder holds LoRA adapters, each with a head and nothing else of its own, of the base with this name.
 
     Args:
-        folder (`str` or `Path`): Of a reward model or an ensemble.
+        folder (`str` or `Path`): Folder of a reward model or an ensemble.
         index ([`RewardIndex`]): Its index.
-        base (`str`): Where the base was loaded from.
-        revision (`str`, *optional*): Which revision of a repository of the hub.
+        base (`str`): Folder or name that the base was loaded from.
+        revision (`str`, *optional*): Revision of a repository of the hub.
     """
     if index.kind == "models":
         return False
@@ -88,7 +88,7 @@ def holds_weights_of(policy: nn.Module, base: str) -> bool:
 
 @contextmanager
 def detached_rewards(policy: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Take the adapters of reward models out of the policy for a while, and give their names: it is saved without."""
+    """A context in which the policy is without the adapters of reward models, to be saved; yields their names."""
     configs: Any = getattr(policy, "peft_config", {})
     names = [name for name in configs if name.startswith(_PREFIX)]
     kept = {name: configs.pop(name) for name in names}
@@ -108,25 +108,25 @@ class SharedClassifier(nn.Module):
     """
     Adapters of a reward model as a sequence classifier whose trunk is the policy's.
 
-    The adapters are frozen in the policy, which is saved without them by [`detached_rewards`]; the classifier and its
-    heads are no part of it.
+    The adapters are frozen in the policy, which [`detached_rewards`] saves without them. The classifier and its heads
+    are not part of the policy.
 
     Args:
         folder (`str` or `Path`):
-            Where the adapters were saved.
+            Folder in which the adapters were saved.
         index ([`RewardIndex`]):
-            Which adapters.
+            The index, which names the adapters.
         policy (`Callable[[], nn.Module]`):
-            Gives the policy, a `PeftModel` prepared by [`~rlhf_bayes.lm.enable_completion_scoring`], as it is when
-            something is scored: an engine may wrap it later.
+            Returns the policy, a `PeftModel` prepared by [`~rlhf_bayes.lm.enable_completion_scoring`]. It is called at
+            each scoring, since an engine may wrap the policy later.
         number (`int`):
-            Tells it from others in the policy.
+            Number of this classifier among those in the policy.
 
     Attributes:
         peft_config (`dict[str, LoraConfig]`): by name, in the order of the index.
 
     Raises:
-        [`CannotShareError`]: the policy cannot take the adapters. It is left as it was.
+        [`CannotShareError`]: if the policy cannot take the adapters, which leaves it unchanged.
     """
 
     def __init__(self, folder: str | Path, index: RewardIndex, policy: Callable[[], nn.Module], number: int):
@@ -154,11 +154,11 @@ class SharedClassifier(nn.Module):
             raise
 
     def get_base_model(self) -> nn.Module:
-        """The classifier under the adapters, as PEFT calls it."""
+        """The classifier without its adapters. The name is PEFT's."""
         return self.classifier
 
     def forward(self, **inputs: Any) -> Any:
-        """The classifier's output; of several adapters, under the one that is active."""
+        """The classifier's output, with the adapter that is active."""
         (first, *others) = self.peft_config
         with nullcontext() if others else active_adapter(self.classifier, first):
             return self.classifier(**inputs)
@@ -176,7 +176,7 @@ class SharedClassifier(nn.Module):
 
 
 class _PolicyTrunk(nn.Module):
-    """The policy's trunk in place of a classifier's own, run by the policy's forward, which engines have hooks on."""
+    """The policy's trunk in the place of a classifier's own. The policy's forward runs it, since engines hook that."""
 
     def __init__(self, trunk: nn.Module, policy: Callable[[], nn.Module]):
         super().__init__()
@@ -188,7 +188,7 @@ class _PolicyTrunk(nn.Module):
 
 
 def _headless(place: Path, lm: Any, policy: Callable[[], nn.Module], head: dict[str, Tensor]) -> Any:
-    # a config of its own: the classifier's padding token need not be the policy's
+    # a separate config, since the classifier's padding token may differ from the policy's
     config = AutoConfig.from_pretrained(str(PeftConfig.from_pretrained(str(place)).base_model_name_or_path))
     config.num_labels = head[max(key for key in head if key.endswith("weight"))].shape[0]
     with torch.device("meta"):
@@ -211,7 +211,7 @@ def _frozen_config(place: Path) -> LoraConfig:
 
 
 def _add(policy: PeftModel, adapter: str, config: LoraConfig, weights: dict[str, Tensor]) -> None:
-    # PEFT draws weights that are replaced at once, and freezes what is not an adapter
+    # adding an adapter changes the random state and freezes all other parameters; both are restored
     trainable = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
     try:
         with torch.random.fork_rng(devices=[]):

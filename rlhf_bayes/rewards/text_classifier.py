@@ -1,4 +1,4 @@
-"""A sequence classifier on prompts and completions: tokenised, batched and checked."""
+"""A sequence classifier on prompts and completions, which tokenises, batches and checks."""
 
 import inspect
 import logging
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from rlhf_bayes.rewards.folding import scale_in_weights
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.lengths import LengthLimit, num_positions, shown_rows
 from rlhf_bayes.rewards.loading import load_classifier, load_tokenizer
@@ -22,15 +23,15 @@ class TextClassifier:
     """
     The logits of a sequence-classification model on prompt and completion.
 
-    The text is tokenised anew with the model's own tokenizer, which need not be the policy's, as TRL's
-    `RLOOTrainer._calculate_rewards` does it: prompt and completion joined (through the chat template, for chats), no
-    special tokens added, padded on the right. Where the tokenizer has no padding token, its EOS is used, and the model
-    is told.
+    The text is tokenised with the model's own tokenizer, which may differ from the policy's, as in TRL's
+    `RLOOTrainer._calculate_rewards`: prompt and completion are joined (by the chat template, for chats), no special
+    tokens are added, and padding is on the right. If the tokenizer has no padding token, its EOS is used, and set in
+    the model's config.
 
     Args:
         model (`torch.nn.Module` or `str` or `Path`):
-            The classifier, with a `config`; put in evaluation mode, since dropout would make the logits random. Or
-            where to load one from: a whole model, or a PEFT adapter.
+            The classifier, with a `config`. It is put in evaluation mode, since dropout would make the logits random.
+            Or the path to load one from: a whole model, or a PEFT adapter.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The model's tokenizer. Default: the one saved beside the model.
         device (`torch.device`, *optional*):
@@ -44,11 +45,14 @@ class TextClassifier:
             [`RewardIndex`]. Default: what the index beside the model says, else no.
         dtype (`torch.dtype` or `"auto"`, *optional*):
             Of a model that is loaded from a path; see [`load_classifier`]. Default: fp32.
+        index ([`RewardIndex`], *optional*):
+            How to read the model: a scale in the weights of its head is taken out of the logits. Default: the index
+            beside a path, or none.
 
     Attributes:
         name (`str`): Name of the model, from its path or its class.
         num_labels (`int`): L.
-        index ([`RewardIndex`] or None): The index found beside a model that was loaded from a path.
+        index ([`RewardIndex`] or None): The index that was passed, or found beside a path.
 
     Raises:
         `TypeError`: `model` has no `config`.
@@ -64,13 +68,14 @@ class TextClassifier:
         num_labels: int | None = None,
         append_eos: bool | None = None,
         dtype: torch.dtype | str = torch.float32,
+        index: RewardIndex | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-        self.index, path = None, ""
+        self.index, path = index, ""
         if isinstance(model, (str, Path)):
             path = str(model)
-            self.index = RewardIndex.load(path)
+            self.index = index or RewardIndex.load(path)
             model = load_classifier(path, num_labels, dtype).to(device or "cpu")
         config: Any = getattr(model, "config", None)
         if config is None:
@@ -87,16 +92,19 @@ class TextClassifier:
         self.append_eos = append_eos if append_eos is not None else self.index is not None and self.index.append_eos
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.num_labels: int = getattr(config, "num_labels", 1)
+        self._scale = scale_in_weights(self.index)
         self._check_tokenizer()
-        # the head reads the last token that is not padding: it must know which that is
+        # the head reads the last token that is not padding, so the config must name the padding token
         self._config.pad_token_id = self.tokenizer.pad_token_id
         plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore
         takes_cache = "use_cache" in inspect.signature(plain.forward).parameters
-        self._options = {"use_cache": False} if takes_cache else {}  # nothing is generated: a cache is only memory
+        self._options = (
+            {"use_cache": False} if takes_cache else {}
+        )  # nothing is generated, so a cache would only take memory
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(self.model.parameters()).device
 
     @property
@@ -105,7 +113,7 @@ class TextClassifier:
         return num_positions(self._config)
 
     def token_ids(self, prompts: Sequence, completions: Sequence) -> list[list[int]]:
-        """Token ids of each text, as the model reads them, whatever their number."""
+        """Token ids of each text, as the model reads them, without a limit on their number."""
         texts = [self.text(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         plain = [isinstance(prompt, str) for prompt in prompts]
         return [self._tokens([text], of_text)["input_ids"][0] for text, of_text in zip(texts, plain, strict=True)]
@@ -117,11 +125,11 @@ class TextClassifier:
         Args:
             prompts (`Sequence` of `str` or of chats): B prompts.
             completions (`Sequence` of `str` or of chats): B completions, in the prompt's form.
-            max_length (`int`, *optional*): Read the last so many tokens of longer texts, as `RewardTrainer` does with
-                `overlong="truncate"`.
+            max_length (`int`, *optional*): Of longer texts read only the last `max_length` tokens, as `RewardTrainer`
+                does with `overlong="truncate"`.
 
         Raises:
-            `ValueError`: a text that the model cannot read, or logits that are not finite.
+            `ValueError`: if the model cannot read a text, or logits are not finite.
         """
         rows = [self.forward(inputs) for inputs in self.batches(prompts, completions, None, max_length)]
         logits = torch.cat(rows) if rows else torch.empty(0, self.num_labels)  # (B, L)
@@ -135,7 +143,13 @@ class TextClassifier:
         batch_size: int | None = None,
         max_length: int | None = None,
     ) -> Iterator[Any]:
-        """The model's inputs, (b, T) each, on its device, for `batch_size` texts at a time; see `logits`."""
+        """
+        The model's inputs, (b, T) each, on its device.
+
+        Args:
+            prompts, completions, max_length: As in `logits`.
+            batch_size (`int`, *optional*): Texts in each batch. Default: that of the classifier.
+        """
         size = batch_size or self.batch_size
         pairs = list(zip(prompts, completions, strict=True))
         for start in range(0, len(pairs), size):
@@ -143,22 +157,28 @@ class TextClassifier:
 
     @torch.no_grad()
     def forward(self, inputs: Any) -> Tensor:
-        """One forward pass on one of the `batches`: (b, L), fp32, on the CPU."""
-        training = self.model.training  # a model may be scored between the steps of its training
+        """One forward pass on one of the `batches`: raw logits (b, L), fp32, on the CPU."""
+        training = self.model.training  # the model may be in training, with scoring between two steps
         if training:
             self.model.eval()
         try:
-            return self.model(**inputs, **self._options).logits.float().cpu()
+            logits = self.model(**inputs, **self._options).logits.float().cpu()
         finally:
             if training:
                 self.model.train()
+        if self._scale is None:
+            return logits
+        gain, bias = self._scale
+        return (logits - bias) / gain
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
-        """What the model reads: prompt and completion joined, or the whole chat through the chat template."""
+        """The text that the model reads: prompt and completion joined, or the whole chat by the chat template."""
         if isinstance(prompt, str):
             text: str = prompt + completion  # pyright: ignore[reportOperatorIssue]
             eos: Any = self.tokenizer.eos_token
-            # TRL looks at the completion alone, so that an empty one after a prompt that ends with EOS gets its own
+            if self.index is not None and self.index.tokenizer_appends_eos:
+                return text.removesuffix(eos)
+            # TRL looks only at the completion, so an empty one gets an EOS even if its prompt ends with one
             return text + eos if self.append_eos and not completion.endswith(eos) else text  # pyright: ignore
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError(
@@ -178,12 +198,12 @@ class TextClassifier:
                     f"in row {first + row}: {pair!r}. Give it a prompt, or leave the row out."
                 )
             self._check_fits(ids, first + row)
-        # the rows are tokenised already, so the advice to pad in the tokenizer's call is of no use
+        # transformers would advise to pad in the tokenizer's call, but the rows are tokenised already
         self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
         return self.tokenizer.pad(inputs, padding=True, padding_side="right", return_tensors="pt")
 
     def _tokens(self, texts: list[str], of_texts: bool) -> BatchEncoding:
-        # in training TRL adds special tokens to plain texts, and when scoring to none
+        # TRL adds special tokens to plain texts in training, but not in scoring
         return self.tokenizer(text=texts, add_special_tokens=self.append_eos and of_texts)
 
     def _check_fits(self, ids: list[int], row: int) -> None:
@@ -220,7 +240,14 @@ class TextClassifier:
 def too_long_for(
     classifiers: Sequence[TextClassifier], prompts: Sequence, completions: Sequence, max_length: int | None = None
 ) -> list[int]:
-    """Rows whose text has more tokens than `max_length`, or than one of the classifiers has positions for."""
+    """
+    Rows whose text has more tokens than `max_length`, or than one of the classifiers has positions for.
+
+    Args:
+        classifiers (`Sequence[TextClassifier]`): The classifiers that will read the texts.
+        prompts, completions: As in [`TextClassifier.logits`].
+        max_length (`int`, *optional*): The longest text, in tokens. Default: the classifiers set the limit.
+    """
     rows: set[int] = set()
     for classifier in classifiers:
         limit = LengthLimit(max_length, classifier.positions)
@@ -233,7 +260,7 @@ def too_long_for(
 def without_overlong(
     classifiers: Sequence[TextClassifier], prompts: Sequence, completions: Sequence
 ) -> tuple[list, list]:
-    """Prompts and completions that all of the classifiers have positions for; the others are counted and reported."""
+    """Prompts and completions that all classifiers have positions for; a warning reports the number of others."""
     rows = too_long_for(classifiers, prompts, completions)
     if rows:
         logger.warning(
@@ -247,10 +274,16 @@ def without_overlong(
 
 def check_finite(values: Tensor, name: str, rows: Sequence[str], completions: Sequence) -> None:
     """
-    Refuse logits (K, B) that are not finite, naming the model, its row and the completion.
+    Refuse logits that are not finite, with an error that names the model, its row and the completion.
+
+    Args:
+        values (`torch.Tensor`): Logits (K, B).
+        name (`str`): Name of the model.
+        rows (`Sequence[str]`): Names of the K rows.
+        completions (`Sequence`): B completions.
 
     Raises:
-        `ValueError`: NaN or an infinity.
+        `ValueError`: if a logit is NaN or infinite.
     """
     if values.isfinite().all():
         return

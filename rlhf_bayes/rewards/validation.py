@@ -1,4 +1,4 @@
-"""What a reward function may return, checked where it returns it."""
+"""Checks what a reward function returns, each time that it is called."""
 
 import functools
 import inspect
@@ -22,7 +22,7 @@ def callable_name(func: Any) -> str:
 
 
 def is_async_callable(func: Any) -> bool:
-    """Whether calling `func` gives a coroutine; looks through `functools.partial` and at `__call__` of an object."""
+    """Whether calling `func` gives a coroutine, also for `functools.partial` and for objects with `__call__`."""
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
@@ -32,24 +32,23 @@ def checked(func: Any, allow_forbidden: bool = False) -> Any:
     r"""
     The same reward function, with what it returns validated: one finite number or `None` for each completion.
 
-    A number is anything that is one: `int`, `float`, `bool`, a numpy scalar, a tensor without dimensions. They may
-    come in a list, a tuple, another ordered iterable, or a 1-D array or tensor. `None` ("does not apply to this
-    completion", as in TRL) is kept.
+    A number may be an `int`, `float`, `bool`, a numpy scalar or a tensor without dimensions. Numbers may come in a
+    list, a tuple, another ordered iterable, or a 1-D array or tensor. `None` ("does not apply to this completion", as
+    in TRL) is kept.
 
     Args:
         func (`Callable`, `torch.nn.Module` or `str`):
             Reward function of TRL's protocol, `func(prompts=, completions=, completion_ids=, **columns)`, sync or
             async. A sequence-classification model, or the path to one, is returned as it is: it has another protocol.
         allow_forbidden (`bool`, *optional*, defaults to `False`):
-            Whether `-inf`, the reward of a completion that the posterior forbids, is let through. A feature or a
-            predicate has none.
+            Whether a reward may be `-inf`, which forbids the completion. For features and predicates it may not.
 
     Returns:
         `Callable`: async if `func` is, with its `__name__`. Returns `list[float | None]`.
 
     Raises:
-        `TypeError`: `func` cannot be called, or returned something other than one number or `None` per completion.
-        `ValueError`: `func` returned the wrong count, NaN, an infinity, or a number beyond float32.
+        `TypeError`: if `func` cannot be called, or returns something other than one number or `None` per completion.
+        `ValueError`: if `func` returns the wrong count, NaN, an infinity, or a number beyond float32.
         Whatever `func` raises, with a note that names it.
     """
     if isinstance(func, (str, nn.Module)):
@@ -102,7 +101,15 @@ def _note_origin(error: Exception, name: str, kwargs: Mapping[str, Any]) -> None
 
 
 def validate_rewards(output: Any, name: str, num_completions: int, allow_forbidden: bool) -> list[float | None]:
-    """One float or `None` per completion out of what the function `name` returned, by the rules of `checked`."""
+    """
+    The rewards that a function returned, as one float or `None` per completion, by the rules of [`checked`].
+
+    Args:
+        output (`Any`): What the function returned.
+        name (`str`): Name of the function.
+        num_completions (`int`): Number of completions.
+        allow_forbidden (`bool`): As in [`checked`].
+    """
     values = _as_list(output, name, num_completions)
     if len(values) != num_completions:
         raise ValueError(
@@ -116,7 +123,7 @@ def _as_list(output: Any, name: str, num_completions: int) -> list:
     rule = f"The reward function '{name}' must return a number or None for each of the {num_completions} completions"
     if inspect.isawaitable(output):
         if inspect.iscoroutine(output):
-            output.close()  # else Python warns, far from here, that it was never awaited
+            output.close()  # otherwise Python would warn later that it was never awaited
         raise TypeError(f"{rule}, got a {type(output).__name__}: declare it with `async def`, so that it is awaited.")
     unordered = isinstance(output, (str, bytes, Mapping, AbstractSet))
     if unordered or not (isinstance(output, Iterable) or hasattr(output, "ndim")):

@@ -1,4 +1,4 @@
-"""Layer 3: draws from the posterior without training."""
+"""Samplers: they draw from a posterior without training."""
 
 from rlhf_bayes.samplers.best_of_n import BestOfN
 from rlhf_bayes.samplers.dependence import ChainRows, IndependentRows, ParticleRows, ResampledRows

@@ -1,4 +1,4 @@
-"""Best of n: what most people do, and what it is not."""
+"""Best of n, the usual baseline, which does not sample the posterior."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 @final
 class BestOfN:
     r"""
-    The completion of most evidence among `num_candidates` draws of the prior.
+    The completion with the most evidence among `num_candidates` draws of the prior.
 
-    **Guarantee: none.** It does not target the posterior: N sets how far it moves, whatever β says, and evidence
-    counts by its rank alone. A draw has the distribution
+    **Guarantee: none.** It does not target the posterior: N rather than β determines how far it moves, and only the
+    rank of the evidence counts. A draw has the distribution
 
         π_N(x) = π0(x) · (F(v)ᴺ − F⁻(v)ᴺ) / (F(v) − F⁻(v)),    v = log_likelihood(x)
 
@@ -31,12 +31,12 @@ class BestOfN:
 
     Args:
         num_candidates (`int`):
-            N, completions drawn for each one that is returned.
+            N, the number of completions drawn for each one that is returned.
         proposal ([`Proposal`], *optional*):
-            In place of the prior, in all that is said above.
+            The distribution to draw from. All of the above then holds for it instead of the prior. Default: the prior.
 
     Raises:
-        `ValueError`: for an N below 1.
+        `ValueError`: if N is below 1.
 
     Source: Stiennon et al. 2020, arXiv 2009.01325; the KL: Beirami et al. 2024, arXiv 2401.01879.
     """
@@ -59,19 +59,18 @@ class BestOfN:
         """
         n completions of each prompt, each the best of its own `num_candidates`.
 
-        Arguments as in [`Sampler`]. In `info`: `kl_to_prior`, a number a prompt, nats, from the ties among all n · N
-        candidates; its bound `kl_bound`; and `tokens`, the completion tokens drawn.
+        Arguments are those of [`Sampler.sample`]. `info` has `kl_to_prior`, nats, for each prompt, from the ties among
+        all n · N candidates; its bound `kl_bound`; and `tokens`, the number of completion tokens drawn.
 
         Raises:
-            `ValueError`: nothing that the posterior allows was drawn for any prompt; arguments as in
-                [`checked_request`].
+            `ValueError`: if no draw of any prompt is allowed by the posterior, or as in [`checked_request`].
         """
         proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
         size = self.num_candidates
         scored = draw_scored(posterior, proposal, prompts, [n * size] * len(prompts), generator, columns)
         evidence = scored.log_likelihood.view(len(prompts), n, size)
         check_supported((evidence == -torch.inf).flatten(1).all(-1), f"{n * size} completions drawn", prompts)
-        # candidates are exchangeable: the first of those that tie is a random one
+        # candidates are exchangeable, so the first of equal ones is a random one
         best = evidence.flatten(0, 1).argmax(-1) + size * torch.arange(len(prompts) * n)
         info = {
             "kl_to_prior": [float(best_of_n_kl(row.flatten(), size)) for row in evidence],

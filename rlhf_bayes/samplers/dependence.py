@@ -38,7 +38,7 @@ class IndependentRows:
     """
 
     def standard_error(self, values: Tensor, weights: Tensor, rows: Tensor, prompt: int) -> Tensor:
-        """See [`Dependence`]."""
+        """The formula above: (). Arguments are those of [`Dependence.standard_error`]."""
         return (weights.square() * _deviations(values, weights).square()).sum().sqrt()
 
 
@@ -55,9 +55,9 @@ class ResampledRows:
     """(B,) fp64: w̄ that each row had among its prompt's candidates."""
 
     def standard_error(self, values: Tensor, weights: Tensor, rows: Tensor, prompt: int) -> Tensor:
-        """See [`Dependence`]."""
+        """The formula above: (). Arguments are those of [`Dependence.standard_error`]."""
         n = int((weights > 0).sum())
-        # a row stands for the candidates: drawn by w̄, it has one factor w̄ of Σ w̄²·(f − f̄)² already
+        # the rows were drawn by w̄, so their mean already has one of the factors w̄ of Σ w̄²·(f − f̄)²
         return ((self.candidate_weights[rows] + 1 / n) * _deviations(values, weights).square()).mean().sqrt()
 
 
@@ -71,10 +71,15 @@ class ChainRows:
     """
 
     num_chains: int
-    """Of each prompt."""
+    """Number of chains of each prompt."""
 
     def standard_error(self, values: Tensor, weights: Tensor, rows: Tensor, prompt: int) -> Tensor:
-        """See [`Dependence`]. Raises `ValueError` where chains have different lengths."""
+        """
+        The formula above: (). Arguments are those of [`Dependence.standard_error`].
+
+        Raises:
+            `ValueError`: if chains have different lengths.
+        """
         if len(values) % self.num_chains:
             raise ValueError(
                 f"Chains must have the same length for a standard error, got {len(values)} rows of {self.num_chains} "
@@ -94,31 +99,31 @@ class ParticleRows:
 
         √((n/(n−1))^{m+1}·Σ_a (Σ_{i from a} w̄_i·(f_i − f̄)/(1 − W_a))²),    not below σ/√(effective particles)
 
-    for m resamplings; a is the particle of the start that i comes from, W_a the weight of all that come from a, σ the
-    weighted standard deviation of f. 1 − W_a makes it that of a jackknife over ancestors: without it, and without the
-    floor, intervals are too short where few ancestors are left.
+    for m resamplings; a is the initial particle that i descends from, W_a the weight of all descendants of a, σ the
+    weighted standard deviation of f. With 1 − W_a it is the standard error of a jackknife over ancestors. Without this
+    factor and the lower bound, intervals are too short where few ancestors remain.
 
     Source: Lee & Whiteley 2018, arXiv 1509.00394.
     """
 
     ancestor: Tensor
-    """(B,) integers below n: the particle of the start that each row comes from."""
+    """(B,) integers below n: the initial particle that each row descends from."""
     resamplings: Tensor
-    """(P,) integers."""
+    """(P,) integers: number of resamplings."""
     effective_particles: Tensor
-    """(P,): particles that count for Z."""
+    """(P,): effective number of particles for Z."""
 
     def standard_error(self, values: Tensor, weights: Tensor, rows: Tensor, prompt: int) -> Tensor:
-        """See [`Dependence`]."""
+        """The formula above: (). Arguments are those of [`Dependence.standard_error`]."""
         deviations = _deviations(values, weights)
         n, zeros = len(weights), torch.zeros_like(weights)
         if bool((deviations[weights > 0] == 0).all()):
             return zeros.new_zeros(())
         ancestor = self.ancestor[rows]
-        sums = zeros.index_add(0, ancestor, weights * deviations)  # those that share an ancestor vary together
+        sums = zeros.index_add(0, ancestor, weights * deviations)  # rows that share an ancestor are dependent
         others = 1 - zeros.index_add(0, ancestor, weights)
         if bool((others < 1e-9).any()):
-            return zeros.new_tensor(torch.inf)  # one ancestor is left: nothing tells how another would have done
+            return zeros.new_tensor(torch.inf)  # with one ancestor the variance cannot be estimated
         growth = (n / max(n - 1, 1)) ** (int(self.resamplings[prompt]) + 1)
         floor = (weights * deviations.square()).sum() / float(self.effective_particles[prompt])
         return torch.maximum(growth * (sums / others).square().sum(), floor).sqrt()

@@ -1,4 +1,4 @@
-"""PPLM: decoding with keys and values pushed up the gradient of an attribute. Experimental."""
+"""PPLM: decoding with keys and values that are moved along the gradient of an attribute. Experimental."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -26,24 +26,24 @@ class GradientGuidedProposal:
         Δ ← Δ + step_size · g / ‖g‖,    g = ∇_Δ [log p(a | h(Δ)) − kl_scale · KL(p_Δ ‖ p)]
         q(x_t | x_<t)  ∝  p_Δ(x_t | x_<t)^fusion · p(x_t | x_<t)^(1 − fusion)
 
-    Δ starts at 0 for each token, so that q is a function of the prefix and its log density is known: importance
-    sampling, rejection, Metropolis–Hastings or SMC correct what it does. It departs from the paper in this, and in a
-    head that reads the last state where PPLM looks one soft token ahead.
+    Δ starts at 0 for each token, so that q is a function of the prefix and its log density is known. So importance
+    sampling, rejection, Metropolis–Hastings and SMC can correct for it. In the paper Δ is kept from token to token,
+    and the head looks one soft token ahead; here it reads the last state.
 
-    **Experimental.** Each token costs `num_steps` forward and backward passes and two forward passes more, of a token
-    with its past, and so does scoring.
+    **Experimental.** Each token needs `num_steps` forward and backward passes and two more forward passes, of one
+    token with its past. Scoring costs the same.
 
     Args:
         prior ([`~rlhf_bayes.LanguageModel`]):
-            The model to be guided, with a cache of keys and values over all positions.
+            The model to guide. Its cache must hold keys and values of all positions.
         head (`Callable`):
-            Differentiable: hidden states (B, H) to log p(a | h) (B,), nats, row by row.
+            A differentiable function from hidden states (B, H) to log p(a | h) (B,), nats, row by row.
         num_steps (`int`):
             Steps up the gradient, at least 1.
         step_size (`float`):
             Length of each step, for each layer's keys and values alike.
         kl_scale (`float`):
-            Holds the perturbed next-token distribution to the model's.
+            Weight of the KL that keeps the perturbed next-token distribution close to the model's.
         fusion (`float`):
             Share of the perturbed distribution, in (0, 1].
 
@@ -93,7 +93,7 @@ class GradientGuidedProposal:
         log q of each completion: (B,), nats.
 
         Raises:
-            ValueError: for ids that are no whole completion.
+            ValueError: if ids are not a whole completion.
         """
         return score_stepwise(self, prompts, completion_ids)
 
@@ -103,7 +103,7 @@ class GradientGuidedProposal:
         """log q of each next token of B prefixes of one length: (B, V), nats, given log π0 of each, (B, V)."""
         past = self._reader.past(prompts, prefixes)
         if past.mask.size(1) == 1:
-            return log_prior  # a first token has no past to be moved
+            return log_prior  # the first token has no past to move
         prompt_ids = self.prior.prompt_token_ids(list(prompts))
         last = [prefix[-1] if prefix else ids[-1] for prefix, ids in zip(prefixes, prompt_ids, strict=True)]
         tokens = torch.tensor(last, device=log_prior.device)  # (B,)
@@ -112,14 +112,14 @@ class GradientGuidedProposal:
         return fused.log_softmax(-1)
 
     def _pushed(self, past: Past, tokens: Tensor, log_prior: Tensor) -> Tensor:
-        """(B, H): the last hidden states after the steps."""
+        """The last hidden states after the steps: (B, H)."""
         with torch.enable_grad():
             deltas = [torch.zeros_like(part, requires_grad=True) for layer in past.layers for part in layer]
             for _ in range(self.num_steps):
                 hidden = self._hidden(past, deltas, tokens)
                 log_attribute = self._checked(self.head(hidden), len(tokens))
                 kl = exact_token_kl(self._head().log_softmax(hidden), log_prior)
-                # the sum: each row's gradient is its own
+                # rows are independent, so the gradient of the sum holds each row's own gradient
                 gradients = torch.autograd.grad((log_attribute - self.kl_scale * kl).sum(), deltas)
                 deltas = [
                     (delta + self.step_size * _unit(gradient)).detach().requires_grad_()
@@ -154,6 +154,6 @@ class GradientGuidedProposal:
 
 
 def _unit(gradient: Tensor) -> Tensor:
-    """Each row (B, …) at length 1; 0 where it is 0."""
+    """Rows (B, …) scaled to length 1; a row of zeros stays 0."""
     norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-20)
     return gradient / norm.view(-1, *[1] * (gradient.dim() - 1))

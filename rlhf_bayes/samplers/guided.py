@@ -1,4 +1,4 @@
-"""Weighted decoding as a proposal: the next token by prior and value, with its exact density."""
+"""Weighted decoding as a proposal: each token is drawn by prior and value, and the density is exact."""
 
 from collections.abc import Sequence
 from typing import Protocol, final, runtime_checkable
@@ -14,10 +14,10 @@ from rlhf_bayes.samplers.values import Value, checked_log_value, checked_next_lo
 
 @runtime_checkable
 class StepwiseProposal(Protocol):
-    """A [`Proposal`] that changes a language model's next-token probabilities, which SMC can step along with."""
+    """A [`Proposal`] that changes a language model's next-token probabilities, so that SMC can use it per token."""
 
     prior: LanguageModel
-    """The model that is guided."""
+    """The language model that is guided."""
 
     def next_log_probs(
         self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]], log_prior: Tensor
@@ -29,27 +29,27 @@ class StepwiseProposal(Protocol):
 @final
 class GuidedProposal:
     r"""
-    Decoding guided by a value; a proposal, not a target of its own.
+    A proposal that decodes guided by a value.
 
         q(x_t | x_<t)  ∝  π0(x_t | x_<t) · exp(scale · log_value(x_≤t))
 
-    Its density is known, so that importance sampling, rejection, Metropolis–Hastings or SMC make it correct. With the
+    Its density is known, so importance sampling, rejection, Metropolis–Hastings and SMC can correct for it. With the
     soft value of the posterior, all tokens as candidates and scale 1, it *is* the posterior.
 
-    With fewer candidates than tokens, the value is asked for the most probable ones only; these share their prior
-    mass anew, the others keep their prior probability, and no token is lost. If a value is `-inf` for each candidate,
-    the step falls back on the prior.
+    With fewer candidates than tokens, values are computed for the most probable tokens only. Their common prior mass
+    is redistributed among them by the value; all other tokens keep their prior probability. If the value is `-inf` for
+    every candidate, the step uses the prior.
 
     Args:
         prior ([`~rlhf_bayes.LanguageModel`]):
-            π0, or another model to be guided, a trained policy for instance.
+            π0, or another model to guide, for instance a trained policy.
         value (`Value`):
             [`ExpertsValue`], [`HeadValue`], [`CriticValue`], [`PrefixValue`], or your own.
         scale (`float`):
-            Positive. 1 takes the value at its word.
+            Factor of the value, positive.
         num_candidates (`int`, *optional*):
-            Tokens of which the value is asked at each step, the most probable; each costs an evaluation. Default: all,
-            and for a value with `next_log_values` always all.
+            Number of tokens, the most probable ones, whose value is computed at each step; each is an evaluation.
+            Default: all. With a value that has `next_log_values`, always all.
 
     Raises:
         ValueError: if a number is out of range.
@@ -79,7 +79,7 @@ class GuidedProposal:
         log q of each completion: (B,), nats.
 
         Raises:
-            ValueError: for ids that are no whole completion.
+            ValueError: if ids are not a whole completion.
         """
         return score_stepwise(self, prompts, completion_ids)
 
@@ -99,7 +99,7 @@ class GuidedProposal:
         log_values = log_values.to(log_prior).view(-1, k)
         among = log_prior.gather(1, candidates)  # (B, K)
         tilted = _tilted(among, self.scale * log_values)
-        # what the candidates had together under the prior, they share
+        # the candidates keep their common mass under the prior
         shared = tilted - tilted.logsumexp(1, keepdim=True) + among.logsumexp(1, keepdim=True)
         return log_prior.scatter(1, candidates, shared)
 
@@ -108,7 +108,19 @@ class GuidedProposal:
 def sample_stepwise(
     proposal: StepwiseProposal, prompts: Sequence[Prompt], n: int, generator: torch.Generator | None
 ) -> Completions:
-    """n completions for each of P prompts, drawn token by token; P · n rows with their log q."""
+    """
+    n completions for each of P prompts, drawn token by token: P · n rows with their log q.
+
+    Args:
+        proposal ([`StepwiseProposal`]):
+            q.
+        prompts (`Sequence` of `str` or of chats):
+            P prompts.
+        n (`int`):
+            Completions for each prompt.
+        generator (`torch.Generator`, *optional*):
+            Makes the draws reproducible.
+    """
     check_prompts(prompts)
     check_count("n", n)
     generator = generator_on(proposal.prior.device, generator)
@@ -121,7 +133,7 @@ def sample_stepwise(
 def score_stepwise(
     proposal: StepwiseProposal, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]
 ) -> Tensor:
-    """log q of each completion, by the same loop that draws: (B,), nats."""
+    """log q of each completion, computed by the loop that draws: (B,), nats."""
     if len(prompts) != len(completion_ids):
         raise ValueError(
             f"`prompts` and `completion_ids` must have one entry a row, got {len(prompts)} and {len(completion_ids)}."
@@ -156,10 +168,10 @@ def _decoded(
 
 def next_tokens(forced: Sequence[Sequence[int]], rows: Tensor, step: int) -> Tensor:
     """
-    Token `step` of these rows (A,) of completions that are given.
+    Token `step` of the given completions in these rows: (A,).
 
     Raises:
-        ValueError: if one stops without EOS before the longest completion.
+        ValueError: if a completion stops without EOS before the longest one.
     """
     for row in rows.tolist():
         if len(forced[row]) <= step:
@@ -171,7 +183,7 @@ def next_tokens(forced: Sequence[Sequence[int]], rows: Tensor, step: int) -> Ten
 
 
 def check_whole(forced: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> None:
-    """Raises a ValueError if completions that were given go on after their end."""
+    """Raise ValueError if given completions go on after their end."""
     for row, (given, ids) in enumerate(zip(forced, written, strict=True)):
         if len(given) != len(ids):
             raise ValueError(
@@ -181,7 +193,7 @@ def check_whole(forced: Sequence[Sequence[int]], written: Sequence[Sequence[int]
 
 
 def _tilted(log_prior: Tensor, log_values: Tensor) -> Tensor:
-    """Normalised (B, K): prior times exp(value); the prior where nothing would be left."""
+    """The normalised product of prior and exp(value): (B, K); the prior where every product is 0."""
     tilted = log_prior + log_values
     hopeless = tilted.logsumexp(1, keepdim=True) == -torch.inf
     return torch.where(hopeless, log_prior, tilted).log_softmax(1)

@@ -1,4 +1,4 @@
-"""Importance sampling: draws of a proposal that count by their weight, or are resampled by it."""
+"""Importance sampling: draws of a proposal that are weighted, or resampled by weight."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 @final
 class ImportanceSampler:
     r"""
-    Draws of a proposal q with the weights that make them speak for the posterior:
+    Draws of a proposal q, with weights so that they represent the posterior:
 
         w(x) = π0(x)·exp(log_likelihood(x)) / q(x),    E_π*[f] ≈ Σ_i w_i·f(x_i) / Σ_i w_i,    Ẑ = (1/N) Σ_i w_i
 
-    **Guarantee: consistent.** Estimates converge as draws grow, at a rate that `info` tells: the effective sample
-    size of the weights, and k̂, the shape of their tail. Where `info["trustworthy"]` is false, neither the estimates
-    nor their standard errors are to be believed: the posterior is too far from the proposal for this many draws.
-    [`expectation`] gives means with standard errors.
+    **Guarantee: consistent.** Estimates converge as draws grow. `info` has the effective sample size of the weights
+    and k̂, the shape of their tail. Where `info["trustworthy"]` is false, neither the estimates nor their standard
+    errors can be trusted: the posterior is too far from the proposal for this many draws. [`expectation`] gives means
+    with standard errors.
 
     Args:
         proposal ([`Proposal`], *optional*):
             q. Default: the prior. The closer to the posterior, the better.
         num_candidates (`int`, *optional*):
-            N, completions drawn a prompt, of which n are resampled by weight: they count alike, and may repeat.
-            Default: n are drawn and returned, with weights.
+            N, the number of completions drawn for each prompt, of which n are resampled by weight. They have equal
+            weights and may repeat. Default: n are drawn and returned with weights.
         confidence (`float`):
-            Of the interval on log Z, normal on the log scale.
+            Confidence of the interval on log Z, which is normal on the log scale.
 
     Raises:
-        `ValueError`: for options out of range.
+        `ValueError`: if an option is out of range.
 
     Source: Owen 2013, "Monte Carlo theory, methods and examples", chapter 9; k̂: Vehtari et al. 2024, arXiv 1507.02646;
     resampling: Rubin 1987, here systematic.
@@ -77,14 +77,13 @@ class ImportanceSampler:
         """
         n completions of each prompt, weighted or resampled.
 
-        Arguments as in [`Sampler`]. In `info`, a number a prompt: `importance_ess`, `khat`, `trustworthy`,
-        `max_weight` (the largest share of one draw) of the completions drawn, whose number is `candidates`; `distinct`
-        (different candidates among the resampled); and `tokens`, the completion tokens drawn. A prompt none of whose
-        draws is allowed has weights of 0, or no rows if resampled, and is warned of.
+        Arguments are those of [`Sampler.sample`]. `info` has, for each prompt: `importance_ess`, `khat`, `trustworthy`
+        and `max_weight` (the largest share of one draw) of the completions drawn, whose number is `candidates`; and
+        `distinct` (different candidates among the resampled). It also has `tokens`, the number of completion tokens
+        drawn. A prompt without an allowed draw has weights of 0, or no rows if resampled, and a warning names it.
 
         Raises:
-            `ValueError`: nothing that the posterior allows was drawn for any prompt; arguments as in
-                [`checked_request`].
+            `ValueError`: if no draw of any prompt is allowed by the posterior, or as in [`checked_request`].
         """
         proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
         count = n if self.num_candidates is None else self.num_candidates
@@ -110,7 +109,7 @@ class ImportanceSampler:
 
 
 def weight_summary(log_weights: Tensor) -> dict[str, list]:
-    """What log-weights (P, n) are worth, for `info`: a number a prompt."""
+    """Diagnostics of log-weights (P, n) for `info`, a number for each prompt."""
     ess = importance_ess(log_weights)
     shape = [float(khat(row)) for row in log_weights]
     n = log_weights.size(1)
@@ -126,13 +125,13 @@ def weight_summary(log_weights: Tensor) -> dict[str, list]:
 
 def systematic_resample(log_weights: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
     """
-    n draws of N by weight, with one random number: draw i comes ⌊n·w̄_i⌋ or ⌈n·w̄_i⌉ times, n·w̄_i on average.
+    Resample n of N draws by weight with one random number: draw i is taken ⌊n·w̄_i⌋ or ⌈n·w̄_i⌉ times.
 
     Args:
         log_weights (`torch.Tensor`):
             (N,), nats, not all `-inf`.
         n (`int`):
-            How many to draw.
+            Number of draws to take.
         generator (`torch.Generator`, *optional*):
             Makes the draw reproducible.
 
@@ -145,7 +144,7 @@ def systematic_resample(log_weights: Tensor, n: int, generator: torch.Generator 
     offset = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
     edges = log_weights.double().softmax(0).cumsum(0)
     points = (torch.arange(n) + offset) / n * edges[-1]
-    # right: a point on an edge belongs to the next draw, so that weight 0 is never drawn
+    # right=True: a point on an edge belongs to the next draw, so that a draw of weight 0 is never taken
     index = torch.searchsorted(edges, points, right=True)
     return index.clamp(max=int((log_weights > -torch.inf).nonzero().max()))
 

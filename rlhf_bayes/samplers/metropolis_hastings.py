@@ -1,4 +1,4 @@
-"""Markov chains that settle down to the posterior: new proposals, or the last completion regrown from a cut."""
+"""Markov chains that converge to the posterior, by independent proposals or by regrowing suffixes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,37 +35,37 @@ if TYPE_CHECKING:
 @final
 class MetropolisHastings:
     r"""
-    Chains of completions, each a small change of the one before, or a new draw:
+    Chains of completions. Each step proposes a change of the last completion, or a new draw:
 
         "suffix":        cut x at i, uniform among its |x| tokens; regrow x' from x_<i by the proposal q; accept with
                          min(1, exp(ℓ' − ℓ) · |x|/|x'| · [π0(x'_≥i)/q(x'_≥i)] / [π0(x_≥i)/q(x_≥i)])
         "independence":  draw x' from q; accept with min(1, w(x')/w(x)),  w = π0·exp(ℓ)/q
 
-    with ℓ = log_likelihood, the sum over the completion, and |x| its tokens, EOS included: a longer completion is cut
-    at a given place less often. Regrown from the prior, the bracket is 1. The second needs a proposal near to the
-    posterior; the first keeps what is good of a completion.
+    with ℓ = log_likelihood of the completion, and |x| its number of tokens, EOS included. The factor |x|/|x'| is there
+    since a longer completion is cut at a given place less often. With the prior as q, the bracket is 1. The second
+    kernel needs a proposal close to the posterior; the first keeps the beginning of a good completion.
 
-    **Guarantee: consistent.** Means converge as chains grow; states of a chain are not independent. `info` tells how
-    well chains agree (`rhat`: above 1.01, run longer) and what their states are worth (`effective_sample_size`).
+    **Guarantee: consistent.** Means converge as chains grow; the states of a chain are not independent. `info` holds
+    the agreement of chains (`rhat`: above 1.01, run longer) and their `effective_sample_size`.
 
     Args:
         kernel (`"suffix"` or `"independence"`):
-            How a chain moves.
+            The kernel, as above.
         proposal ([`Proposal`], *optional*):
             q; for `"suffix"` a [`~rlhf_bayes.LanguageModel`]. Default: the prior.
         num_chains (`int`):
-            Chains a prompt, run side by side.
+            Chains for each prompt, which run in parallel.
         burn_in (`int`):
-            Steps of each chain that are thrown away at the start.
+            Steps at the start of each chain that are discarded.
         thin (`int`):
-            Every how many steps a state is kept.
+            Every `thin`-th state is kept.
         max_start_draws (`int`):
-            Draws a prompt among which completions that the posterior allows are looked for, to start from.
+            Most draws for each prompt to find completions that the posterior allows, from which chains start.
         confidence (`float`):
-            Of the interval on log Z, which `"independence"` gives.
+            Confidence of the interval on log Z, which `"independence"` gives.
 
     Raises:
-        `ValueError` or `TypeError`: for options out of range.
+        `ValueError` or `TypeError`: if an option is out of range.
 
     Source: Faria et al. 2024, "QUEST", arXiv 2406.00049; independence: Tierney 1994, Annals of Statistics 22(4).
     """
@@ -87,7 +87,7 @@ class MetropolisHastings:
             raise ValueError(f'`kernel` must be "suffix" or "independence", got {kernel!r}.')
         if kernel == "suffix" and not (proposal is None or isinstance(proposal, LanguageModel)):
             raise TypeError(
-                f'`proposal` must be a LanguageModel for the kernel "suffix", which goes on from a prefix, got '
+                f'`proposal` must be a LanguageModel for the kernel "suffix", which continues a prefix, got '
                 f'{type(proposal).__name__}. Use `kernel="independence"`.'
             )
         check_count("num_chains", num_chains)
@@ -112,15 +112,17 @@ class MetropolisHastings:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Draws:
         """
-        n states for each prompt, all chains' first, then all chains' second, …; they count alike.
+        n states for each prompt, of equal weight.
 
-        Arguments as in [`Sampler`]. In `info`, a number a prompt: `acceptance`, and, of evidence and length, the worse
-        one's `rhat` and `effective_sample_size` (None where a chain keeps fewer than 4 states or neither varies); for
-        `"suffix"`, `acceptance_by_cut` and `proposals_by_cut`, a number for each place, over all prompts; the number
-        of `chains`; and `tokens`, the completion tokens drawn.
+        First come the first states of all chains, then the second states, and so on.
+
+        Arguments are those of [`Sampler.sample`]. `info` has, for each prompt: `acceptance`; `rhat` and
+        `effective_sample_size`, the worse of those of evidence and of length (None where a chain keeps fewer than 4
+        states or neither varies). For `"suffix"` it has `acceptance_by_cut` and `proposals_by_cut`, a number for each
+        place, over all prompts. It also has the number of `chains`, and `tokens`, the completion tokens drawn.
 
         Raises:
-            `ValueError`: too few completions that the posterior allows were drawn to start from; arguments as in
+            `ValueError`: if too few draws are allowed by the posterior to start all chains, or as in
                 [`checked_request`].
         """
         proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
@@ -130,7 +132,7 @@ class MetropolisHastings:
         shape = (len(prompts), self.num_chains)
         evidence = torch.stack([step.view(shape) for step, _ in visited], -1)  # (P, C, S)
         lengths = [torch.tensor([len(row.completion_ids) for row in rows]).view(shape) for _, rows in visited]
-        # of lengths too: a condition's evidence never varies
+        # lengths are compared too, since the evidence of a condition never varies
         info |= _agreement([evidence, torch.stack(lengths, -1).double()]) | {"chains": self.num_chains}
         kept_rows = [
             row
@@ -141,7 +143,7 @@ class MetropolisHastings:
         return as_draws(kept_rows, len(prompts), self.guarantee, chains, log_z=log_z, info=info)
 
     def _keeps(self, step: int) -> bool:
-        """Whether the state after step 0, 1, … is kept."""
+        """Whether the state after a step, counted from 0, is kept."""
         return step >= self.burn_in and (step - self.burn_in + 1) % self.thin == 0
 
     def _independence(
@@ -157,7 +159,7 @@ class MetropolisHastings:
         start = self._start(posterior, proposal, prompts, generator, columns)
         evidence, weight = weighed(posterior, proposal, start, start.prompt_index.tolist(), columns)
         rows, evidence, weight = rows_of(start), evidence.view(shape), weight.view(shape)  # (P, C)
-        # all draws at once: none depends on the state of a chain
+        # drawn all at once, since no proposal depends on the state of a chain
         steps = self.burn_in + kept * self.thin
         count = self.num_chains * steps
         scored = draw_scored(posterior, proposal, prompts, [count] * len(prompts), generator, columns)
@@ -216,7 +218,7 @@ class MetropolisHastings:
         generator: torch.Generator | None,
         columns: Mapping[str, Sequence] | None,
     ) -> Draws:
-        """One completion that is allowed for each chain."""
+        """Draw an allowed completion for each chain to start from."""
         draws = max(self.max_start_draws, self.num_chains)
         sampler = RejectionSampler(proposal, log_bound=-math.inf, quasi=True, max_draws=draws)
         found = sampler.sample(posterior, prompts, self.num_chains, generator, columns)
@@ -232,7 +234,7 @@ class MetropolisHastings:
 
 
 class _SuffixChains:
-    """B chains of the suffix kernel, moved together."""
+    """B chains of the suffix kernel, which step together."""
 
     def __init__(
         self, posterior: "Posterior", proposal: LanguageModel, start: Draws, columns: Mapping[str, Sequence] | None
@@ -287,7 +289,7 @@ class _SuffixChains:
         return self.posterior.log_likelihood(prompts, completions, ids, self.columns).double().cpu()
 
     def _token_log_ratios(self, rows: Sequence[Row]) -> Tensor:
-        """(B, T) log π0/q of each token, 0 after the last one, and throughout where q is the prior."""
+        """log π0/q of each token: (B, T), 0 after the last token, and everywhere if q is the prior."""
         ratios = torch.zeros(len(rows), self.proposal.max_completion_length, dtype=torch.float64)
         if self.proposal is self.posterior.prior:
             return ratios
@@ -304,7 +306,7 @@ def _uniform(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
 
 
 def _agreement(summaries: Sequence[Tensor]) -> dict[str, list[float | None]]:
-    """The worse R-hat and effective sample size of several summaries (P, C, S), for each prompt."""
+    """For each prompt, the worst R-hat and the worst effective sample size over several summaries (P, C, S)."""
     num_prompts, _, steps = summaries[0].shape
     result: dict[str, list[float | None]] = {"rhat": [], "effective_sample_size": []}
     for prompt in range(num_prompts):

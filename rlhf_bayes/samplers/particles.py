@@ -1,4 +1,4 @@
-"""The particles of SMC: drawn, weighed and resampled a token at a time."""
+"""The particles of SMC, which are drawn, weighted and resampled one token at a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,31 +20,31 @@ if TYPE_CHECKING:
 
 
 MIN_EFFECTIVE_PARTICLES = 5
-"""Below, error bars are not to be believed. On the enumerable toy they held down to some 3."""
+"""With fewer, error bars cannot be trusted. On the enumerable toy they were right down to about 3."""
 
 
 @dataclass(frozen=True)
 class ParticleRun:
-    """n particles of each of P prompts, all written; fp64, on the CPU."""
+    """n finished particles of each of P prompts; fp64, on the CPU."""
 
     drawn: Completions
     """P · n rows, with the log q of their tokens."""
     log_weights: Tensor
-    """(P, n), nats, since the last resampling."""
+    """(P, n), nats: log-weights since the last resampling."""
     log_z: Tensor
-    """(P,), nats: Ẑ is unbiased."""
+    """(P,), nats: log Ẑ, where Ẑ is unbiased."""
     ancestor: Tensor
-    """(P, n): the particle of the start that each comes from."""
+    """(P, n): index of the initial particle that each descends from."""
     resamplings: Tensor
     """(P,)"""
     step_variance: Tensor
     """(P,): relative variances of the factors of Ẑ, summed."""
     tokens: int
-    """Completion tokens drawn, those of particles that did not survive included."""
+    """Completion tokens drawn, including those of particles that were not resampled."""
 
     @classmethod
     def joined(cls, runs: "Sequence[ParticleRun]") -> "ParticleRun":
-        """The prompts of several runs, in order."""
+        """One run from several runs on different prompts, in order."""
         names = ("log_weights", "log_z", "ancestor", "resamplings", "step_variance")
         tensors = {name: torch.cat([getattr(run, name) for run in runs]) for name in names}
         return cls(drawn=joined([run.drawn for run in runs]), tokens=sum(run.tokens for run in runs), **tensors)
@@ -55,7 +55,7 @@ class ParticleRun:
         Relative variance of Ẑ, (P,), infinite for one particle: the larger of
 
             1 − (n/(n−1))^{m+1} · Σ W_i·W_j    over pairs without a common ancestor, m resamplings: consistent, noisy
-            Σ (1/ESS − 1/n)·n/(n−1)            over resamplings and the end: steady, blind to what comes later
+            Σ (1/ESS − 1/n)·n/(n−1)            over resamplings and the end: less noisy, but ignores later steps
 
         Source: Lee & Whiteley 2018, arXiv 1509.00394, section 2; the second is that of independent steps.
         """
@@ -70,7 +70,7 @@ class ParticleRun:
 
     @property
     def effective_particles(self) -> Tensor:
-        """(P,): how many independent draws of the posterior's own weights would know Z as well; 0 without support."""
+        """(P,): 1/(V + 1/n), with V the relative variance of Ẑ, which is at most n; 0 where every weight is 0."""
         n = self.log_weights.size(1)
         return torch.where(self.log_z > -torch.inf, 1 / (self.variance + 1 / n), 0.0)
 
@@ -78,8 +78,8 @@ class ParticleRun:
         r"""
         log Z, from log Ẑ − z·√V up to log Ẑ + z·√V + 2·V, with V the relative variance of Ẑ and z the normal quantile.
 
-        The upper end reaches further, since log Ẑ is too low by V/2, and a run that saw little of the posterior saw
-        little of the variance too. 2 is what it took on an enumerable toy, not a theorem.
+        The upper end is further away, since log Ẑ is too low by V/2 on average, and a run that missed much of the
+        posterior underestimates V too. The factor 2 was found on an enumerable toy; it is not a theorem.
         """
         variance = self.variance
         half_width = float(norm.ppf((1 + confidence) / 2)) * variance.sqrt()
@@ -92,13 +92,13 @@ class ParticleRun:
 @final
 class Particles:
     """
-    P · n particles while they are written. B = P · n; rows are grouped by prompt.
+    P · n particles while they are decoded. B = P · n; rows are grouped by prompt.
 
     Args:
         posterior, value, proposal, prompts, n, columns:
-            As for [`SMC`].
+            As in [`SMC`].
         held (`Sequence[Sequence[int]]`, *optional*):
-            P completions; the first particle of each prompt is always its own: a conditional run.
+            P completions for a conditional run: the first particle of each prompt is held at its completion.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Particles:
         other = proposal.prior if isinstance(proposal, StepwiseProposal) else proposal
         self.reader = None if other is None or other is prior else PrefixReader(other)
         like = {"dtype": torch.float64, "device": prior.device}
-        self.log_weights = torch.zeros(len(prompts), n, **like)  # since the last resampling
-        self.log_twist = torch.zeros(len(prompts) * n, **like)  # (B,): log ψ of what is written
+        self.log_weights = torch.zeros(len(prompts), n, **like)  # (P, n), since the last resampling
+        self.log_twist = torch.zeros(len(prompts) * n, **like)  # (B,): log ψ of the prefixes
         self.log_z = torch.zeros(len(prompts), **like)  # (P,): up to the last resampling
         self.log_q = torch.zeros(len(prompts) * n, prior.max_completion_length, device=prior.device)  # (B, T)
         self.ancestor = torch.arange(n, device=prior.device).repeat(len(prompts), 1)  # (P, n)
@@ -128,10 +128,10 @@ class Particles:
         self.tokens = 0
 
     def run(self, ess_threshold: float, generator: torch.Generator | None) -> ParticleRun:
-        """Write them all. `generator` must be on the prior's device."""
+        """Decode all particles to their ends. `generator` must be on the prior's device."""
         while self.decoding.rows.numel():
             self._extend(generator)
-            # at the end the weights tell more than copies would
+            # finished particles are not resampled, since their weights are more informative than copies
             if self.decoding.rows.numel():
                 self._resample(ess_threshold, generator)
         return ParticleRun(
@@ -164,7 +164,7 @@ class Particles:
         self.tokens += len(tokens)
         log_twist = self._log_twist(prompts, rows, finished)
         before = self.log_twist[rows]
-        # of weight 0 from now on: −inf − (−inf) would be nan
+        # a particle of weight 0 keeps it; −inf − (−inf) would be nan
         change = torch.where(before == -torch.inf, -torch.inf, log_twist - before)
         self.log_twist[rows] = log_twist
         self.log_weights.view(-1)[rows] += log_ratio + change
@@ -179,7 +179,7 @@ class Particles:
         return log_q
 
     def _log_twist(self, prompts: list[Prompt], rows: Tensor, finished: Tensor) -> Tensor:
-        """log ψ of what these rows hold: (A,), fp64."""
+        """log ψ of the prefixes in these rows: (A,), fp64."""
         result = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
         prefixes = self.decoding.token_ids(rows)
         open_, whole = ((finished == end).nonzero().flatten().tolist() for end in (False, True))
@@ -199,7 +199,7 @@ class Particles:
         due = open_ & some & (importance_ess(self.log_weights) < ess_threshold * self.n)  # (P,)
         if not bool(due.any()):
             return
-        # multinomial: systematic resampling has less variance, but then nothing here tells how much
+        # multinomial: systematic resampling has less variance, but then this variance could not be estimated
         probs = self.log_weights.softmax(1).nan_to_num(1.0)  # (P, n)
         index = torch.multinomial(probs, self.n, replacement=True, generator=generator)
         if self.held is not None:
@@ -216,7 +216,7 @@ class Particles:
 
 
 def relative_variance(log_weights: Tensor) -> Tensor:
-    """Estimated variance of the mean of n weights, over its square: (P, n) to (P,); 0 where all are 0."""
+    """Estimated relative variance of the mean of n weights: (P, n) -> (P,); 0 where all weights are 0."""
     n = log_weights.size(1)
     if n == 1:
         return torch.zeros_like(log_weights[:, 0])

@@ -1,4 +1,4 @@
-"""What samplers and proposals are, to those who use them."""
+"""The protocols of samplers and proposals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Proposal(Protocol):
 
 
 class Sampler(Protocol):
-    """Draws from a posterior without training."""
+    """An object that draws from a posterior without training."""
 
     def sample(
         self,
@@ -44,17 +44,17 @@ class Sampler(Protocol):
         columns: Mapping[str, Sequence] | None = None,
     ) -> Draws:
         """
-        Completions of each prompt.
+        Draw completions of each prompt.
 
         Args:
             posterior ([`~rlhf_bayes.Posterior`]):
-                What to draw from.
+                The posterior to draw from.
             prompts (`Sequence` of `str` or of chats):
                 P prompts.
             n (`int`):
-                Completions a prompt.
+                Completions for each prompt.
             generator (`torch.Generator`, *optional*):
-                Makes the draw reproducible.
+                Makes the draws reproducible.
             columns (`Mapping[str, Sequence]`, *optional*):
                 Columns of the dataset that reward functions ask for, P entries each.
         """

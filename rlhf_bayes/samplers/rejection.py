@@ -1,4 +1,4 @@
-"""Rejection sampling: exact draws where a bound is known, draws at a known distance where none is. "Filtering"."""
+"""Rejection sampling ("filtering"): exact with a known bound, otherwise at an estimated distance to the posterior."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from rlhf_bayes.posterior import Posterior
 
 _ROUND = 4096
-"""Completions drawn at once, at most: they are held until they are weighed."""
+"""Most completions that are drawn at once: they are held in memory until they are weighed."""
 
 
 @final
 class RejectionSampler:
     r"""
-    Draws from the posterior, by throwing draws of a proposal away:
+    Draws from the posterior by discarding draws of a proposal:
 
         keep x ~ q with probability min(1, w(x)/B),    w(x) = π0(x)·exp(log_likelihood(x)) / q(x)
 
@@ -43,9 +43,9 @@ class RejectionSampler:
     posteriors know (`posterior.bound`): a condition, a log-probability, a clipped reward. Then log Z = log B + log
     acceptance, and its interval is exact too (Clopper & Pearson).
 
-    **Guarantee: bounded** on request (`quasi` or `max_tv`): weights may exceed B, the draws follow p_B ∝ min(P, B·q),
-    whose TV and KL to the posterior are estimated from the weights of all that was drawn (`info["tv"]`,
-    `info["kl"]`). log Z is the importance estimate of these.
+    **Guarantee: bounded** on request (`quasi` or `max_tv`): weights may exceed B, and the draws follow
+    p_B ∝ min(P, B·q). Its TV and KL to the posterior are estimated from the weights of all draws (`info["tv"]`,
+    `info["kl"]`), and log Z is their importance estimate.
 
     **From a trained policy q** no bound on the weights is known. For a posterior with a condition,
     `RejectionSampler(proposal=policy, log_bound=-math.inf, quasi=True)` is GUARD: each draw of the policy that the
@@ -58,19 +58,19 @@ class RejectionSampler:
         log_bound (`float`, *optional*):
             log B, nats. Default: `posterior.bound`, where the proposal is the prior.
         quasi (`bool`):
-            Whether a weight may exceed the bound; it is counted then. Otherwise it is an error.
+            Whether weights may exceed the bound; they are then counted. Otherwise such a weight is an error.
         max_tv (`float`, *optional*):
-            In place of `log_bound`: for each prompt the smallest bound whose TV to the posterior is at most this, by
-            `pilot` draws.
+            Chooses the bound instead of `log_bound`: for each prompt the smallest one whose TV to the posterior is at
+            most this, estimated from `pilot` draws.
         pilot (`int`):
-            Completions a prompt, drawn for `max_tv` and then discarded.
+            Completions for each prompt that are drawn for `max_tv` and then discarded.
         max_draws (`int`):
-            Budget of completions a prompt. Where it ends before n are accepted, the prompt has fewer.
+            Most completions that are drawn for each prompt. A prompt gets fewer than n if fewer are accepted.
         confidence (`float`):
-            Of the interval on log Z.
+            Confidence of the interval on log Z.
 
     Raises:
-        `ValueError`: for arguments that contradict each other or are out of range.
+        `ValueError`: if arguments contradict each other or are out of range.
 
     Source: Eikema et al. 2022, arXiv 2112.05702; GUARD: Kim et al. 2024, arXiv 2410.06716.
     """
@@ -128,15 +128,15 @@ class RejectionSampler:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Draws:
         """
-        n completions of each prompt, or as many as the budget of draws gave; all count alike.
+        n completions of each prompt, of equal weight; fewer where `max_draws` ended first.
 
-        Arguments as in [`Sampler`]. In `info`, a number a prompt: `log_bound`, `draws`, `acceptance` (up to the n-th
-        accepted), `exceeded` (draws whose weight is above the bound), `tv`, `kl` in nats (None where nothing was
-        allowed); and `tokens`, the completion tokens drawn.
+        Arguments are those of [`Sampler.sample`]. `info` has, for each prompt, `log_bound`, `draws`, `acceptance` (up
+        to the n-th accepted draw), `exceeded` (the number of weights above the bound), `tv`, and `kl` in nats (None
+        where no draw was allowed). It also has `tokens`, the number of completion tokens drawn.
 
         Raises:
-            `ValueError`: no bound is known, or a weight exceeds it; nothing that the posterior allows was drawn for
-                any prompt; arguments as in [`checked_request`].
+            `ValueError`: if no bound is known or a weight exceeds it; if no draw of any prompt is allowed by the
+                posterior; or as in [`checked_request`].
         """
         self._check_bound_known(posterior)
         proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
@@ -164,7 +164,7 @@ class RejectionSampler:
                     row = scored.row(index) if accepted[index] else None
                     runs[int(scored.prompt_index[index])].add(row, float(scored.log_weights[index]), exceeded[index])
                 progress.update(sum(len(run.rows) for run in runs) - progress.n)
-        # rejected though allowed, a draw still says that the posterior is not empty
+        # a draw that was allowed but rejected still shows that the posterior is not empty
         none_allowed = torch.tensor([max(run.log_weights) == -math.inf for run in runs])
         check_supported(none_allowed, f"{len(runs[0].log_weights)} completions drawn", prompts)
         return self._draws(runs, tokens)
@@ -191,7 +191,7 @@ class RejectionSampler:
         estimates, intervals = [], []
         for run in runs:
             k, trials = len(run.rows), run.trials
-            # of trials that end with a success, the last one says nothing: without it the rate is unbiased
+            # trials end with a success, so the rate without the last trial is unbiased
             unbiased = (k - 1) / (trials - 1) if run.full and k > 1 else k / trials
             interval = clopper_pearson(k, trials, self.confidence, stopped_at_success=run.full)
             estimates.append(run.log_bound + _log(unbiased))
@@ -200,7 +200,7 @@ class RejectionSampler:
         return LogZ(torch.tensor(estimates, dtype=torch.float64), low, high, self.confidence)
 
     def _chosen_bounds(self, log_weights: Tensor, prompts: Sequence[Prompt]) -> list[float]:
-        """log B of each prompt by `max_tv`, from the weights of the pilot (P, pilot)."""
+        """log B of each prompt for `max_tv`, from the weights of the pilot draws (P, pilot)."""
         none_allowed = (log_weights == -torch.inf).all(-1)
         if bool(none_allowed.any()):
             raise ValueError(
@@ -237,12 +237,12 @@ class RejectionSampler:
         )
 
 
-_TOLERANCE = 1e-4  # nats: the rounding of fp32 log-probabilities of a sequence
+_TOLERANCE = 1e-4  # nats: rounding error of a sequence's log-probability in fp32
 
 
 @dataclass
 class _Run:
-    """One prompt's draws so far. Once n are accepted, later draws count for the weights only."""
+    """The draws of one prompt so far. Once n are accepted, further draws only add weights."""
 
     n: int
     max_draws: int
@@ -258,7 +258,7 @@ class _Run:
 
     @property
     def missing(self) -> int:
-        """Completions to draw next: what the acceptance rate so far asks for, but no fourfold of what was drawn."""
+        """Completions to draw next, by the acceptance rate so far, but at most four times those drawn."""
         if self.full:
             return 0
         wanted = math.ceil((self.n - len(self.rows)) * (self.trials + 1) / (len(self.rows) + 1))
@@ -281,10 +281,10 @@ def _counts(runs: Sequence[_Run]) -> list[int]:
 
 
 def _accepted(log_weights: Tensor, log_bounds: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B,) bool."""
+    """Whether each draw is accepted: (B,) bool."""
     device = "cpu" if generator is None else generator.device
     uniform = torch.rand(log_weights.shape, generator=generator, device=device, dtype=torch.float64).cpu()
-    # -inf − -inf is nan, and no number is below it: a forbidden draw is never accepted
+    # −inf − (−inf) is nan, which no number is below, so a forbidden draw is never accepted
     return uniform.log() < log_weights - log_bounds
 
 

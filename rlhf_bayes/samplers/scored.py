@@ -34,18 +34,18 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredCompletions:
-    """B completions drawn from a proposal, grouped by prompt, and what the posterior says of them. fp64, CPU, nats."""
+    """B completions drawn from a proposal, grouped by prompt, with evidence and log-weights in fp64, CPU, nats."""
 
     drawn: Completions
     prompt_index: Tensor
-    """(B,)"""
+    """(B,): index of each completion's prompt."""
     log_likelihood: Tensor
     """(B,): evidence."""
     log_weights: Tensor
     """(B,): log π0 + log_likelihood − log q."""
 
     def row(self, index: int) -> Row:
-        """Completion `index` by itself."""
+        """One completion."""
         drawn = self.drawn
         return Row(
             int(self.prompt_index[index]),
@@ -57,7 +57,7 @@ class ScoredCompletions:
 
     @property
     def tokens(self) -> int:
-        """Completion tokens drawn."""
+        """The number of completion tokens drawn."""
         return sum(map(len, self.drawn.completion_ids))
 
 
@@ -74,11 +74,11 @@ def draw_scored(
 
     Args:
         posterior, proposal, prompts, generator, columns:
-            As for a sampler, checked by [`checked_request`].
+            As in [`Sampler.sample`], checked by [`checked_request`].
         counts (`Sequence[int]`):
             P counts, not all 0.
     """
-    if len(set(counts)) == 1:  # a guided proposal reads each prompt once then
+    if len(set(counts)) == 1:  # in one call, so that a guided proposal reads each prompt once
         drawn = proposal.sample(prompts, counts[0], generator)
     else:
         drawn = proposal.sample(
@@ -102,17 +102,19 @@ def weighed(
 
     Args:
         posterior, proposal, columns:
-            As for a sampler.
+            As in [`Sampler.sample`].
         drawn (`Completions` or `Draws`):
             B completions.
         prompt_index (`Sequence[int]`):
-            Which of the P prompts each belongs to.
+            Index of the prompt of each completion.
         log_q (`torch.Tensor`, *optional*):
-            (B,), nats, if known.
+            (B,), nats, if it is known. Default: the proposal computes it.
     """
     rows = {name: [values[p] for p in prompt_index] for name, values in (columns or {}).items()}
     evidence = posterior.log_likelihood(drawn.prompts, drawn.completions, drawn.completion_ids, rows).double().cpu()
-    allowed = (evidence > -torch.inf).nonzero().flatten().tolist()  # the density of the others does not matter
+    allowed = (
+        (evidence > -torch.inf).nonzero().flatten().tolist()
+    )  # forbidden completions have weight 0, whatever their density
     if proposal is posterior.prior or not allowed:
         return evidence, evidence
     prompts, ids = ([column[row] for row in allowed] for column in (drawn.prompts, drawn.completion_ids))
@@ -130,9 +132,9 @@ def importance_log_z(log_weights: Sequence[Tensor], confidence: float) -> LogZ:
 
     Args:
         log_weights (`Sequence[torch.Tensor]`):
-            P tensors (n_p,), nats, all draws from the proposal.
+            P tensors (n_p,), nats: the log-weights of all draws from the proposal.
         confidence (`float`):
-            Of the interval, between 0 and 1.
+            Confidence of the interval, between 0 and 1.
     """
     estimate = torch.stack([log_z(row) for row in log_weights]).double()  # (P,)
     error = torch.stack([log_z_standard_error(row) for row in log_weights]).double()
@@ -151,12 +153,18 @@ def checked_request(
     columns: Mapping[str, Sequence] | None,
 ) -> Proposal:
     """
-    Refuse what no sampler can serve, before anything is drawn; returns the proposal, by default the prior.
+    Check the arguments of a sampler before anything is drawn; returns the proposal, by default the prior.
+
+    Args:
+        posterior, prompts, n, generator, columns:
+            As in [`Sampler.sample`].
+        proposal ([`Proposal`], *optional*):
+            The distribution to draw from. Default: the prior.
 
     Raises:
-        `ValueError`: no prompts, an n below 1, columns of another length, or a proposal that misses part of the
-            posterior.
-        `TypeError`: a posterior, proposal, prompt or generator that is none.
+        `ValueError`: if there are no prompts, n is below 1, columns have another length, or the proposal misses part
+            of the posterior.
+        `TypeError`: if the posterior, proposal, a prompt or the generator is not one.
     """
     if not hasattr(posterior, "prior"):
         raise TypeError(
@@ -178,7 +186,7 @@ def checked_request(
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Refuse what is no list of prompts: ValueError or TypeError."""
+    """Raise ValueError or TypeError unless these are a list of prompts."""
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"`prompts` must be a non-empty list of texts or of chats, got {prompts!r}. Pass a list.")
     for row, prompt in enumerate(prompts):
@@ -187,7 +195,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def check_columns(columns: Mapping[str, Sequence] | None, prompts: Sequence[Prompt]) -> None:
-    """Refuse columns of the dataset that are not those of the prompts: ValueError."""
+    """Raise ValueError unless columns of the dataset have one entry for each prompt."""
     for name, values in (columns or {}).items():
         if len(values) != len(prompts):
             raise ValueError(
@@ -197,7 +205,7 @@ def check_columns(columns: Mapping[str, Sequence] | None, prompts: Sequence[Prom
 
 
 def check_proposal(name: str, proposal: Any) -> None:
-    """Refuse what cannot be drawn from, or has no density: TypeError."""
+    """Raise TypeError unless this can be drawn from and has a density."""
     if not isinstance(proposal, Proposal):
         raise TypeError(
             f"`{name}` must have the methods `sample` and `log_prob`, got {type(proposal).__name__}. Wrap a model or "
@@ -206,13 +214,13 @@ def check_proposal(name: str, proposal: Any) -> None:
 
 
 def check_count(name: str, value: Any, at_least: int = 1) -> None:
-    """Refuse what is not an integer of at least `at_least`: ValueError."""
+    """Raise ValueError unless this is an integer of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"`{name}` must be an integer of at least {at_least}, got {value!r}.")
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse what is not between 0 and 1: ValueError."""
+    """Raise ValueError unless this is between 0 and 1."""
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}.")
 
@@ -237,7 +245,7 @@ def _check_support(
                 "prior's tokenizer and length: `LanguageModel(policy, prior.tokenizer, prior.max_completion_length)`."
             )
         return  # a softmax is positive everywhere
-    # weights of draws from q never show what q cannot draw: ask it about draws of the prior
+    # draws from q cannot show what q never draws, so q is evaluated on draws of the prior
     per_prompt = -(-_SUPPORT_DRAWS // len(prompts))
     few = min(len(prompts), _SUPPORT_DRAWS)
     few_columns = {name: values[:few] for name, values in (columns or {}).items()}
@@ -258,16 +266,16 @@ _SUPPORT_DRAWS = 64
 
 def check_supported(none_allowed: Tensor, drawn: str, prompts: Sequence[Prompt], stacklevel: int = 3) -> None:
     """
-    Say which prompts the draws say nothing of: none of them was allowed.
+    Warn of prompts without any draw that the posterior allows.
 
     Args:
-        none_allowed (`torch.Tensor`): (P,) bool.
-        drawn (`str`): what was drawn, for the message.
+        none_allowed (`torch.Tensor`): (P,) bool: whether a prompt has no such draw.
+        drawn (`str`): a name for the draws, for the message.
         prompts (`Sequence`): P prompts.
-        stacklevel (`int`): of the warning.
+        stacklevel (`int`): stack level of the warning.
 
     Raises:
-        `ValueError`: where that is so of every prompt; of some, it warns.
+        `ValueError`: if no prompt has such a draw.
     """
     count = int(none_allowed.sum())
     if count == 0:
@@ -283,7 +291,7 @@ def check_supported(none_allowed: Tensor, drawn: str, prompts: Sequence[Prompt],
 
 
 def rows_of(draws: Draws) -> list[Row]:
-    """The rows one by one."""
+    """The rows of draws, one by one."""
     columns = (draws.prompt_index.tolist(), draws.prompts, draws.completion_ids, draws.texts, draws.completions)
     return [Row(*row) for row in zip(*columns, strict=True)]
 
@@ -297,7 +305,17 @@ def as_draws(
     log_z: LogZ | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Draws:
-    """Rows in the order of the prompts, as a sampler returns them."""
+    """
+    [`Draws`] from rows in the order of the prompts.
+
+    Args:
+        rows (`Sequence[Row]`):
+            B completions.
+        num_prompts (`int`):
+            P.
+        guarantee, dependence, log_weights, log_z, info:
+            Fields of [`Draws`].
+    """
     return Draws(
         prompts=[row.prompt for row in rows],
         prompt_index=torch.tensor([row.prompt_index for row in rows], dtype=torch.long),

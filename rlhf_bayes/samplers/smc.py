@@ -1,4 +1,4 @@
-"""Twisted sequential Monte Carlo: particles that are weighed and resampled while they are written."""
+"""Twisted sequential Monte Carlo: particles are weighted and resampled while they are decoded."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 @final
 class SMC:
     r"""
-    Twisted SMC: n particles a prompt are written token by token; those that the twist finds promising multiply.
+    Twisted SMC: n particles for each prompt are decoded token by token, and resampled by a twist of their prefixes.
 
         w_t  =  π0(x_t | x_<t)·ψ(x_≤t) / (q(x_t | x_<t)·ψ(x_<t)),      ψ = exp(log_value),  of whole completions
                                                                         exp(log_likelihood)
         Ẑ  =  Π over resamplings (1/n) Σ_i Π_t w_t^i
 
-    Guarantee: consistent. Weighted draws converge to the posterior as n grows, and Ẑ is unbiased for every n, whatever
-    the value; a good value needs fewer particles. Draws of a prompt depend on each other.
+    **Guarantee: consistent.** Weighted draws converge to the posterior as n grows, and Ẑ is unbiased for every n and
+    every value; a good value needs fewer particles. The draws of a prompt are not independent.
 
-    A value should be on the scale of the log-likelihood, constants included: particles that have ended compete with
-    those that have not.
+    A value should have the scale of the log-likelihood, constants included, since particles that have ended compete
+    with those that have not.
 
     Args:
         value (`Value`):
-            log ψ. The best is the soft value of the posterior.
+            log ψ. The optimal one is the soft value of the posterior.
         proposal ([`~rlhf_bayes.LanguageModel`] or [`StepwiseProposal`], *optional*):
             q, over the prior's tokens. Default: the prior.
         ess_threshold (`float`):
-            Resample a prompt's particles when their effective sample size falls below this share of n. 1: always,
-            0: never, which is importance sampling.
+            A prompt's particles are resampled when their effective sample size falls below this share of n. 1 always
+            resamples, 0 never does, which is importance sampling.
 
     Raises:
-        TypeError: if `value` or `proposal` cannot be asked token by token.
+        TypeError: if `value` or `proposal` does not work token by token.
         ValueError: if `ess_threshold` is outside of [0, 1].
 
     Source: Zhao et al. 2024, arXiv 2404.17546, section 3.
@@ -84,7 +84,7 @@ class SMC:
         columns: Mapping[str, Sequence] | None = None,
     ) -> Draws:
         """
-        n weighted particles of each prompt: see [`Sampler`].
+        n weighted particles of each prompt. Arguments are those of [`Sampler.sample`].
 
         As many prompts are decoded at once as the prior's `batch_size` holds, at least one.
 
@@ -96,12 +96,12 @@ class SMC:
         `ancestors` left at the end (each a list of P), and `tokens` drawn.
 
         Raises:
-            ValueError: bad arguments, a value that is nan, or no draw of any prompt in the posterior's support.
+            ValueError: if an argument is wrong, a value is nan, or no draw of any prompt is allowed by the posterior.
         """
         self._check_request(posterior, prompts, n, generator, columns)
         run = self._run(posterior, prompts, n, generator, columns, None)
         nothing = (run.log_weights == -torch.inf).all(1)  # (P,)
-        check_supported(nothing, f"{n} particles", prompts, stacklevel=4)  # no_grad is a frame
+        check_supported(nothing, f"{n} particles", prompts, stacklevel=4)  # 4: `no_grad` adds a frame
         ess, effective = importance_ess(run.log_weights), run.effective_particles
         return Draws.of(
             run.drawn,
@@ -131,13 +131,13 @@ class SMC:
         confidence: float = 0.95,
     ) -> LogZ:
         r"""
-        log Z of each prompt between two bounds, which hold whatever the value and the number of particles.
+        An interval for log Z of each prompt from two bounds, which hold for any value and number of particles.
 
             E[log Ẑ]  ≤  log Z  ≤  E[log Ẑ′],        Ẑ′ from a run whose particles include an exact draw
 
-        For each exact draw a plain and a conditional run are made. The interval reaches from the lower end of the
-        interval on E[log Ẑ] to the upper end of that on E[log Ẑ′] (Student's t over the draws), so it is wide where
-        the value is poor, rather than wrong. The estimate is the middle of the two means, whose biases cancel in first
+        For each exact draw a plain and a conditional run are made. The interval extends from the lower end of the
+        interval for E[log Ẑ] to the upper end of that for E[log Ẑ′] (Student's t over the draws), so with a poor value
+        it is wide rather than wrong. The estimate is the midpoint of the two means, whose biases cancel to first
         order.
 
         Args:
@@ -146,14 +146,14 @@ class SMC:
             exact ([`Draws`]):
                 Exact draws from this posterior, at least 2 of each prompt: those of a [`RejectionSampler`].
             n (`int`):
-                Particles a run.
+                Particles of each run.
             generator, columns:
-                As for `sample`; columns have an entry for each prompt of `exact`.
+                As in `sample`; columns have an entry for each prompt of `exact`.
             confidence (`float`):
-                Of the interval.
+                Confidence of the interval.
 
         Raises:
-            ValueError: draws that are not exact, too few of them, or a proposal that cannot draw one of them.
+            ValueError: if draws are not exact, there are too few of them, or the proposal cannot draw one of them.
 
         Source: Zhao et al. 2024, arXiv 2404.17546, section 5; Grosse, Ghahramani & Adams 2015,
         arXiv 1511.02543.
@@ -176,7 +176,7 @@ class SMC:
             count = int(rows.sum())
             quantile = float(t.ppf((1 + confidence) / 2, count - 1)) / math.sqrt(count)
             below, above = plain[rows], conditional[rows]
-            hit = bool((below > -torch.inf).all())  # a run of weight 0 bounds nothing
+            hit = bool((below > -torch.inf).all())  # a run of weight 0 gives no lower bound
             low.append(float(below.mean() - quantile * below.std()) if hit else -math.inf)
             high.append(float(above.mean() + quantile * above.std()))
             middle.append(float((below.mean() + above.mean()) / 2) if hit else float(above.mean()))

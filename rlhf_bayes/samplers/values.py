@@ -1,4 +1,4 @@
-"""What a half-written completion is worth: token-level values, to guide decoding and to twist SMC."""
+"""Values of prefixes of a completion, which guide decoding and twist SMC."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
@@ -18,20 +18,21 @@ from rlhf_bayes.lm.language_model import as_completion
 @runtime_checkable
 class Value(Protocol):
     r"""
-    What a prefix is worth, in nats. The right one is the soft value
+    The value of a prefix, in nats. The optimal one is the soft value
 
         log_value(c, x_≤t)  =  log E_π0[exp(log_likelihood(c, x)) | x_≤t],
 
-    with which decoding by `π0(x_t)·exp(log_value(x_≤t))` draws from the posterior. The mean E[log_likelihood | x_≤t]
-    is not it, nor any other; but as a proposal or a twist every value that is finite gives a correct sampler. A prefix
-    may be a whole completion. `-inf` says that the posterior has nothing that starts so, and is taken at its word.
+    with which decoding by `π0(x_t)·exp(log_value(x_≤t))` draws from the posterior. Other values, the mean
+    E[log_likelihood | x_≤t] among them, do not, but as a proposal or a twist every finite value gives a correct
+    sampler. A prefix may be a whole completion. `-inf` means that the posterior allows no completion that starts with
+    the prefix; this is not checked.
 
-    A value may also have `next_log_values(prompts, prefixes)`, (B, V): those of each prefix with each next token,
-    where one pass tells them all.
+    A value may also have `next_log_values(prompts, prefixes)`, (B, V): the values of each prefix with each next token,
+    where one pass computes them all.
     """
 
     def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """(B,) nats, for B prefixes given as token ids."""
+        """The values of B prefixes, given as token ids: (B,), nats."""
         ...
 
 
@@ -52,7 +53,7 @@ class EnumeratedValue:
             (P, N), nats.
 
     Raises:
-        KeyError: when asked for a prefix of no completion.
+        KeyError: for a prefix with which no completion starts.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class PrefixValue:
 
     Args:
         likelihood (`Likelihood`):
-            The evidence. It must do without columns of the dataset.
+            The evidence. It gets no columns of the dataset.
         tokenizer (`PreTrainedTokenizerBase`):
             Decodes the prefixes, special tokens skipped.
 
@@ -116,9 +117,10 @@ class HeadValue:
 
     Args:
         lm ([`~rlhf_bayes.LanguageModel`]):
-            Reads the prefixes.
+            The model that reads the prefixes.
         head (`Callable`):
-            Hidden states (B, H) to nats (B,), for instance `lambda hidden: logsigmoid(classifier(hidden)[:, 0])`.
+            A function from hidden states (B, H) to nats (B,), for instance
+            `lambda hidden: logsigmoid(classifier(hidden)[:, 0])`.
     """
 
     def __init__(self, lm: LanguageModel, head: Callable[[Tensor], Tensor]):
@@ -140,7 +142,7 @@ class ExpertsValue:
 
     Args:
         expert, anti_expert ([`~rlhf_bayes.LanguageModel`]):
-            Over the prior's tokens.
+            Models with the prior's tokens.
         scale (`float`):
             DExperts' α.
 
@@ -179,10 +181,10 @@ class CriticValue:
     r"""
     The critic of [`~rlhf_bayes.PPOTrainer`]: `u(c, x_≤t)/β + log π(x_≤t | c) − log π0(x_≤t | c)`.
 
-    The critic forecasts r − β·log(π/π0) of the whole completion; the log-ratio of what is written turns that into a
-    value under the prior. Where the policy π is the posterior, it is the soft value; elsewhere a bound from below, as
-    far as the critic has learnt. Training shifts it by a constant of each prompt, which matters only where completions
-    end at different lengths. At a whole completion it was never trained: u is that before the last token.
+    The critic u forecasts r − β·log(π/π0) of the whole completion; the log-ratio of the prefix turns this into a value
+    under the prior. If the policy π is the posterior, it is the soft value; otherwise, with an exact critic, it is a
+    lower bound. Training may shift it by a constant for each prompt, which matters only where completions end at
+    different lengths. The critic was not trained on whole completions, so for them u is that before the last token.
 
     Args:
         policy ([`~rlhf_bayes.LanguageModel`]):
@@ -190,7 +192,7 @@ class CriticValue:
         prior ([`~rlhf_bayes.LanguageModel`]):
             π0.
         beta (`float`):
-            Units of reward per nat, those of training.
+            Units of reward per nat, as in training.
 
     Raises:
         ValueError: if the policy's model holds no critic, or `beta` is not positive.
@@ -246,11 +248,11 @@ class CriticValue:
 
 def checked_log_value(value: Value, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
     """
-    What a value says of B prefixes, if it is one: (B,), fp32 or better, nats, finite or `-inf`.
+    The values of B prefixes, checked: (B,), fp32 or better, nats, finite or `-inf`.
 
     Raises:
-        TypeError: not a tensor of one number for each prefix.
-        ValueError: nan or `+inf`, with the prefix.
+        TypeError: if they are not a tensor with one number for each prefix.
+        ValueError: if one is nan or `+inf`; the error names the prefix.
     """
     result = value.log_value(prompts, prefixes)
     if not isinstance(result, Tensor) or result.shape != (len(prefixes),):
@@ -263,7 +265,7 @@ def checked_log_value(value: Value, prompts: Sequence[Prompt], prefixes: Sequenc
 
 
 def checked_next_log_values(value: Any, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
-    """What a value says of each next token: (B, V). Raises as `checked_log_value`."""
+    """The values of each next token, checked: (B, V). Errors are those of [`checked_log_value`]."""
     return _without_nan(value, value.next_log_values(prompts, prefixes), prompts, prefixes)
 
 
@@ -288,5 +290,5 @@ def _under_adapter(lm: Any, name: str) -> Callable[..., Any]:
 
 
 def rows_of(columns: Mapping[str, Sequence] | None, rows: Sequence[int]) -> dict[str, list]:
-    """Columns of the dataset, of these rows."""
+    """Columns of the dataset, for these rows."""
     return {name: [values[row] for row in rows] for name, values in (columns or {}).items()}

@@ -10,7 +10,14 @@ from typing import Any, Literal, final
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from rlhf_bayes import numerics
 from rlhf_bayes.lm.language_model import Completion, Prompt
@@ -86,7 +93,7 @@ class EnumerableLM:
         self.vocab_size, self.max_completion_length = vocab_size, max_completion_length
         self.beta, self.temperature = beta, temperature
         self.tokenizer = _word_tokenizer(vocab_size, pad_is_eos)
-        words = self.tokenizer.convert_ids_to_tokens(range(vocab_size - 2 + pad_is_eos))
+        words = self.tokenizer.convert_ids_to_tokens(list(range(vocab_size - 2 + pad_is_eos)))
         self.prompts = [" ".join(words[i % len(words)] for i in which) for which in ([0], [1, 2], [2, 0, 1, 0])]
         self.completion_ids = self._enumerate()
         self._prefixes, self._positions = self._prefix_table()
@@ -105,7 +112,7 @@ class EnumerableLM:
         """(P, N), nats: `r(c, x) / β` of [`toy_reward`]."""
         return self.rewards / self.beta
 
-    def random_policy(self, noise: float = 0.05, seed: int = 1) -> nn.Module:
+    def random_policy(self, noise: float = 0.05, seed: int = 1) -> PreTrainedModel:
         """
         A new causal LM: the prior's weights plus Gaussian noise. Without noise, a copy of the prior to train.
 

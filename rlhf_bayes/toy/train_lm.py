@@ -49,8 +49,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,  # pyright: ignore[reportArgumentType]  a union in transformers
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportArgumentType]
     )
     return LlamaForCausalLM(config)
 
@@ -64,7 +64,16 @@ def batch_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text
 
 
 def train(steps: int, batch_size: int, learning_rate: float, vocab_size: int, seed: int):
-    """Trains a tokenizer and a model on fresh reviews in every batch; returns both."""
+    """
+    Train a tokenizer and a model, with new reviews in every batch; returns both.
+
+    Args:
+        steps (`int`): Number of optimizer steps.
+        batch_size (`int`): Reviews in each batch.
+        learning_rate (`float`): Learning rate at the start.
+        vocab_size (`int`): Number of tokens.
+        seed (`int`): Seed of the reviews and of the weights.
+    """
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)  # Adam's second moments of unused tokens become denormal, which is slow
     texts = [review.text for review in write_reviews(steps * batch_size, seed)]

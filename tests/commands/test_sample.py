@@ -136,11 +136,57 @@ def test_a_condition_alone(toy, tmp_path, monkeypatch, capsys):
     assert "E[r]" not in printed
 
 
+def test_a_likelihood(toy, tmp_path, monkeypatch, capsys):
+    toy.save(tmp_path / "model")
+    (tmp_path / "evidence_of_test_sample.py").write_text(
+        "import torch\n\n\n"
+        "class ShortOrNot:\n"
+        "    forbids = True\n\n"
+        "    def log_likelihood(self, prompts, completions, completion_ids, columns=None):\n"
+        "        nats = {1: -0.5, 2: -float('inf'), 3: 0.75}\n"
+        "        return torch.tensor([nats[len(ids)] for ids in completion_ids])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("COLUMNS", "200")
+    flags = ["--model_name_or_path", "model", "--prompt", toy.prompts[1], "--num_samples", "400"]
+    flags += ["--max_completion_length", "3", "--output_dir", "out", "--sampler", "importance"]
+    commands.main(["sample", *flags, "--likelihood", "evidence_of_test_sample:ShortOrNot"])
+    nats = torch.tensor([{1: -0.5, 2: -math.inf, 3: 0.75}[len(ids)] for ids in toy.completion_ids])
+    exact = (toy.log_prior[1] + nats).logsumexp(0).item()
+    log_z = read(tmp_path / "out" / "importance" / "evaluation.json")["log_z"]
+    assert 0 < log_z["standard_error"] < 0.1
+    assert abs(log_z["mean"] - exact) < 4 * log_z["standard_error"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "importance" / "draws.jsonl").read_text().splitlines()]
+    assert all(len(row["completion_ids"]) != 2 and row["reward"] is None for row in rows if row["weight"] > 0)
+    printed = capsys.readouterr().out
+    assert "What if" not in printed
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--reward_func", "a:b"],
+        ["--reward_model_path", "a"],
+        ["--condition", "a:b"],
+        ["--beta", "0.5"],
+        ["--what_if_beta", "1"],
+        ["--reward_clip_range", "0", "1"],
+    ],
+)
+def test_a_likelihood_is_the_whole_evidence(flags, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        commands.main(["sample", "--likelihood", "a:b", *flags])
+    assert f"`{flags[0]}` must be left out with `--likelihood`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--likelihood", "nothing"], "`likelihood` must have the form `module:object`"),
         (["--model_name_or_path", "some/model"], "`--dataset_name` or `--prompt` must be given"),
-        (["--model_name_or_path", "some/model", "--prompt", "a"], "`--reward_func`, `--reward_model_path` or"),
+        (["--model_name_or_path", "some/model", "--prompt", "a"], "`--condition` or `--likelihood` must be given"),
         (["--num_samples", "1"], "`--num_samples` must be at least 2, got 1"),
         (["--num_samples", "3"], "`--num_samples` must be at least 4 for metropolis_hastings, got 3"),
         (["--max_prompts", "0"], "`--max_prompts` must be at least 1, got 0"),

@@ -1,11 +1,13 @@
-"""Repetition within and between texts, by hand and, where installed, against nltk."""
+"""Repetition within and between texts, by hand and against sacrebleu."""
 
 import math
 import random
 
 import pytest
+from sacrebleu import sentence_bleu
 
 from rlhf_bayes.diagnostics import distinct_n, duplicates, repeated_ngrams, self_bleu
+from rlhf_bayes.diagnostics.diversity import words
 
 
 def split(*texts):
@@ -29,34 +31,57 @@ def test_duplicates():
     assert duplicates([[1, 2], [2, 1]]) == 0.0
 
 
+@pytest.mark.parametrize(
+    "text", ["Yes.", "a", "", "今天天气很好。", "สวัสดี", "It was good, and it was cheap.", "a a a a a a"]
+)
+def test_self_bleu_of_the_same_text_is_one(text):
+    assert self_bleu([text] * 8) == pytest.approx(1.0)
+
+
 def test_self_bleu_by_hand():
-    assert self_bleu(split("a b c d", "a b c d", "a b c d")) == pytest.approx(1.0)
-    assert self_bleu(split("a b", "c d")) == 0.0
-    assert math.isnan(self_bleu(split("a b c")))
-    # "a b" has both words and its pair in "a b c", which is longer; "a b c" has 2 of 3 words and 1 of 2 pairs
-    short, long = math.exp(1 - 3 / 2), math.sqrt(2 / 3 * 1 / 2)
-    assert self_bleu(split("a b", "a b c"), max_n=2) == pytest.approx((short + long) / 2)
-    # a word said twice counts as often as one other text says it, even if both texts together say it twice
-    clipped = self_bleu([["a", "a"], ["a", "b"], ["a", "c"]], max_n=1)
-    assert clipped == pytest.approx((1 / 2 + 1 / 2 + 1 / 2) / 3)
+    assert self_bleu(["a b", "c d"]) == 0.0
+    assert math.isnan(self_bleu(["a b c"]))
+    # a word said twice counts as often as one other text says it, even if both texts together say it twice;
+    # of the pairs, none matches, which is smoothed to half a match
+    assert self_bleu(["a a", "a b", "a c"]) == pytest.approx(math.sqrt(1 / 2 * 1 / 2))
+    assert self_bleu(["a b", ""]) == 0.0
 
 
-def test_self_bleu_is_that_of_nltk():
-    bleu_score = pytest.importorskip("nltk.translate.bleu_score", reason="nltk is not installed")
-    smoothing = bleu_score.SmoothingFunction().method1
+def random_texts(vocabulary, generator):
+    return [" ".join(generator.choices(vocabulary, k=generator.randint(1, 12))) for _ in range(15)]
+
+
+def test_self_bleu_is_that_of_sacrebleu():
     generator = random.Random(0)
-    for vocabulary in ("abc", "abcdef", "abcdefghij"):
-        texts = [generator.choices(vocabulary, k=generator.randint(1, 12)) for _ in range(15)]
-        expected = [
-            bleu_score.sentence_bleu(texts[:row] + texts[row + 1 :], text, smoothing_function=smoothing)
-            for row, text in enumerate(texts)
-        ]
-        assert self_bleu(texts) == pytest.approx(sum(expected) / len(texts))
+    for vocabulary in (["a", "b."], ["a", "b", "it's", "one,", "(two)"], list("abcdefghij")):
+        texts = random_texts(vocabulary, generator)
+        expected = [sentence_bleu(text, texts[:row] + texts[row + 1 :]).score for row, text in enumerate(texts)]
+        assert self_bleu(texts) == pytest.approx(sum(expected) / len(texts) / 100)
+
+
+def test_self_bleu_of_a_script_without_spaces_is_that_of_sacrebleu():
+    generator = random.Random(1)
+    texts = ["".join(generator.choices("今天气很好不坏我", k=generator.randint(1, 12))) for _ in range(12)]
+    expected = [
+        sentence_bleu(text, texts[:row] + texts[row + 1 :], tokenize="zh").score for row, text in enumerate(texts)
+    ]
+    assert self_bleu(texts) == pytest.approx(sum(expected) / len(texts) / 100)
+    assert 0 < self_bleu(texts) < 1
+
+
+def test_scripts_without_spaces_have_words_too():
+    assert words("今天 好") == ["今", "天", "好"]
+    assert words("ok 今天") == ["ok", "今", "天"]
+    assert words("Yes. No") == ["Yes.", "No"]
+
+
+def joined_self_bleu(texts):
+    return self_bleu([" ".join(text) for text in texts])
 
 
 def test_collapse_is_seen():
     generator = random.Random(0)
     diverse = [generator.choices("abcdefghij", k=8) for _ in range(20)]
     collapsed = [generator.choice(diverse[:2]) for _ in range(20)]
-    for measure, grows in ((lambda texts: distinct_n(texts, 2), False), (self_bleu, True), (duplicates, True)):
+    for measure, grows in ((lambda texts: distinct_n(texts, 2), False), (joined_self_bleu, True), (duplicates, True)):
         assert (measure(collapsed) > measure(diverse)) == grows

@@ -23,6 +23,7 @@ DATA = PreferenceSummary(
     agreement=0.625,
     error_rates={"care|ful": 0.06, "careless": 0.41},
 )
+SCALE = Normalization((2.0,), (0.5,), "draws")
 HEADS = RewardIndex(
     "heads", ["head_0", "head_1"], True, Normalization((2.0, 0.5), (0.25, -1.0), "1,024 completions of the prior")
 )
@@ -157,6 +158,24 @@ def test_the_code_names_what_exists(index):
 def test_end_of_sequence_is_told_where_it_counts(card):
     assert "EOS is appended" in section(card, "How to load")
     assert "EOS" not in reward_model_card("judge", RewardIndex(), DATA)
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (RewardIndex(), "give the raw logit; the labels say so. `rlhf-bayes export runs/judge` writes"),
+        (RewardIndex(append_eos=True), "with `tokenizer.eos_token` appended to each text"),
+        (RewardIndex(normalization=SCALE, folded="gain_and_bias"), "give the normalised reward;"),
+        (
+            RewardIndex(normalization=SCALE, folded="gain"),
+            "without the bias, a constant that no comparison depends on",
+        ),
+        (RewardIndex(normalization=SCALE), "give the raw logit;"),
+        (RewardIndex("lora", ["default", "member_1"]), "`rlhf-bayes export runs/judge --member default` writes one"),
+    ],
+)
+def test_what_plain_transformers_gives_is_told(index, expected):
+    assert expected in section(reward_model_card("runs/judge", index, DATA), "In plain transformers")
 
 
 @pytest.mark.parametrize(

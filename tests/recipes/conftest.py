@@ -4,6 +4,23 @@ import sys
 
 import pytest
 
+EVIDENCE = """
+from rlhf_bayes.likelihoods import Constraint, ProductLikelihood, RewardLikelihood
+from rlhf_bayes.toy.rewards import sentiment_reward
+
+
+def says_but(completions, **columns):
+    return [" but " in text for text in completions]
+
+
+kind = RewardLikelihood(sentiment_reward, beta=0.5)
+but = Constraint(says_but)
+
+
+def kind_but():
+    return ProductLikelihood([kind, but])
+"""
+
 
 @pytest.fixture
 def run_in_process(recipe, monkeypatch, tmp_path):
@@ -17,3 +34,11 @@ def run_in_process(recipe, monkeypatch, tmp_path):
         recipe.main()
 
     return run
+
+
+@pytest.fixture
+def evidence(run_in_process, tmp_path):
+    """A module in that folder with likelihoods: `kind` (a reward), `but` (a condition), and what makes both."""
+    (tmp_path / "evidence_of_recipes.py").write_text(EVIDENCE)
+    yield "evidence_of_recipes"
+    sys.modules.pop("evidence_of_recipes", None)

@@ -78,6 +78,23 @@ def test_own_prompts_features_and_lora_from_yaml(run_in_process, tmp_path, capsy
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_towards_a_likelihood(recipe, run_in_process, evidence, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(recipe, "fitted_evidence", lambda *args: pytest.fail("λ would be fitted"))
+    run_in_process("--likelihood", f"{evidence}:kind_but", "--output_dir", "out", *SMALL)
+    output = capsys.readouterr().out
+    assert "Distance to the posterior π0·exp(log-likelihood)/Z" in output
+    assert "│ share forbidden" in output
+    (run,) = read_runs([tmp_path / "out"])
+    assert run.sampling["settings"]["likelihood"] == f"{evidence}:kind_but"
+    assert 1 in run.curve("posterior/moments/says_but")[0]
+
+
+@pytest.mark.parametrize("flags", [["--words", "but=1"], ["--features", "f:g=1"], ["--fit_samples", "8"]])
+def test_features_do_not_go_with_a_likelihood(run_in_process, evidence, flags):
+    with pytest.raises(ValueError, match=f"`{flags[0]}` must be left out with `--likelihood`"):
+        run_in_process("--likelihood", f"{evidence}:kind", *flags, *SMALL)
+
+
 def test_conditions_alone_need_no_draws(recipe, run_in_process, monkeypatch, capsys):
     monkeypatch.setattr(LanguageModel, "constrain", lambda *args, **options: pytest.fail("λ would be fitted"))
     flags = ["--divergence", "log_variance", "--replay_batches", 2, "--num_iterations", 2, "--output_dir", "out"]
@@ -112,8 +129,11 @@ def test_stories_with_animals(tmp_path):
         (["--features", "no_such_module:f=1"], "a module that can be imported"),
         (["--beta", 0.1, "--words", "but=1"], "`beta` must be left out with `likelihood`"),
         (["--model_name_or_path", "some/model"], "`--dataset_name` must be given"),
-        (["--model_name_or_path", "some/model", "--dataset_name", "rows.jsonl"], "`--features .* or `--words"),
-        (["--divergence", "reverse_kl", "--words", "but=1"], "`divergence` must not be 'reverse_kl'"),
+        (["--model_name_or_path", "some/model", "--dataset_name", "rows.jsonl"], "`--features .*, `--words"),
+        (
+            ["--divergence", "reverse_kl", "--words", "but=1"],
+            "must not forbid completions with `divergence`='reverse_kl'",
+        ),
     ],
 )
 def test_wrong_flags_end_before_training(recipe, run_in_process, monkeypatch, flags, message):

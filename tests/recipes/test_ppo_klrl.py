@@ -1,6 +1,7 @@
 """The recipe as a user launches it, in processes of its own, with few steps; and what wrong flags end in."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import toy
+from rlhf_bayes.commands.flags import load_likelihood
 from rlhf_bayes.report import read_runs, write_report
 from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel
+from rlhf_bayes.toy.rewards import sentiment_reward
 
 from ..scripts import loaded_script, run_script
 
@@ -85,6 +88,42 @@ def test_own_prompts_rewards_and_lora_from_yaml(run_in_process, tmp_path, capsys
     assert "I thought the soup" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     assert (tmp_path / "out" / "curves.png").exists()
+
+
+def test_towards_a_likelihood(run_in_process, evidence, tmp_path, capsys):
+    run_in_process("--likelihood", f"{evidence}:kind", "--output_dir", "out", *SMALL)
+    output = capsys.readouterr().out
+    assert "Distance to the posterior π0·exp(log-likelihood)/Z" in output
+    assert "│ ELBO" in output
+    assert re.search(r"│ reward +│ +– │ +– │", output)  # all of it is in nats
+    (run,) = read_runs([tmp_path / "out"])
+    assert (run.beta, run.reward_names) == (None, [])
+    # training and report are about the same likelihood: r/β of the completions before is the policy's evidence
+    likelihood = load_likelihood(f"{evidence}:kind")
+    rewards = sentiment_reward([sample.completion for sample in run.before])
+    elbo = json.loads((tmp_path / "out" / "evaluation.json").read_text())["prior"]["elbo"]["mean"]
+    assert likelihood.beta == 0.5
+    assert elbo == pytest.approx(sum(rewards) / len(rewards) / 0.5, abs=0.01)  # of the prior, E[r/β]; by a jackknife
+    first = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"][0]
+    assert first["posterior/elbo"] == pytest.approx(first["rewards/log_likelihood/mean"], rel=1e-4)  # β is 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("kind", ["--reward_func", "rlhf_bayes.toy.rewards:vader_reward"], "`--reward_func` must be left out with"),
+        ("kind", ["--reward_model_path", "runs/x"], "`--reward_model_path` must be left out with `--likelihood`"),
+        ("kind", ["--beta", "0.3"], r"`beta` must be left out with `likelihood`, got 0\.3"),
+        ("kind", ["--target_kl", "3"], "`target_kl` must be left out with `likelihood`"),
+        ("but", [], "`likelihood` must not forbid completions with PPO"),
+        ("kind_but", [], "must not forbid completions with PPO.* got ProductLikelihood"),
+        ("butt", [], "Is 'but' meant"),
+    ],
+)
+def test_likelihoods_that_are_refused(recipe, run_in_process, evidence, monkeypatch, name, flags, message):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        run_in_process("--likelihood", f"{evidence}:{name}", *flags, *SMALL)
 
 
 def test_without_a_kl_term_there_is_no_posterior_to_report(run_in_process, capsys):

@@ -27,6 +27,24 @@ def test_same_data_and_flags(run_in_process, tmp_path, capsys, objective):
     assert (tmp_path / "runs" / "swap_objective" / objective / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(("objective", "name"), [("ppo", "kind"), ("gdc-log-variance", "kind_but")])
+def test_towards_a_likelihood(run_in_process, evidence, tmp_path, capsys, objective, name):
+    run_in_process("--objective", objective, "--likelihood", f"{evidence}:{name}", *SMALL)
+    output = capsys.readouterr().out
+    assert "Distance to the posterior π0·exp(log-likelihood)/Z" in output
+    assert "│ gap = KL to posterior (nats)" in output
+    assert (tmp_path / "runs" / "swap_objective" / objective / "model.safetensors").exists()
+
+
+def test_a_likelihood_that_the_objective_cannot_take(run_in_process, evidence):
+    with pytest.raises(ValueError, match=r"`--likelihood` must be left out with `--objective rloo`.*one of ppo, gdc-"):
+        run_in_process("--likelihood", f"{evidence}:kind", *SMALL)
+    with pytest.raises(ValueError, match="`likelihood` must not forbid completions with PPO"):
+        run_in_process("--objective", "ppo", "--likelihood", f"{evidence}:but", *SMALL)
+    with pytest.raises(ValueError, match="`--reward_func` must be left out with `--likelihood`"):
+        run_in_process("--objective", "ppo", "--likelihood", f"{evidence}:but", "--reward_func", "a:b", *SMALL)
+
+
 def test_objective_and_its_own_flags_from_yaml(recipe, run_in_process, monkeypatch, tmp_path):
     made = {}
 

@@ -2,10 +2,17 @@
 
 from rlhf_bayes.commands.flags.data import hold_out, load_preferences, load_prompts, prompts_of_pairs
 from rlhf_bayes.commands.flags.features import contains_words, parse_features
-from rlhf_bayes.commands.flags.named import load_function, load_language_model, load_pooled_reward, load_reward_func
+from rlhf_bayes.commands.flags.named import (
+    load_function,
+    load_language_model,
+    load_likelihood,
+    load_pooled_reward,
+    load_reward_func,
+)
 from rlhf_bayes.commands.flags.recipe import (
     PromptArguments,
     evaluate_saved,
+    likelihood_report,
     model_init_kwargs,
     parse_flags,
     print_samples,
@@ -19,8 +26,10 @@ __all__ = [
     "contains_words",
     "evaluate_saved",
     "hold_out",
+    "likelihood_report",
     "load_function",
     "load_language_model",
+    "load_likelihood",
     "load_pooled_reward",
     "load_preferences",
     "load_prompts",

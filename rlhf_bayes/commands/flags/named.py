@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOConfig
 
+from rlhf_bayes.likelihoods import Likelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.lm.pretrained import load_causal_lm, whole_weights
 from rlhf_bayes.numerics import pool
@@ -36,11 +38,52 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
     Raises:
         ValueError: if the name has another form, the module cannot be imported, or has no such function.
     """
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
+    function, refusal = _named(name, flag, "function", "rewards:my_reward")
+    if not callable(function):
+        raise refusal
+    return function
+
+
+def load_likelihood(name: str) -> Likelihood:
+    """
+    The likelihood that `module:object` names. The module may be in the current folder.
+
+    Args:
+        name (`str`):
+            Of an object with a method `log_likelihood`; or of a class or a function that makes one without arguments.
+
+    Raises:
+        ValueError: if the name has another form, the module cannot be imported, or the object is no likelihood.
+    """
+    found, refusal = _named(name, "likelihood", "object", "evidence:my_likelihood")
+    if isinstance(found, Likelihood) and not isinstance(found, type):
+        return found
+    if not callable(found):
+        raise refusal
+    try:
+        inspect.signature(found).bind()
+    except TypeError as error:
         raise ValueError(
-            f"`{flag}` must have the form `module:function`, got {name!r}. For a module `rewards.py` in the "
-            f"current folder: `--{flag} rewards:my_reward`."
+            f"`likelihood` must name a likelihood, or what makes one without arguments, got {name!r}: {error}. Make "
+            "the likelihood in the module, or give the arguments defaults. A reward function belongs to "
+            "`--reward_func`."
+        ) from error
+    made = found()
+    if isinstance(made, type) or not isinstance(made, Likelihood):
+        raise ValueError(
+            f"`likelihood` must name an object with a method `log_likelihood`, or what makes one, got {name!r}, which "
+            f"made a {type(made).__name__}. Return, for instance, `ProductLikelihood([...])`."
+        )
+    return made
+
+
+def _named(name: str, flag: str, kind: str, example: str) -> tuple[Any, ValueError]:
+    """What `module:object` names, None where there is nothing; and the error for one that is of the wrong kind."""
+    module_name, colon, object_name = name.partition(":")
+    if not (module_name and colon and object_name):
+        raise ValueError(
+            f"`{flag}` must have the form `module:{kind}`, got {name!r}. For a module "
+            f"`{example.partition(':')[0]}.py` in the current folder: `--{flag} {example}`."
         )
     if os.getcwd() not in sys.path:  # `accelerate launch` adds the script's folder, not the current one
         sys.path.append(os.getcwd())
@@ -51,17 +94,17 @@ def load_function(name: str, flag: str) -> Callable[..., Any]:
             f"`{flag}` must name a module that can be imported, got {name!r}: {error}. Modules are looked for "
             f"among the installed packages and in {os.getcwd()}."
         ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        functions = [
-            public for public in vars(module) if not public.startswith("_") and callable(vars(module)[public])
-        ]
-        close = difflib.get_close_matches(function_name, functions, n=1)
-        raise ValueError(
-            f"`{flag}` must name a function of {module_name!r}, got {function_name!r}. "
-            + (f"Is {close[0]!r} meant?" if close else f"It has {functions}.")
-        )
-    return function
+    fitting = [
+        public
+        for public, value in vars(module).items()
+        if not public.startswith("_") and (callable(value) or (kind == "object" and hasattr(value, "log_likelihood")))
+    ]
+    close = difflib.get_close_matches(object_name, fitting, n=1)
+    refusal = ValueError(
+        f"`{flag}` must name {'a function' if kind == 'function' else 'a likelihood'} of {module_name!r}, got "
+        f"{object_name!r}. " + (f"Is {close[0]!r} meant?" if close else f"It has {fitting}.")
+    )
+    return getattr(module, object_name, None), refusal
 
 
 def load_language_model(

@@ -14,8 +14,9 @@ from trl import ModelConfig, RLOOConfig, TrlParser
 
 from rlhf_bayes import toy
 from rlhf_bayes.commands.flags.data import load_prompts
-from rlhf_bayes.commands.flags.named import load_language_model
+from rlhf_bayes.commands.flags.named import load_language_model, load_likelihood
 from rlhf_bayes.diagnostics import Evaluation, PosteriorProgress, evaluate, fit_table, plot_history, samples_table
+from rlhf_bayes.likelihoods import Likelihood, ProductLikelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_sampling
@@ -23,7 +24,7 @@ from rlhf_bayes.report import betas_around, what_if_of, write_sampling
 
 @dataclass
 class PromptArguments:
-    """Flags for the prompts to train on, and for the report on the first of them."""
+    """Flags for the prompts to train on, for evidence in nats, and for the report on the first prompts."""
 
     dataset_name: str | None = field(
         default=None,
@@ -36,6 +37,11 @@ class PromptArguments:
     max_prompts: int | None = field(
         default=None, metadata={"help": "Train on this many prompts, chosen at random. Default: all."}
     )
+    likelihood: str | None = field(
+        default=None,
+        metadata={"help": "Evidence in nats, `module:object`: an object with a method `log_likelihood`, or a function "
+                  "without arguments that returns one. It takes the place of the flags that say what is wanted."},
+    )  # fmt: skip
     report_prompts: int = field(default=16, metadata={"help": "Number of prompts in the report; 0: no report."})
     report_samples: int = field(default=128, metadata={"help": "Completions for each prompt in the report."})
 
@@ -51,6 +57,28 @@ class PromptArguments:
                 "`--dataset_name` must be given with `--model_name_or_path`, got none: it holds the prompts."
             )
 
+    def load_likelihood(self, *others: str) -> Likelihood | None:
+        """
+        The likelihood that is named, if one is: see [`~rlhf_bayes.commands.flags.load_likelihood`].
+
+        Args:
+            *others (`str`):
+                Flags of this script that say what is wanted in another way.
+
+        Raises:
+            ValueError: if one of them is given too.
+        """
+        if self.likelihood is None:
+            return None
+        for name in others:
+            value, of_class = getattr(self, name), type(self).__dataclass_fields__[name]
+            if value and value != of_class.default:
+                raise ValueError(
+                    f"`--{name}` must be left out with `--likelihood`, got {value!r}: a likelihood is the whole "
+                    "evidence. Multiply what it is made of in your module: `ProductLikelihood([...])`."
+                )
+        return load_likelihood(self.likelihood)
+
     def load(self, seed: int) -> Dataset:
         """The prompts, in the column `prompt`: see [`load_prompts`]."""
         if self.dataset_name is None:
@@ -59,6 +87,11 @@ class PromptArguments:
             self.dataset_name, self.prompt_column, self.max_prompts, self.dataset_train_split, self.dataset_config,
             seed,
         )  # fmt: skip
+
+
+@dataclass
+class _LikelihoodFlag:
+    likelihood: str | None = None
 
 
 def parse_flags(
@@ -76,10 +109,11 @@ def parse_flags(
             Further defaults for the bundled model, which is used where no `model_name_or_path` is named.
     """
     # parsed once beforehand, since the bundled model has defaults of its own
-    (model_args, *_) = TrlParser(ModelConfig, add_help=False, allow_abbrev=False).parse_args_and_config(
-        return_remaining_strings=True
-    )
+    first_look = TrlParser((ModelConfig, _LikelihoodFlag), add_help=False, allow_abbrev=False)
+    model_args, flag, *_ = first_look.parse_args_and_config(return_remaining_strings=True)
     own_model = model_args.model_name_or_path is not None
+    if flag.likelihood is not None:  # the default β is that of the bundled reward
+        toy_defaults = {name: value for name, value in toy_defaults.items() if name != "beta"}
     parser = TrlParser(tuple(classes))
     parser.set_defaults_with_config(**({**defaults} if own_model else {**defaults, **toy_defaults}))
     return own_model, parser.parse_args_and_config()
@@ -200,7 +234,7 @@ def reward_report(
         reward_funcs (`list`):
             The reward functions that the policy was trained on.
     """
-    training_args, console, beta = trainer.args, Console(), trainer.beta
+    training_args, beta = trainer.args, trainer.beta
 
     def posterior_of(prior: LanguageModel) -> Posterior:
         return prior.tilt(
@@ -218,13 +252,39 @@ def reward_report(
         prior, policy = evaluation.prior.without_posterior(), evaluation.policy.without_posterior()
         evaluation = replace(evaluation, beta=None, prior=prior, policy=policy)
     save_evaluation(evaluation, trainer, args, model_path, beta or 1.0, reward_names=trainer.reward_func_names)
-    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
+    _print_report(evaluation, trainer, title)
+
+
+def likelihood_report(
+    trainer: Trainer, args: PromptArguments, model_path: str, likelihood: Likelihood, dataset: Dataset
+) -> None:
+    """
+    Print prior and trained policy side by side, with their distance to the posterior of a likelihood.
+
+    The curves are plotted as well. All numbers are in nats, also where the likelihood was made from a reward: in the
+    training β is 1.
+
+    Args:
+        trainer, args, model_path, dataset:
+            As in [`evaluate_saved`].
+        likelihood ([`~rlhf_bayes.likelihoods.Likelihood`]):
+            The evidence that the policy was trained on.
+    """
+    nats = ProductLikelihood([likelihood])  # the same evidence, without the β of a reward
+    evaluation = evaluate_saved(trainer, args, model_path, lambda prior: Posterior(prior, nats), dataset)
+    save_evaluation(evaluation, trainer, args, model_path, reward_names=[])
+    _print_report(evaluation, trainer, "Distance to the posterior π0·exp(log-likelihood)/Z")
+
+
+def _print_report(evaluation: Evaluation, trainer: Trainer, title: str) -> None:
+    console, output_dir = Console(), trainer.args.output_dir
     print_samples(evaluation, console)
+    fits = {"prior (before)": evaluation.prior, "policy (after)": evaluation.policy}
     console.print(fit_table(fits, title=title))
-    if beta:
+    if evaluation.policy.log_z is not None:
         console.print(evaluation.verdict)
         console.print(str(evaluation.log_z))
-    curves = Path(training_args.output_dir) / "curves.png"
-    plot_history(trainer.state.log_history, fits["policy (after)"].log_z, curves)
-    console.print(f"Model in {training_args.output_dir}, curves in {curves}.")
-    console.print(f"A page on all of it: rlhf-bayes report {training_args.output_dir}", highlight=False)
+    curves = Path(output_dir) / "curves.png"
+    plot_history(trainer.state.log_history, evaluation.policy.log_z, curves)
+    console.print(f"Model in {output_dir}, curves in {curves}.")
+    console.print(f"A page on all of it: rlhf-bayes report {output_dir}", highlight=False)

@@ -65,7 +65,13 @@ def raw_member_rewards(
     """
     Logits of each member, as in training: (K, B), without the stored normalisation.
 
-    Of texts of more than `max_length` tokens, the last so many are read.
+    Args:
+        reward ([`RewardModel`] or [`RewardEnsemble`]):
+            The model.
+        prompts, completions (`Sequence` of `str` or of chats):
+            B prompts and completions.
+        max_length (`int`, *optional*):
+            Of longer texts only the last `max_length` tokens are read.
     """
     if isinstance(reward, RewardModel):
         return reward.classifier.logits(prompts, completions, max_length)[:, :1].T
@@ -110,8 +116,13 @@ def pairs_that_fit(
     """
     The pairs of a preference dataset whose texts are short enough for all of several models.
 
-    So they are compared on the same pairs: with `overlong="truncate"`, on all. Arguments and errors as for
-    [`held_out_rewards`].
+    So the models can be compared on the same pairs; with `overlong="truncate"` these are all pairs.
+
+    Args:
+        rewards (`Sequence` of [`RewardModel`] or [`RewardEnsemble`]):
+            The models.
+        dataset, max_length, overlong:
+            As in [`held_out_rewards`].
     """
     if overlong not in OVERLONG:
         raise ValueError(f"`overlong` must be one of {OVERLONG}, got {overlong!r}. Choose one of them.")

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from rlhf_bayes.diagnostics import PreferenceSummary, reward_model_card
 from rlhf_bayes.numerics import agreement
+from rlhf_bayes.rewards import RewardIndex
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
 
 if TYPE_CHECKING:
@@ -36,8 +37,21 @@ def reward_card(
     Markdown of the card: data, agreement, the last evaluation, calibration, normalisation, how to load it.
 
     It shows the plot `reliability.png` of the output folder, if there is one.
+
+    Args:
+        trainer ([`RewardTrainer`]):
+            The trainer of the reward model.
+        name (`str`):
+            Name of the model.
+        dataset_name (`str`, *optional*):
+            Name of the dataset, for the header that the hub reads.
+        tags (`list[str]` or `str`, *optional*):
+            Further tags for the hub.
     """
-    pairs = trainer.evaluation_pairs
+    pairs, index = trainer.evaluation_pairs, trainer.index
+    saved = RewardIndex.load(trainer.args.output_dir)
+    if saved is not None and saved.normalization == index.normalization:
+        index = saved  # it knows what the saved weights hold of the scale
     # rewards that diverged have no metrics, and a checkpoint is saved all the same
     finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()
     judged = HeldOutRewards(**pairs) if finite else None
@@ -45,7 +59,7 @@ def reward_card(
     settings = {setting: getattr(trainer.args, setting) for setting in _SETTINGS}
     return reward_model_card(
         name=name,
-        index=trainer.index,
+        index=index,
         data=_summary(trainer, dataset_name),
         base_model=trainer.model.config._name_or_path or None,
         metrics=judged and judged.metrics,

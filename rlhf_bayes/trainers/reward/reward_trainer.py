@@ -15,6 +15,7 @@ from rlhf_bayes.lm.critic import active_adapter, kept_trainable
 from rlhf_bayes.numerics import bradley_terry_loss
 from rlhf_bayes.numerics.bradley_terry import noisy_vote_loss, preference_metrics, smoothed, vote_error_prob
 from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIndex, RewardModel
+from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.lengths import num_positions
 from rlhf_bayes.rewards.loading import load_config
 from rlhf_bayes.rewards.pairs import read_pairs
@@ -361,13 +362,13 @@ class RewardTrainer(PreferenceTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if self.is_world_process_zero():
-            card = reward_card(self, model_name or Path(self.args.output_dir).name, dataset_name, tags)
+            card = reward_card(self, model_name or self.args.hub_model_id or self.args.output_dir, dataset_name, tags)
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        self.index.save(folder)
+        write_index(folder, self.index)
         if self.reliability is not None:
             (folder / "annotators.json").write_text(json.dumps(self.annotator_error_rates, indent=1) + "\n")
 

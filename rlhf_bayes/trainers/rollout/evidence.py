@@ -78,10 +78,16 @@ def reward_funcs_of(
     likelihood: Likelihood | None, reward_funcs: Any, tokenizers: Any, device: torch.device, base: PolicyBase | None
 ) -> list:
     """
-    The evidence in the form in which TRL calls it.
+    The evidence as a list of reward functions, as TRL calls them.
 
     A likelihood becomes one [`LikelihoodReward`]; reward functions are those of [`checked_reward_funcs`]. Either may
     return `-inf`, which [`unusable_rewards`] refuses for objectives that cannot take it.
+
+    Args:
+        likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
+            The likelihood of the trainer, instead of reward functions.
+        reward_funcs, tokenizers, device, base:
+            As in [`checked_reward_funcs`].
     """
     if likelihood is not None:
         return [LikelihoodReward(likelihood)]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import LanguageModel, toy
-from rlhf_bayes.commands.flags import load_pooled_reward, load_reward_func
+from rlhf_bayes.commands.flags import load_likelihood, load_pooled_reward, load_reward_func
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel
 from rlhf_bayes.toy.rewards import sentiment_reward
 
@@ -22,6 +22,68 @@ def test_reward_functions(tmp_path, monkeypatch):
     assert load_reward_func("rewards_of_test_cli:one")([]) == [1.0]
     with pytest.raises(ValueError, match=r"got 'number'. It has \['one'\]"):
         load_reward_func("rewards_of_test_cli:number")
+
+
+EVIDENCE = """
+import torch
+
+class Own:
+    def __init__(self, nats=1.0):
+        self.nats = nats
+
+    def log_likelihood(self, prompts, completions, completion_ids, columns=None):
+        return torch.full((len(prompts),), self.nats)
+
+instance = Own(2.0)
+
+def made():
+    return Own(3.0)
+
+def reward(prompts, completions, **columns):
+    return [0.0] * len(prompts)
+
+def nothing():
+    return 4.0
+
+def a_class():
+    return Own
+
+number = 5
+"""
+
+
+@pytest.fixture
+def evidence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "evidence_of_test_named.py").write_text(EVIDENCE)
+    return "evidence_of_test_named"
+
+
+def test_a_likelihood_is_an_object_or_what_makes_one(evidence):
+    nats = {
+        name: load_likelihood(f"{evidence}:{name}").log_likelihood(["a"], ["b"], [[0]]).item()
+        for name in ("instance", "made", "Own")
+    }
+    assert nats == {"instance": 2.0, "made": 3.0, "Own": 1.0}
+    assert load_likelihood(f"{evidence}:instance") is sys.modules[evidence].instance
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{}", r"`likelihood` must have the form `module:object`, .*evidence:my_likelihood"),
+        ("no_such_module:likelihood", "`likelihood` must name a module that can be imported"),
+        ("{}:instant", "must name a likelihood of .*Is 'instance' meant"),
+        ("{}:number", r"must name a likelihood of .*got 'number'"),
+        ("{}:reward", "what makes one without arguments, .*missing a required .*`--reward_func`"),
+        ("{}:nothing", "which made a float"),
+        ("{}:a_class", "which made a type"),
+    ],
+)
+def test_what_is_no_likelihood_is_refused(evidence, name, message):
+    with pytest.raises(ValueError, match=message):
+        load_likelihood(name.format(evidence))
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,9 @@ def test_the_card_counts_the_pairs_of_a_stream(toy, tmp_path):
     args = quiet(tmp_path, ours=True, max_steps=2, gradient_accumulation_steps=3)
     trainer = trained(RewardTrainer, toy, args, hard_pairs(toy, 48).to_iterable_dataset())
     trainer.create_model_card()
-    assert "- Pairs: 48 for training" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "- Pairs: 48 for training" in card
+    assert f"RewardModel({str(tmp_path)!r})" in card  # where it can be loaded from
 
 
 @pytest.mark.parametrize("adapter_first", [True, False])
