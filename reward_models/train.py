@@ -171,7 +171,7 @@ def main() -> None:
 
     # train
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # at once: whatever fails below costs no training
+    trainer.save_model()  # saved at once, so that an error below loses no training
     trainer.evaluate()
     if args.normalize_on != "none":
         unset_hf_deepspeed_config()  # under ZeRO-3 the prior would be loaded in shards

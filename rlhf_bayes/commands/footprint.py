@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlhf_bayes.lm.head import chunk_rows
+from rlhf_bayes.lm.trunk import trunk_of
 
 FLOAT = 4  # bytes
 # number of (rows, V) tensors in fp32 that exist at once: the log-softmax with its two gradients in training; with the
@@ -109,7 +110,7 @@ def footprint(config: PreTrainedConfig, roles: Roles, run: Run) -> Footprint:
     lm = policy.get_base_model() if roles.lora_r is not None else policy
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     frozen = sum(parameter.numel() for parameter in policy.parameters()) - trained
-    trunk = sum(p.numel() for name, p in lm.base_model.named_parameters() if "lora_" not in name)
+    trunk = sum(p.numel() for name, p in trunk_of(lm).named_parameters() if "lora_" not in name)
     hidden = config.get_text_config().hidden_size
     size = run.dtype.itemsize
     whole = trained + frozen if roles.lora_r is None else frozen
@@ -209,7 +210,7 @@ def saved_for_backward(lm: nn.Module, batch_size: int, length: int, gradient_che
         return tensor
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.base_model(
+        trunk_of(model)(
             inputs_embeds=torch.zeros(batch_size, odd, _width(model), dtype=model.dtype).requires_grad_(),
             # a full mask: transformers would read the entries of a padding mask, and meta tensors have none
             attention_mask=torch.ones(batch_size, 1, odd, odd, dtype=torch.bool),

@@ -1,5 +1,6 @@
 """`rlhf-bayes sample`: draws from a posterior by several samplers, compares them, and estimates other β."""
 
+import json
 import math
 import os
 import time
@@ -99,10 +100,14 @@ class Arguments:
         default=None, metadata={"help": "Longest completion, in tokens. Default: 64; 32 with the bundled model."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the logits of the prior."})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={"help": "What the chat template gets beside the messages, as JSON: '{\"enable_thinking\": false}'."},
+    )
     batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
     dtype: str = field(
         default="float32",
-        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Of the weights."},
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Type of the weights."},
     )
     vllm: bool = field(
         default=False,
@@ -207,13 +212,26 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
         model: Any = load_causal_lm(path, dtype=args.dtype)
     length = args.max_completion_length or (32 if args.model_name_or_path is None else 64)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(path)) if prior is None else prior.tokenizer
-    options = tokenizer, length, args.temperature, args.batch_size
+    options = tokenizer, length, args.temperature, args.batch_size, read_template_kwargs(args.chat_template_kwargs)
     if args.vllm and prior is None:
         from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
         engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
         return VLLMLanguageModel(model.to(_device()), engine, *options)
     return LanguageModel(model.to(_device()), *options)
+
+
+def read_template_kwargs(text: Any) -> dict[str, Any] | None:
+    """What `--chat_template_kwargs` says: JSON, or a mapping from a configuration file."""
+    if text is None or isinstance(text, dict):
+        return text
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`--chat_template_kwargs` must be JSON, got {text!r}: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"`--chat_template_kwargs` must be a JSON object, '{{\"name\": value}}', got {text!r}.")
+    return found
 
 
 def make_posterior(
@@ -278,6 +296,7 @@ def _check(args: Arguments) -> None:
         raise ValueError(f"`--num_samples` must be at least 2, got {args.num_samples}: one completion has no spread.")
     if args.reward_clip_range is not None and len(args.reward_clip_range) != 2:
         raise ValueError(f"`--reward_clip_range` must be two numbers, low and high, got {args.reward_clip_range}.")
+    read_template_kwargs(args.chat_template_kwargs)
     if Path(args.output_dir).is_file():
         raise ValueError(f"`--output_dir` must be a folder, or not exist yet, got the file {args.output_dir!r}.")
     if args.vllm:

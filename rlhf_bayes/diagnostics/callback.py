@@ -43,7 +43,8 @@ class PosteriorCallback(TrainerCallback):
 
     Args:
         posterior ([`~rlhf_bayes.Posterior`]):
-            What to measure the distance to: its prior with the trainer's `max_completion_length` and `temperature`.
+            What to measure the distance to: its prior with the trainer's `max_completion_length`,
+            `temperature` and `chat_template_kwargs`.
             Nothing says that the trainer aims at it; that is up to you.
         trainer ([`~transformers.Trainer`]):
             The trainer, whose model is the policy.
@@ -116,7 +117,12 @@ class PosteriorCallback(TrainerCallback):
         model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
         was_training = model.training
         policy = LanguageModel(
-            model, prior.tokenizer, prior.max_completion_length, prior.temperature, prior.batch_size
+            model,
+            prior.tokenizer,
+            prior.max_completion_length,
+            prior.temperature,
+            prior.batch_size,
+            prior.chat_template_kwargs,
         )
         generator = torch.Generator().manual_seed(self.seed)
         try:
@@ -156,6 +162,13 @@ def _check(posterior: Posterior, trainer: Trainer, n: int) -> None:
                 f"{getattr(prior, name)}: the policy is trained on other completions. Pass `{name}` to the prior's "
                 "`LanguageModel`."
             )
+    wanted = getattr(args, "chat_template_kwargs", None) or {}
+    if hasattr(args, "chat_template_kwargs") and wanted != prior.chat_template_kwargs:
+        raise ValueError(
+            f"`posterior` must have a prior with the trainer's `chat_template_kwargs` = {wanted}, got "
+            f"{prior.chat_template_kwargs}: its chats would be other prompts. Pass `chat_template_kwargs` to the "
+            "prior's `LanguageModel`."
+        )
     accelerator = trainer.accelerator
     plugin = accelerator.state.deepspeed_plugin
     if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):

@@ -13,6 +13,7 @@ from rlhf_bayes.lm import Completions, LanguageModel, Prompt, score_completions
 from rlhf_bayes.lm.forward import base_causal_lm, scatter
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_exact_kl
 from rlhf_bayes.lm.language_model import pad_ids
+from rlhf_bayes.lm.support import check_same_support
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Proposal
 from rlhf_bayes.samplers.scored import check_columns, check_prompts, check_proposal
@@ -152,17 +153,8 @@ def _check(
     check_proposal("policy", source)
     check_prompts(prompts)
     check_columns(columns, prompts)
-    if not isinstance(source, LanguageModel):
-        return
-    wanted, got = (
-        (lm.max_completion_length, lm.eos_token_ids, len(cast(Any, lm.tokenizer))) for lm in (posterior.prior, source)
-    )
-    if wanted != got:
-        raise ValueError(
-            "`policy` must draw completions of the prior's support: the same `max_completion_length`, EOS tokens and "
-            f"size of the vocabulary, got {got} for {wanted}. Wrap the trained model with the prior's tokenizer and "
-            "length: `LanguageModel(policy, prior.tokenizer, prior.max_completion_length)`."
-        )
+    if isinstance(source, LanguageModel):
+        check_same_support("policy", source, posterior.prior)
 
 
 @torch.no_grad()

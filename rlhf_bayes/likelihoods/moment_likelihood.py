@@ -4,13 +4,14 @@ import math
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.likelihood import Evidence, EvidenceLikelihood, Likelihood, checked_log_likelihood
 from rlhf_bayes.likelihoods.moment_summary import FeatureMoment, MomentSummary
+from rlhf_bayes.lm.support import check_same_support
 from rlhf_bayes.numerics import MomentFit, fit_moments, log_z
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
 
@@ -289,15 +290,7 @@ def _draw(
     if proposal is None:
         drawn = prior.sample(prompts, num_samples, generator)
         return drawn, torch.zeros(len(prompts), num_samples, dtype=torch.float64)
-    support, other = (
-        (lm.max_completion_length, lm.eos_token_ids, len(cast(Any, lm.tokenizer))) for lm in (prior, proposal)
-    )
-    if support != other:
-        raise ValueError(
-            "`proposal` must draw completions of the prior's support: the same `max_completion_length`, EOS tokens "
-            f"and size of the vocabulary, got {other} for {support}. Wrap the trained model with the prior's "
-            "tokenizer and length: `LanguageModel(policy, prior.tokenizer, prior.max_completion_length)`."
-        )
+    check_same_support("proposal", proposal, prior)
     drawn = proposal.sample(prompts, num_samples, generator)
     log_ratio = prior.log_prob(drawn.prompts, drawn.completion_ids).to(drawn.log_prob.device) - drawn.log_prob
     return drawn, log_ratio.double().cpu().view(-1, num_samples)

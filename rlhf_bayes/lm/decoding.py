@@ -15,6 +15,7 @@ from rlhf_bayes.lm.adapters import base_causal_lm, described
 from rlhf_bayes.lm.forward import runs_plainly
 from rlhf_bayes.lm.head import LMHead
 from rlhf_bayes.lm.language_model import Completions, LanguageModel, Prompt, as_completion, pad_ids
+from rlhf_bayes.lm.trunk import trunk_of
 
 
 def cache_name(trunk: Callable[..., Any]) -> str:
@@ -70,12 +71,8 @@ class CachedTrunk:
         self.tokens_evaluated = sum(len(ids) for ids in token_ids)
         padded, self._mask = pad_ids(token_ids, "left", device)  # (B, C)
         self._run(padded)
-        if not hasattr(self._cache, "batch_select_indices"):
-            raise ValueError(
-                f"The model must keep a cache of keys and values whose rows can be chosen, got "
-                f"{type(self._cache).__name__}. Sample from the prior by importance, rejection or Metropolis–Hastings "
-                "instead: they go through `generate`."
-            )
+        if not hasattr(self._cache, "reorder_cache"):
+            raise ValueError(_no_steps(trunk, f"returns {type(self._cache).__name__} as its cache"))
 
     def __len__(self) -> int:
         return len(self._mask)
@@ -88,7 +85,8 @@ class CachedTrunk:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows (B′,), in this order; they may repeat."""
-        self._cache.batch_select_indices(rows)
+        # not `batch_select_indices`: layers with a recurrent state lack it, or select their keys and values only
+        self._cache.reorder_cache(rows)
         self._mask, self.hidden = self._mask[rows], self.hidden[rows]
 
     @torch.no_grad()
@@ -102,7 +100,52 @@ class CachedTrunk:
             use_cache=True,
             **{self._cache_name: self._cache},
         )
-        self._cache, self.hidden = getattr(outputs, self._cache_name), outputs.last_hidden_state[:, -1]
+        self._cache, self.hidden = getattr(outputs, self._cache_name, None), outputs.last_hidden_state[:, -1]
+
+
+def check_steps(trunk: Callable[..., Any], vocab_size: int, device: torch.device) -> None:
+    """
+    Refuse a trunk that says other things token by token than in one pass.
+
+    Two sequences of different lengths are read, their rows chosen, and a token appended, as samplers do. A trunk that
+    agrees is not run again.
+
+    Raises:
+        ValueError: if it keeps no cache, rows of its cache cannot be chosen, or its last hidden states differ.
+    """
+    if isinstance(trunk, nn.Module) and getattr(trunk, "_steps_agree", False):
+        return
+    first, second = ([token % vocab_size for token in ids] for ids in ([0, 1, 2, 3], [4]))
+    rows = [[*second, first[0]], [*first, second[0]], [*second, first[1]]]
+    try:
+        cached = CachedTrunk(trunk, [first, second], device)
+        cached.select(torch.tensor([1, 0, 1], device=device))
+        cached.append(torch.tensor([row[-1] for row in rows], device=device))
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise ValueError(_no_steps(trunk, f"stops: {type(error).__name__}: {error}")) from error
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row], device=device)
+        positions = torch.arange(len(row), device=device)[None]
+        with torch.no_grad():
+            outputs = trunk(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False
+            )
+        expected.append(outputs.last_hidden_state[0, -1])
+    whole = torch.stack(expected)  # (3, H)
+    error = ((cached.hidden - whole).abs().max() / whole.abs().max()).item()
+    if not error <= (1e-3 if whole.dtype == torch.float32 else 0.1):
+        raise ValueError(_no_steps(trunk, f"gives last hidden states that differ by {error:.2g} of their size"))
+    if isinstance(trunk, nn.Module):
+        trunk._steps_agree = True
+
+
+def _no_steps(trunk: Callable[..., Any], problem: str) -> str:
+    return (
+        f"The model must say the same token by token, on a cache whose rows can be chosen, as in one pass; "
+        f"{type(trunk).__name__} {problem}. Sample by importance, rejection, best of n or Metropolis–Hastings "
+        "instead: they go through `generate`."
+    )
 
 
 @final
@@ -136,9 +179,12 @@ class Decoding:
         self.lm = lm
         self.prompts = [prompt for prompt in prompts for _ in range(n)]
         self.length = 0
-        self._head = LMHead.of(base_causal_lm(lm.model), lm.temperature)
+        causal_lm = base_causal_lm(lm.model)
+        trunk = trunk_of(causal_lm)
+        check_steps(trunk, causal_lm.config.get_text_config().vocab_size, lm.device)
+        self._head = LMHead.of(causal_lm, lm.temperature)
         self._eos = torch.tensor(lm.eos_token_ids, device=lm.device)
-        self._trunk = CachedTrunk(base_causal_lm(lm.model).base_model, lm.prompt_token_ids(prompts), lm.device)
+        self._trunk = CachedTrunk(trunk, lm.prompt_token_ids(prompts), lm.device)
         self.rows = torch.arange(len(self.prompts), device=lm.device)
         self._ids = self.rows.new_zeros(len(self.prompts), lm.max_completion_length)  # (B, T)
         self._lengths = torch.zeros_like(self.rows)  # (B,)
@@ -250,7 +296,9 @@ class PrefixReader:
         check_keeps_cache(lm)
         self.lm = lm
         self._plain = trunk is not None
-        self._forward = trunk or base_causal_lm(lm.model).base_model
+        causal_lm = base_causal_lm(lm.model)
+        self._forward = trunk or trunk_of(causal_lm)
+        check_steps(self._forward, causal_lm.config.get_text_config().vocab_size, lm.device)
         self._row_of: dict[tuple[str, tuple[int, ...]], int] = {}
         self._log_prob = torch.empty(0)
         self._trunk: Any = None  # CachedTrunk, from the first call on

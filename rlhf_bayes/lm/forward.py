@@ -17,6 +17,7 @@ from rlhf_bayes.lm.generation import equal_length_groups, generates_what_it_scor
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy
 from rlhf_bayes.lm.pretrained import check_decoder_only, has_whole_weights
 from rlhf_bayes.lm.probe import disagreement, evaluating, plain_logits, rounding
+from rlhf_bayes.lm.trunk import trunk_of
 
 _AGREEMENT = 1e-4  # of log-probs of the same tokens in two batches, in fp32, relative to their size
 
@@ -105,12 +106,12 @@ def _patch_forward(lm: PreTrainedModel) -> None:
         if trunk_only:
             # in the precision of the weights, as a model of its own would run
             with torch.autocast(self.device.type, enabled=False):
-                return self.base_model(*args, **kwargs)
+                return trunk_of(self)(*args, **kwargs)
         if completion_ids is None:
             return (
                 type(self).forward(self, *args, **kwargs) if earlier_patch is None else earlier_patch(*args, **kwargs)
             )
-        states = states_before(self.base_model(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
+        states = states_before(trunk_of(self)(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
         hidden = states[completion_mask]  # (N, H)
         critic: Critic | None = getattr(self, CRITIC, None) if with_values else None
         values = None if critic is None else scatter(critic(self, hidden, completion_mask, kwargs), completion_mask)

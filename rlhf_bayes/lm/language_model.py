@@ -1,6 +1,6 @@
 """A causal LM as a distribution over completions: draw from it, score with it, tilt it into a posterior."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.forward import enable_completion_scoring, runs_plainly, score_completions
 from rlhf_bayes.lm.generation import draw_plainly, first_eos_mask, raw_generation_config, sampling_config
 from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_weights
+from rlhf_bayes.lm.prompt_ids import ends_texts_with_eos, without_final_eos
 from rlhf_bayes.numerics.masked import masked_sum
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class LanguageModel:
             Divides the logits at each token; part of the distribution.
         batch_size (`int`):
             Sequences in one forward pass; changes memory, not results.
+        chat_template_kwargs (`Mapping[str, Any]`, *optional*):
+            What the chat template gets beside the messages, `{"enable_thinking": False}` for instance, as in TRL's
+            configurations. Part of the prompt.
 
     Raises:
         ValueError: if the tokenizer has no EOS, a number is out of range, or the model is no causal LM or cannot be
@@ -84,6 +88,7 @@ class LanguageModel:
         max_completion_length: int = 64,
         temperature: float = 1.0,
         batch_size: int = 64,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         for name, value in (("max_completion_length", max_completion_length), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
@@ -104,6 +109,7 @@ class LanguageModel:
         self.max_completion_length = max_completion_length
         self.temperature = temperature
         self.batch_size = batch_size
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         enable_completion_scoring(model)
         self.eos_token_ids = eos_token_ids(base_causal_lm(model), tokenizer)
 
@@ -213,7 +219,8 @@ class LanguageModel:
         """
         Token ids of prompts, as TRL makes them.
 
-        A text gets its special tokens, messages the chat template with its generation prompt.
+        A text gets its special tokens, messages the chat template with its generation prompt. An EOS that the
+        tokenizer puts after a text is left out: no completion follows an end.
 
         Raises:
             ValueError: if prompt and longest completion do not fit the model's context, or a prompt has no token.
@@ -222,10 +229,17 @@ class LanguageModel:
         chats = [row for row, prompt in enumerate(prompts) if not isinstance(prompt, str)]
         ids: dict[int, list[int]] = {}
         if texts:
-            ids |= dict(zip(texts, self.tokenizer([prompts[row] for row in texts])["input_ids"], strict=True))
+            encoded = self.tokenizer([prompts[row] for row in texts])["input_ids"]
+            if ends_texts_with_eos(self.tokenizer):
+                encoded = [without_final_eos(row, self.tokenizer) for row in encoded]
+            ids |= dict(zip(texts, encoded, strict=True))
         if chats:
             encoded = self.tokenizer.apply_chat_template(
-                [prompts[row] for row in chats], add_generation_prompt=True, tokenize=True, return_dict=True
+                [prompts[row] for row in chats],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **self.chat_template_kwargs,
             )
             ids |= dict(zip(chats, encoded["input_ids"], strict=True))
         for row, prompt in ids.items():

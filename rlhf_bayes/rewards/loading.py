@@ -44,8 +44,8 @@ def load_classifier(
     Args:
         path (`str` or `Path`): A folder, or a repository of the hub.
         num_labels (`int`, *optional*): Labels that it must have. Default: as many as it has.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Of the weights; `"auto"` takes that of the checkpoint, where
-            half precision would make rewards equal that are not. Default: fp32, as a language model is loaded.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Type of the weights. `"auto"` takes that of the checkpoint; in
+            half precision, different rewards may become equal. Default: fp32, as for a language model.
 
     Raises:
         `ValueError`: the checkpoint has no classification head, or one of another number of labels.
@@ -88,7 +88,7 @@ def load_adapters(
         folder (`str` or `Path`): Where the adapters were saved.
         adapters (`Sequence[str]`): Their names.
         num_labels (`int`, *optional*, defaults to `1`): Labels of each head. `None`: as many as the heads have.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Of the base; see [`load_classifier`].
+        dtype (`torch.dtype` or `"auto"`, *optional*): Type of the base's weights; see [`load_classifier`].
 
     Raises:
         `ValueError`: if an adapter is missing, has no head or one with other labels, names another base, or was made

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -18,6 +18,19 @@ from rlhf_bayes.rewards.validation import callable_name, checked, is_async_calla
 RewardFunc = Callable | nn.Module | str
 PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 NOT_PASSED_BY_TRL = ("prompt", "completion", "completion_ids")
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Names in order, of which the second `judge` is called `judge_2`: each has metrics of its own."""
+    given: list[str] = list(names)
+    found: list[str] = []
+    for name in given:
+        number, own = 1, name
+        while own in found or (own != name and own in given):
+            number += 1
+            own = f"{name}_{number}"
+        found.append(own)
+    return found
 
 
 @final
@@ -64,7 +77,7 @@ class RewardScorer:
             )
         funcs = [_loaded(func, tokenizer, device) for func, tokenizer in zip(funcs, tokenizers, strict=True)]
         self._functions = [checked(func, allow_forbidden) for func in funcs]
-        self.names = [callable_name(func) for func in self._functions]
+        self.names = distinct_names(callable_name(func) for func in self._functions)
 
     def __call__(
         self,

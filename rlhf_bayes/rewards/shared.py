@@ -21,6 +21,7 @@ from rlhf_bayes.lm.adapters import base_causal_lm, rewrites_base, trains_biases
 from rlhf_bayes.lm.critic import active_adapter
 from rlhf_bayes.lm.pretrained import is_adapter
 from rlhf_bayes.lm.probe import evaluating
+from rlhf_bayes.lm.trunk import trunk_of
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_head
 
@@ -71,7 +72,7 @@ def holds_weights_of(policy: nn.Module, base: str) -> bool:
     """
     lm = base_causal_lm(policy)
     own = {}
-    for name, parameter in lm.base_model.named_parameters():
+    for name, parameter in trunk_of(lm).named_parameters():
         if hasattr(parameter, "ds_id") or parameter.is_meta:
             return False
         if parameter.is_floating_point() and "lora_" not in name and ".modules_to_save." not in name:
@@ -194,9 +195,9 @@ def _headless(place: Path, lm: Any, policy: Callable[[], nn.Module], head: dict[
     with torch.device("meta"):
         classifier: Any = AutoModelForSequenceClassification.from_config(config)
     trunk = getattr(classifier, classifier.base_model_prefix, None)
-    if type(trunk) is not type(lm.base_model):
+    if type(trunk) is not type(trunk_of(lm)):
         raise CannotShareError(f"a classifier of its family has another trunk than {type(lm).__name__}")
-    setattr(classifier, classifier.base_model_prefix, _PolicyTrunk(lm.base_model, policy))
+    setattr(classifier, classifier.base_model_prefix, _PolicyTrunk(trunk_of(lm), policy))
     left = {name for name, parameter in classifier.named_parameters() if parameter.is_meta}
     if left != set(head):
         raise CannotShareError(f"its head has {', '.join(sorted(head))}, and the classifier needs {', '.join(left)}")

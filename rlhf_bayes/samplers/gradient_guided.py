@@ -11,6 +11,7 @@ from rlhf_bayes.lm import Completions, LanguageModel, Prompt
 from rlhf_bayes.lm.decoding import Past, PrefixReader, cache_name
 from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.lm.head import LMHead
+from rlhf_bayes.lm.trunk import trunk_of
 from rlhf_bayes.numerics import exact_token_kl
 from rlhf_bayes.samplers.guided import sample_stepwise, score_stepwise
 
@@ -133,7 +134,7 @@ class GradientGuidedProposal:
             (keys + delta_k, values + delta_v)
             for (keys, values), delta_k, delta_v in zip(past.layers, deltas[::2], deltas[1::2], strict=True)
         ]
-        trunk: Any = base_causal_lm(self.prior.model).base_model
+        trunk: Any = trunk_of(base_causal_lm(self.prior.model))
         return trunk(
             input_ids=tokens[:, None],
             attention_mask=past.mask.long(),

@@ -6,13 +6,14 @@ Here are also the checks that every sampler makes of its arguments.
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from scipy.stats import norm
 from torch import Tensor
 
 from rlhf_bayes.lm import Completion, Completions, LanguageModel, Prompt
+from rlhf_bayes.lm.support import check_same_support
 from rlhf_bayes.numerics import log_z, log_z_standard_error
 from rlhf_bayes.samplers.dependence import Dependence
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
@@ -234,16 +235,7 @@ def _check_support(
 ) -> None:
     prior = posterior.prior
     if isinstance(proposal, LanguageModel):
-        support, other = (
-            (lm.max_completion_length, sorted(lm.eos_token_ids), len(cast(Any, lm.tokenizer)))
-            for lm in (prior, proposal)
-        )
-        if support != other:
-            raise ValueError(
-                "`proposal` must draw completions of the prior's support: the same `max_completion_length`, EOS "
-                f"tokens and size of the vocabulary, got {other} for {support}. Wrap the trained model with the "
-                "prior's tokenizer and length: `LanguageModel(policy, prior.tokenizer, prior.max_completion_length)`."
-            )
+        check_same_support("proposal", proposal, prior)
         return  # a softmax is positive everywhere
     # draws from q cannot show what q never draws, so q is evaluated on draws of the prior
     per_prompt = -(-_SUPPORT_DRAWS // len(prompts))

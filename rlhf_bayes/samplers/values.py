@@ -13,6 +13,7 @@ from rlhf_bayes.lm.critic import CRITIC, active_adapter
 from rlhf_bayes.lm.decoding import PrefixReader
 from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.lm.language_model import as_completion
+from rlhf_bayes.lm.trunk import trunk_of
 
 
 @runtime_checkable
@@ -125,7 +126,7 @@ class HeadValue:
 
     def __init__(self, lm: LanguageModel, head: Callable[[Tensor], Tensor]):
         self.head = head
-        self._reader = PrefixReader(lm, base_causal_lm(lm.model).base_model)
+        self._reader = PrefixReader(lm, trunk_of(base_causal_lm(lm.model)))
 
     @torch.no_grad()
     def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
@@ -284,7 +285,7 @@ def _without_nan(value: Any, result: Tensor, prompts: Sequence[Prompt], prefixes
 def _under_adapter(lm: Any, name: str) -> Callable[..., Any]:
     def trunk(**inputs: Any) -> Any:
         with active_adapter(lm, name):
-            return lm.base_model(**inputs)
+            return trunk_of(lm)(**inputs)
 
     return trunk
 

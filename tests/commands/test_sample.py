@@ -14,7 +14,7 @@ from rich.console import Console
 from trl import TrlParser
 
 from rlhf_bayes import commands
-from rlhf_bayes.commands.sample import Arguments
+from rlhf_bayes.commands.sample import Arguments, load_model
 from rlhf_bayes.commands.sampling import Mean, Method, _trustworthy, agreement, agreement_table
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.samplers import Draws, IndependentRows
@@ -194,6 +194,8 @@ def test_a_likelihood_is_the_whole_evidence(flags, monkeypatch, capsys, tmp_path
         (["--max_completion_length", "0"], "`--max_completion_length` must be at least 1, got 0"),
         (["--batch_size", "-1"], "`--batch_size` must be at least 1, got -1"),
         (["--temperature", "0"], "`--temperature` must be positive and finite, got 0.0"),
+        (["--chat_template_kwargs", "thinking"], "`--chat_template_kwargs` must be JSON, got 'thinking'"),
+        (["--chat_template_kwargs", "[1]"], "`--chat_template_kwargs` must be a JSON object"),
         (["--beta", "0"], "`--beta` must be positive and finite, got 0.0"),
         (["--dtype", "float17"], "invalid choice: 'float17'"),
         (["--vllm"], "`--vllm` must be left out where vLLM is not installed"),
@@ -317,3 +319,14 @@ def test_agreement_is_a_chi_squared_test():
     assert agreement([method(0.0, 1.0), method(2.0, 1.0), *others], "reward") == "p = 0.16"
     assert agreement([method(0.0, 1.0), *others], "reward") == "–"
     assert agreement([method(32.0, 1e-15), method(32.0, 0.0)], "reward") == "–"
+
+
+def test_what_the_chat_template_gets_reaches_every_model(toy, tmp_path):
+    chat = [{"role": "user", "content": toy.prompts[0]}]
+    folder = toy.save(tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ messages[0]['content'] }}{% if thinking %} b{% endif %}")
+    args = Arguments(model_name_or_path=folder, chat_template_kwargs='{"thinking": true}', max_completion_length=3)
+    prior = load_model(args, folder)
+    expected = [toy.tokenizer(f"{toy.prompts[0]} b")["input_ids"]]
+    assert prior.prompt_token_ids([chat]) == load_model(args, folder, prior).prompt_token_ids([chat]) == expected

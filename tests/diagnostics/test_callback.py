@@ -146,6 +146,9 @@ def test_refusals(toy, posterior, make_trainer):
     hotter = LanguageModel(toy.model, toy.tokenizer, 3, temperature=2.0).tilt(toy_reward, 0.5)
     with pytest.raises(ValueError, match=r"a prior with the trainer's `temperature` = 1.0, got 2.0"):
         PosteriorCallback(hotter, trainer)
+    thinking = make_trainer(chat_template_kwargs={"enable_thinking": True})
+    with pytest.raises(ValueError, match=r"`chat_template_kwargs` = \{'enable_thinking': True\}, got \{\}: its chats"):
+        PosteriorCallback(posterior, thinking)
     with pytest.raises(ValueError, match="`n` must be an integer of at least 2"):
         PosteriorCallback(posterior, trainer, n=1)
     with pytest.raises(ValueError, match="`max_prompts` must leave at least one prompt, got 0"):

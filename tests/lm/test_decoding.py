@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from torch.testing import assert_close
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.lm.decoding import CachedTrunk, Decoding, PrefixReader, cache_name, draw_tokens, generator_on, joined
@@ -158,8 +159,88 @@ def test_models_without_a_cache_are_refused():
             hidden = torch.zeros(*input_ids.shape, 4)
             return type("Out", (), {"past_key_values": None, "last_hidden_state": hidden})
 
-    with pytest.raises(ValueError, match=r"must keep a cache of keys and values.*got NoneType"):
+    with pytest.raises(ValueError, match=r"on a cache whose rows can be chosen.*NoCache returns NoneType"):
         CachedTrunk(NoCache(), [[1, 2]], torch.device("cpu"))
+
+
+STATES = {"vocab_size": 18, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": 16}
+ATTENTION = {
+    "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+SCAN = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4}
+# convolutions, a linear attention, a state space, both in one layer, and states alone
+HYBRID = {
+    "lfm2": ATTENTION | {"layer_types": ["conv", "full_attention"]},
+    "bamba": ATTENTION | SCAN | {"attn_layer_indices": [1]},
+    "falcon_h1": ATTENTION | SCAN | {"mamba_n_heads": 4, "mamba_d_ssm": 32},
+    "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+}
+WITHOUT_ROWS = {
+    "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64},
+    "recurrent_gemma": {
+        "intermediate_size": 64, "num_attention_heads": 4, "lru_width": 32, "block_types": ["recurrent", "attention"],
+    },
+    "minimax": ATTENTION | {
+        "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "num_experts_per_tok": 1,
+        "head_dim": 8, "block_size": 4,
+    },
+}  # fmt: skip
+
+
+def tiny_recurrent(family, options):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**STATES, **options)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_hybrid_and_recurrent_caches_follow_their_rows(family):
+    lm = LanguageModel(tiny_recurrent(family, HYBRID[family]), tiny_tokenizer(), max_completion_length=6)
+    decoding, generator = Decoding(lm, PROMPTS[:2], 3), torch.Generator().manual_seed(0)
+    log_prob, order = torch.zeros(6), torch.tensor([2, 0, 0, 4, 4, 5])
+    while decoding.rows.numel():
+        log_probs = decoding.log_probs
+        tokens = draw_tokens(log_probs, generator)
+        log_prob[decoding.rows] += log_probs.gather(1, tokens[:, None]).squeeze(1)
+        decoding.append(tokens)
+        if decoding.length == 2:
+            decoding.reorder(order)
+            log_prob = log_prob[order]
+    for row, ids in enumerate(decoding.token_ids()):
+        prompt = lm.prompt_token_ids([decoding.prompts[row]])[0]
+        with torch.no_grad():  # alone, without padding or cache
+            logits = lm.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum()
+        assert_close(log_prob[row], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", WITHOUT_ROWS)
+def test_a_cache_without_rows_is_refused_before_anything_is_drawn(family):
+    model = tiny_recurrent(family, WITHOUT_ROWS[family])
+    lm = SimpleNamespace(
+        model=model, device=model.device, temperature=1.0, eos_token_ids=[16], max_completion_length=4,
+        prompt_token_ids=lambda prompts: [[1, 2], [3]],
+    )  # fmt: skip
+    for start in (lambda: Decoding(lm, ["ab", "c"]), lambda: PrefixReader(lm)):
+        with pytest.raises(ValueError, match=r"must say the same token by token.*Sample by importance, rejection"):
+            start()
+
+
+def test_a_trunk_is_found_where_the_base_model_is_the_model_itself():
+    sizes = ATTENTION | {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 32}
+    model = tiny_recurrent("llama4_text", sizes | {"attention_chunk_size": 32})
+    assert model.base_model is model
+    lm = LanguageModel(model, tiny_tokenizer(), max_completion_length=4)
+    ids = [[3, 16], [1, 2, 5, 7]]
+    for prompt, completion, found in zip(["ab", "cde"], ids, lm.log_prob(["ab", "cde"], ids), strict=True):
+        (tokens,) = lm.prompt_token_ids([prompt])
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens + completion])).logits[0, len(tokens) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum()
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")

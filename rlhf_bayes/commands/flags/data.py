@@ -138,7 +138,7 @@ def prompts_of_pairs(pairs: Dataset, max_prompts: int, path: str, max_completion
 
     Args:
         pairs (`Dataset`): from [`load_preferences`].
-        max_prompts (`int`): so many at most.
+        max_prompts (`int`): largest number of prompts.
         path (`str`): the language model's; only its config and tokenizer are read.
         max_completion_length (`int`): tokens that must fit after a prompt.
 

@@ -117,7 +117,8 @@ def load_language_model(
         path (`str`):
             The folder or name of a model or an adapter.
         args ([`~trl.RLOOConfig`]):
-            Its `model_init_kwargs`, device, `max_completion_length` and `temperature` are used.
+            Its `model_init_kwargs`, device, `max_completion_length`, `temperature` and `chat_template_kwargs` are
+            used.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The tokenizer. Default: the one saved beside the model.
     """
@@ -128,6 +129,7 @@ def load_language_model(
         tokenizer,
         max_completion_length=args.max_completion_length,
         temperature=args.temperature,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
 
 

@@ -13,12 +13,12 @@ release moves one.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
-from trl import RLOOTrainer
 
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
 from rlhf_bayes.lm.adapters import base_causal_lm
@@ -33,15 +33,18 @@ from rlhf_bayes.objectives.proposal import Snapshot
 from rlhf_bayes.trainers._trl.engines import graph_kept, is_sharded, plain, prepare_frozen, whole_heads, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
+from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
+from rlhf_bayes.trainers.rollout.reference_head import ReferenceHead, switches_head
 from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
     read_apart,
     read_rollout_state,
+    rollout_sizes,
     save_rollout_state,
     saved_apart,
 )
@@ -59,10 +62,10 @@ PRIVATE_NAMES = {
     "_get_train_sampler": ("dataset",),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }
-PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "aux_loss_enabled", "beta")
+PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "beta")
 
 
-class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
+class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
@@ -83,11 +86,6 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         self.beta = beta
         check_text_only(self.processing_class, type(self).__name__)
         check_tokenizer(self._tokenizer)
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"`router_aux_loss_coef` must be 0, got {self.router_aux_loss_coef}: {type(self).__name__} has no "
-                "load-balancing term, which would move the optimum off the posterior. Set `router_aux_loss_coef=0.0`."
-            )
         enable_completion_scoring(self.model)
         engine = self.use_vllm or self.use_transformers_continuous_batching
         check_plain_passes(self.model, self.accelerator.num_processes, engine)
@@ -281,16 +279,18 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
 
     @torch.no_grad()
     def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
-        # a head that FSDP shards, or that PEFT switches with the adapter, can be used inside its own forward only
-        switched = hasattr(base_causal_lm(self._plain_policy).get_output_embeddings(), "original_module")
         sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
-        learns = self.mode == "train" and self.step_is_rollout
+        # a pass backward through a head that is switched meanwhile would find the other one
+        learns = (
+            self.mode == "train" and self.step_is_rollout and not switches_head(self.reference, self._plain_policy)
+        )
         with self.accelerator.autocast():
             policy, ref_token_log_probs, token_kl = score_under_both(
                 self.model,
                 self.reference,
                 sequences,
-                heads=None if self.is_fsdp_enabled or switched else self._heads,
+                # a head that FSDP shards can be used inside its own forward only
+                heads=None if self.is_fsdp_enabled else self._heads,
                 graph=graph_kept(self.model, self.args) if learns else None,
             )
             if learns:
@@ -309,7 +309,10 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         """Within: the output projections of policy and prior."""
         lms = [base_causal_lm(plain(module, self.accelerator)) for module in (self.model, ref_model)]
         with whole_heads(lms, self.accelerator):
-            yield [LMHead.of(lm, self.temperature) for lm in lms]
+            heads = [LMHead.of(lm, self.temperature) for lm in lms]
+            if switches_head(self.reference, lms[0]):
+                heads[1] = replace(heads[1], projection=ReferenceHead(self.reference, self.model, heads[1].projection))
+            yield heads
 
     # Loss
 
@@ -380,6 +383,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
         state = {
             "step": self._step,
             "buffered_inputs": self._buffered_inputs,
+            "sizes": rollout_sizes(self.args),
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "objective": self.rollout_state(),
         }
@@ -391,7 +395,7 @@ class RolloutTrainer(FaultTolerantTrainer, RLOOTrainer):
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         self._buffered_inputs = None  # unless it is read, the rollout in flight is lost and drawn anew
-        state, in_flight = read_rollout_state(checkpoint, self.accelerator)
+        state, in_flight = read_rollout_state(checkpoint, self.accelerator, rollout_sizes(self.args))
         if state is not None:
             self.load_rollout_state(state["objective"])
         if in_flight:

@@ -11,6 +11,7 @@ from rlhf_bayes.lm.adapters import base_causal_lm, plain_copy
 from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder, set_trainable
 from rlhf_bayes.lm.merging import merged
 from rlhf_bayes.lm.pretrained import is_adapter, load_causal_lm, load_trunk, task_of
+from rlhf_bayes.lm.trunk import trunk_of
 from rlhf_bayes.rewards.loading import load_classifier
 from rlhf_bayes.trainers.rollout.prior_checks import check_not_moved, probe_if_whole
 
@@ -89,7 +90,7 @@ def _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed)
                 "`value_model` with the policy's tokenizer, or set `critic='shared'`."
             )
     else:
-        trunk = lm.base_model
+        trunk = trunk_of(lm)
     sizes = [model.config.get_text_config().vocab_size for model in (lm, trunk)]
     if sizes[0] != sizes[1]:
         raise ValueError(

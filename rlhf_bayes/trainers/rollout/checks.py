@@ -126,6 +126,38 @@ def check_plain_passes(model: nn.Module, num_processes: int, engine: bool) -> No
         )
 
 
+def check_policy(model: Any, peft_config: Any) -> None:
+    """
+    Refuse policies of which nothing would be trained, or whose adapter TRL does not find.
+
+    Args:
+        model (`str` or `PreTrainedModel` or `PeftModel`): As given to the trainer.
+        peft_config (`PeftConfig`, *optional*): Of an adapter that is still to be made.
+
+    Raises:
+        ValueError: if no weight is trainable, or the adapters of a PeftModel are named otherwise than `"default"`.
+    """
+    if isinstance(model, str) or peft_config is not None:
+        return
+    adapters = getattr(model, "peft_config", None)
+    if adapters is not None and "default" not in adapters:
+        raise ValueError(
+            f"The trained adapter must be named 'default', got a PeftModel with {sorted(adapters)}: TRL copies "
+            "the adapter of that name to be the prior. Load it without `adapter_name`: "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        way_out = (
+            "Unfreeze some: `model.requires_grad_(True)`."
+            if adapters is None
+            else "Load the adapter with `PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+        )
+        raise ValueError(
+            f"`model` must have weights to train, got {type(model).__name__} with none: only the critic would learn, "
+            f"and the policy stay the prior. {way_out}"
+        )
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     """
     Refuse tokenizers under which no completion ends.
@@ -140,6 +172,16 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def _advice(columns: list[str]) -> str:
+    text = next((name for name in columns if not name.endswith(("ids", "mask", "labels"))), None)
+    if columns and text is None:
+        return (
+            "Prompts are texts or chats, which the trainer tokenises itself: "
+            f"`dataset.map(lambda row: {{'prompt': tokenizer.decode(row['{columns[0]}'])}})`."
+        )
+    return f"Rename the column that holds prompts: `dataset.rename_column({text or 'text'!r}, 'prompt')`."
+
+
 def _check_dataset(name: str, dataset: Any) -> None:
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
@@ -148,10 +190,7 @@ def _check_dataset(name: str, dataset: Any) -> None:
         )
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
-        raise ValueError(
-            f"`{name}` must have a column `prompt`, got {list(columns)}. Rename the column that holds prompts: "
-            f"`dataset.rename_column({(columns or ['text'])[0]!r}, 'prompt')`."
-        )
+        raise ValueError(f"`{name}` must have a column `prompt`, got {list(columns)}. {_advice(columns)}")
     if isinstance(dataset, IterableDataset):  # its rows are checked as they come
         return
     if len(dataset) == 0:

@@ -1,4 +1,4 @@
-"""What a checkpoint of a rollout trainer holds beside the policy: the critic, and the rollout in flight."""
+"""Saves and reads the parts of a checkpoint besides the policy: the critic, and the rollout in flight."""
 
 import logging
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from peft import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
+from trl import RLOOConfig
 
 from rlhf_bayes.lm.critic import CRITIC, detached_critic, set_trainable, split_critic
 from rlhf_bayes.lm.forward import base_causal_lm
@@ -19,6 +20,16 @@ from rlhf_bayes.trainers.faults.resuming import load_device
 logger = logging.getLogger(__name__)
 
 _STATE = "rollout_state_{rank}.pt"
+# they say which micro-batch of a rollout comes next, how large it is, and which distribution it came from
+_SIZES = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+    "num_generations",
+    "num_iterations",
+    "max_completion_length",
+    "temperature",
+)
 
 
 @contextmanager
@@ -32,13 +43,13 @@ def saved_apart(
 
     Args:
         policy (`nn.Module`):
-            Unwrapped.
+            The unwrapped policy.
         folder (`str` or `Path`):
-            Of the policy.
+            The folder of the policy.
         state_dict (`dict[str, Tensor]`, *optional*):
-            Whole weights of all of them, where an engine gathered them. What is yielded are the policy's.
+            Whole weights of policy and critic, where an engine gathered them. The policy's are yielded.
         writes (`bool`):
-            Whether this process does.
+            Whether this process writes.
     """
     critic_state = None
     if state_dict is not None:
@@ -55,22 +66,22 @@ def saved_apart(
 @contextmanager
 def read_apart(policy: nn.Module, folder: str | Path, device: torch.device) -> Iterator[None]:
     """
-    Within: the policy is without its critic, to be read from `folder` by others; then the critic is read.
+    A context in which others read the policy, without its critic, from a folder. At its end the critic is read.
 
     Args:
         policy (`nn.Module`):
-            Unwrapped.
+            The unwrapped policy.
         folder (`str` or `Path`):
-            As `saved_apart` left it.
+            A folder that [`saved_apart`] wrote.
         device (`torch.device`):
-            Of the process.
+            The device of this process.
     """
     with detached_critic(base_causal_lm(policy)) as critic:
         yield
     if critic is None:
         return
     critic.load(Path(folder) / CRITIC)
-    if critic.adapter is not None:  # Trainer takes only the active adapter back from the best checkpoint
+    if critic.adapter is not None:  # Trainer restores only the active adapter from the best checkpoint
         weights = load_peft_weights(str(Path(folder) / CRITIC), device=load_device(device))
         set_peft_model_state_dict(policy, weights, adapter_name=critic.adapter)
     # `load_adapter` freezes every adapter but the active one
@@ -78,16 +89,28 @@ def read_apart(policy: nn.Module, folder: str | Path, device: torch.device) -> I
 
 
 def save_rollout_state(folder: str | Path, accelerator: Accelerator, state: dict[str, Any]) -> None:
-    """Write this process's state, of tensors and plain values, beside that of the others."""
+    """Write the state of this process, tensors and plain values, next to those of the others."""
     state = state | {"num_processes": accelerator.num_processes}
     torch.save(state, Path(folder) / _STATE.format(rank=accelerator.process_index))
 
 
-def read_rollout_state(folder: str | Path, accelerator: Accelerator) -> tuple[dict[str, Any] | None, bool]:
+def rollout_sizes(args: RLOOConfig) -> dict[str, int | float]:
+    """What a run must have in common with one that goes on in the middle of its rollout, by the name of the flag."""
+    return {name: getattr(args, name) for name in _SIZES}
+
+
+def read_rollout_state(
+    folder: str | Path, accelerator: Accelerator, sizes: dict[str, int | float]
+) -> tuple[dict[str, Any] | None, bool]:
     """
-    This process's state, and whether the rollout in flight is in it; `None` where there is none.
+    This process's state, and whether the run can go on in the middle of its rollout; `None` where there is none.
 
     A process that is new reads that of the first, which has all that they share.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+        accelerator (`Accelerator`): Of this run.
+        sizes (`dict`): Of this run, as [`rollout_sizes`] gives them.
     """
     paths = [Path(folder) / _STATE.format(rank=rank) for rank in (accelerator.process_index, 0)]
     path = paths[0] if paths[0].is_file() else paths[1]
@@ -98,10 +121,16 @@ def read_rollout_state(folder: str | Path, accelerator: Accelerator) -> tuple[di
         )
         return None, False
     state = torch.load(path, map_location=load_device(accelerator.device), weights_only=True)
-    same_processes = state["num_processes"] == accelerator.num_processes
-    if not same_processes:
+    if state["num_processes"] != accelerator.num_processes:
         logger.warning(
             f"The checkpoint was written by {state['num_processes']} processes, this run has "
             f"{accelerator.num_processes}: the rollout in flight is drawn anew."
         )
-    return state, same_processes
+        return state, False
+    # older checkpoints hold no sizes: their rollouts tell how many micro-batches they have
+    written = state.get("sizes", {"steps_per_generation": len(state["buffered_inputs"] or [])})
+    changed = {name: (size, sizes[name]) for name, size in written.items() if size != sizes[name]}
+    if changed and state["buffered_inputs"] is not None:
+        differences = ", ".join(f"`{name}` = {old} (now {new})" for name, (old, new) in changed.items())
+        logger.warning(f"The checkpoint was written with {differences}: the rollout in flight is drawn anew.")
+    return state, not changed

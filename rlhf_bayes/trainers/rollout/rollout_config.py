@@ -1,5 +1,6 @@
-"""What the configurations of [`PPOTrainer`] and [`GDCTrainer`] have in common."""
+"""The fields that the configurations of [`PPOTrainer`] and [`GDCTrainer`] have in common."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,9 +11,11 @@ from trl import RLOOConfig
 from rlhf_bayes.trainers.faults.fault_config import FaultConfig
 from rlhf_bayes.trainers.field_help import document_fields
 
-# keys of `generation_kwargs` that do not change which completions come with which probability
+logger = logging.getLogger(__name__)
+
+# keys of `generation_kwargs` that do not change the distribution of completions
 _HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "cache_config", "prefill_chunk_size"}
-# name -> (value, whether it will do, the rule)
+# name -> (value, whether it is allowed, the rule in words)
 NumberRules = dict[str, tuple[Any, Callable[[Any], bool], str]]
 
 
@@ -24,6 +27,15 @@ class RolloutConfig(FaultConfig, RLOOConfig):
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Whether to disable dropout. Must be True: dropout makes the policy's density random."},
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "Weight of the load-balancing loss of a mixture of experts. Must be 0 or None: the loss would move "
+                "the optimum off the posterior. The value in the model's config is not used."
+            )
+        },
     )
     missing_eos_penalty: float | None = field(
         default=None,
@@ -54,30 +66,43 @@ class RolloutConfig(FaultConfig, RLOOConfig):
     )
 
     def __post_init__(self):
-        # before TRL divides by `num_generations`
+        # checked first, since TRL divides by `num_generations`
         for name, (value, holds, rule) in self._number_rules().items():
             if value is not None and not holds(value):
                 raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
         try:
             super().__post_init__()
         except ValueError as error:
-            # RLOO's last check: it needs siblings as a baseline, these objectives do not
+            # RLOO's last check fails for one completion per prompt, which has no siblings; these objectives need none
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
         self._check_faults()
         self._check_posterior()
         self._check_sampling()
-        if self.steps_per_generation % self.gradient_accumulation_steps != 0:
+        self._draw_whole_steps()
+
+    def _draw_whole_steps(self) -> None:
+        accumulation, steps = self.gradient_accumulation_steps, self.steps_per_generation
+        if steps % accumulation == 0:
+            return
+        if accumulation % steps != 0:
+            divisor, multiple = math.gcd(accumulation, steps), math.lcm(accumulation, steps)
             raise ValueError(
-                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}) must divide "
-                f"`steps_per_generation` ({self.steps_per_generation}): the loss is a mean over a whole optimizer "
-                f"step, which must all have been drawn. Set "
-                f"`steps_per_generation={self.gradient_accumulation_steps}` or a multiple."
+                f"`gradient_accumulation_steps` ({accumulation}) must divide `steps_per_generation` ({steps}) or be a "
+                "multiple of it: the loss is a mean over an optimizer step, which must be drawn by one policy. Set "
+                f"`gradient_accumulation_steps={divisor}`, or `steps_per_generation={multiple}` without "
+                "`generation_batch_size`."
             )
+        logger.warning(
+            f"`steps_per_generation` is {steps} and taken as {accumulation}, the `gradient_accumulation_steps`: an "
+            "optimizer step learns from several rollouts, which the same policy draws and are drawn at once."
+        )
+        self.steps_per_generation = accumulation
+        self.generation_batch_size = self.generation_batch_size * accumulation // steps
 
     @property
     def infinite_where_forbidden(self) -> str | None:
-        """What is minimised, if it is infinite for a policy that can draw a forbidden completion; else None."""
+        """The objective in words, if it is infinite for a policy that can draw a forbidden completion; else None."""
         return None
 
     def _number_rules(self) -> NumberRules:
@@ -94,6 +119,12 @@ class RolloutConfig(FaultConfig, RLOOConfig):
         }
 
     def _check_posterior(self) -> None:
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"`router_aux_loss_coef` must be 0 or None, got {self.router_aux_loss_coef}: a load-balancing term "
+                "would move the optimum off the posterior. Remove it."
+            )
+        self.router_aux_loss_coef = 0.0
         if self.mask_truncated_completions:
             raise ValueError(
                 "`mask_truncated_completions` must be False: completions cut at `max_completion_length` are ordinary "

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_bayes import LanguageModel, toy
-from rlhf_bayes.commands.flags import load_likelihood, load_pooled_reward, load_reward_func
+from rlhf_bayes import LanguageModel, PPOConfig, toy
+from rlhf_bayes.commands.flags import load_language_model, load_likelihood, load_pooled_reward, load_reward_func
 from rlhf_bayes.rewards import RewardEnsemble, RewardModel
+from rlhf_bayes.testing import EnumerableLM
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 
@@ -122,3 +123,13 @@ def test_a_single_model_has_nothing_to_pool(tmp_path):
     RewardModel(model, AutoTokenizer.from_pretrained(toy.model_path())).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`reward_rule` must be 'mean' for a single reward model"):
         load_pooled_reward(str(tmp_path), "pessimistic", LanguageModel(toy.model_path()), ["I"], beta=0.1)
+
+
+def test_tables_of_recipes_read_the_trainers_prompts(tmp_path):
+    toy_lm = EnumerableLM(vocab_size=4, max_completion_length=3)
+    toy_lm.tokenizer.chat_template = "{{ messages[0]['content'] }}{% if thinking %} b{% endif %}"
+    folder = toy_lm.save(tmp_path / "model")
+    kwargs = {"chat_template_kwargs": {"thinking": True}, "max_completion_length": 3, "use_cpu": True, "bf16": False}
+    lm = load_language_model(folder, PPOConfig(str(tmp_path), **kwargs))
+    chat = [{"role": "user", "content": "a"}]
+    assert lm.prompt_token_ids([chat]) == [toy_lm.tokenizer("a b")["input_ids"]]

@@ -10,9 +10,9 @@ from transformers import Trainer
 from trl import RLOOConfig, RLOOTrainer
 
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers._trl import fault_tolerance, rollout_trainer
+from rlhf_bayes.trainers._trl import fault_tolerance, rloo_repairs, rollout_trainer
 
-from ..training import config, prompts_of, trainer
+from ..training import config, prompts_of
 from .names import lost, moved, names_used
 
 HELPERS = {
@@ -69,6 +69,7 @@ def rloo(toy, tmp_path_factory):
 
 def test_methods_that_are_overridden():
     assert moved(RLOOTrainer, rollout_trainer.PRIVATE_NAMES) == []
+    assert moved(RLOOTrainer, rloo_repairs.PRIVATE_NAMES) == []
     assert moved(Trainer, TRAINER_NAMES) == []
 
 
@@ -78,6 +79,7 @@ def test_functions_that_are_imported():
 
 def test_attributes(rloo):
     assert lost(rloo, rollout_trainer.PRIVATE_ATTRIBUTES) == []
+    assert lost(rloo, rloo_repairs.PRIVATE_ATTRIBUTES) == []
     assert lost(rloo, fault_tolerance.TRL_ATTRIBUTES) == []
 
 
@@ -153,15 +155,3 @@ def test_an_objective_must_define_both_hooks(toy, tmp_path):
         base.rollout_batch(None)
     with pytest.raises(NotImplementedError, match="RolloutTrainer must define `rollout_loss`"):
         base.rollout_loss(None, {})
-
-
-def test_a_balancing_loss_is_refused(toy, tmp_path, monkeypatch):
-    initialise = RLOOTrainer.__init__
-
-    def with_aux_loss(self, *args, **kwargs):
-        initialise(self, *args, **kwargs)
-        self.aux_loss_enabled, self.router_aux_loss_coef = True, 0.01
-
-    monkeypatch.setattr(RLOOTrainer, "__init__", with_aux_loss)
-    with pytest.raises(ValueError, match=r"`router_aux_loss_coef` must be 0, got 0\.01"):
-        trainer(toy, config(tmp_path))

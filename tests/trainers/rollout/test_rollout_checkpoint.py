@@ -13,7 +13,7 @@ from ..training import config, largest_change, prompts_of, trainer, weights
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
-def make(toy, folder, peft=False, **changes):
+def make(toy, folder, peft=False, repeats=1, **changes):
     # rollouts of two micro-batches and two iterations: four steps each
     defaults = {
         "max_steps": 9,
@@ -33,7 +33,8 @@ def make(toy, folder, peft=False, **changes):
     }
     args = config(folder, **defaults | changes)
     peft_config = LoraConfig(**LORA) if peft else None
-    return trainer(toy, args, eval_dataset=prompts_of(toy), peft_config=peft_config)
+    datasets = {"train_dataset": prompts_of(toy, repeats), "eval_dataset": prompts_of(toy)}
+    return trainer(toy, args, peft_config=peft_config, **datasets)
 
 
 def assert_same_run(resumed, whole):
@@ -148,3 +149,35 @@ def test_only_the_model_may_be_saved(toy, tmp_path):
     make(toy, tmp_path, save_only_model=True, max_steps=5).train()
     assert (tmp_path / "checkpoint-5" / "critic").is_dir()
     assert not (tmp_path / "checkpoint-5" / "rollout_state_0.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"steps_per_generation": 4}, {"steps_per_generation": 2}, "`steps_per_generation` = 4 (now 2)"),
+        (
+            {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+            {"steps_per_generation": 8, "gradient_accumulation_steps": 2},
+            "`steps_per_generation` = 4 (now 8)",
+        ),
+        ({}, {"num_iterations": 1}, "`num_iterations` = 2 (now 1)"),
+        ({}, {"temperature": 2.0}, "`temperature` = 1.0 (now 2.0)"),
+    ],
+)
+def test_with_other_sizes_the_rollout_is_drawn_anew_and_said_so(toy, tmp_path, caplog, before, after, said):
+    common = {"repeats": 4, "save_steps": 1, "eval_strategy": "no"}
+    make(toy, tmp_path, **common | before | {"max_steps": 1}).train()
+    resumed = make(toy, tmp_path, **common | before | after | {"max_steps": 4})
+    drawn = []
+    step = resumed.training_step
+
+    def training_step(model, inputs, *args):
+        loss = step(model, inputs, *args)
+        drawn.append(len(getattr(resumed, "rollouts", [])))
+        return loss
+
+    resumed.training_step = training_step
+    resumed.train(resume_from_checkpoint=True)
+    assert f"The checkpoint was written with {said}: the rollout in flight is drawn anew" in caplog.text
+    assert resumed.state.global_step == 4
+    assert drawn[0] == 1, "the first step must learn from a rollout of this run"
