@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from rlhf_bayes.lm.adapters import check_can_be_read_again, check_leaves_base
 from rlhf_bayes.rewards.loading import is_head
 
 HEADS = ("score", "classifier")
@@ -28,8 +29,10 @@ def check_adapter_config(name: str, config: PeftConfig) -> None:
         config (`PeftConfig`): Configuration of the adapter.
 
     Raises:
-        `ValueError`: if the task is not sequence classification or, without a task, `modules_to_save` has no head.
+        `ValueError`: if the task is not sequence classification, `modules_to_save` has no head without a task, or the
+            initialisation cannot be repeated when the adapter is read.
     """
+    check_can_be_read_again(config, f"`{name}`")
     saved = getattr(config, "modules_to_save", None) or ()
     if config.task_type == TaskType.SEQ_CLS or (config.task_type is None and any(map(is_head, saved))):
         return
@@ -95,7 +98,7 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
         `list[str]`: the names of the adapters.
 
     Raises:
-        `ValueError`: if the model has no adapter, or several.
+        `ValueError`: if the model has no adapter, or several, or one whose initialisation changes the base.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -108,6 +111,7 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
             f"{', '.join(model.peft_config)}. Pass the base model and a `peft_config`."
         )
     config = model.peft_config["default"]
+    check_leaves_base(config, "the members of `ensemble='lora'`")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = member_names(num_members)
     for index, name in enumerate(names[1:], start=1):
