@@ -101,7 +101,7 @@ class Cell:
 
 @dataclass
 class Curve:
-    """Exact divergences, means over prompts, after so many completions (or exact gradients)."""
+    """Exact divergences, means over prompts, against the number of completions (or of exact gradients)."""
 
     samples: list[int] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)

@@ -1,7 +1,7 @@
 r"""Draws from a posterior without training, and measures how far policies are from it, like `rlhf-bayes sample`.
 
 Korbak, Perez & Buckley 2022 (arXiv 2205.11275, section 4) point out that a posterior can be sampled by decoding, to
-see whether it is what one wants before anything is trained. The recipe answers three questions, in this order:
+see whether it is wanted before anything is trained. The recipe answers three questions, in this order:
 
 1. Which β? One set of completions of the prior is reweighted to the posterior of each β. A table shows its reward, its
    KL to the prior, and log Z, the bound on what training can reach.

@@ -25,13 +25,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import LanguageModel, RewardConfig, RewardTrainer, toy
 from rlhf_bayes.commands.flags import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
 from rlhf_bayes.diagnostics import plot_reliability, preference_table
+from rlhf_bayes.rewards.loading import load_tokenizer
 from rlhf_bayes.rewards.pairs import prompt_and_texts
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
 from rlhf_bayes.trainers.reward.reward_card import RELIABILITY_PLOT
@@ -128,6 +129,17 @@ def load_data(args: Arguments, seed: int) -> tuple[Dataset, Dataset]:
     return hold_out(train, args.held_out, args.held_out_by, seed)
 
 
+def prior_tokenizer(path: str, training_args: RewardConfig) -> PreTrainedTokenizerBase:
+    """The prior's tokenizer, with the chat template of the training where it has none of its own."""
+    tokenizer, template = load_tokenizer(path, path), training_args.chat_template_path
+    if template is not None and getattr(tokenizer, "chat_template", None) is None:
+        is_file = Path(template).is_file()
+        tokenizer.chat_template = (
+            Path(template).read_text(encoding="utf-8") if is_file else load_tokenizer(template, template).chat_template
+        )
+    return tokenizer
+
+
 def reference(
     args: Arguments, training_args: RewardConfig, path: str, data: Dataset, prompts: list
 ) -> tuple[list, list, str]:
@@ -136,7 +148,8 @@ def reference(
         chosen = data.shuffle(seed=training_args.seed).select(range(min(args.normalize_samples, len(data))))
         pairs = [(prompt_and_texts(row)[0], row[args.normalize_on]) for row in chosen]
         return *map(list, zip(*pairs, strict=True)), f"the column `{args.normalize_on}` of its data"
-    prior = LanguageModel(path, max_completion_length=args.max_completion_length)
+    tokenizer = prior_tokenizer(path, training_args)
+    prior = LanguageModel(path, tokenizer, max_completion_length=args.max_completion_length)
     prior.model.to(training_args.device)
     generator = torch.Generator().manual_seed(training_args.seed)
     draws = prior.sample(prompts, n=-(-args.normalize_samples // len(prompts)), generator=generator)
@@ -155,7 +168,8 @@ def main() -> None:
     prior_path = args.prior_name_or_path or model_args.model_name_or_path
     prompts = []
     if args.normalize_on == "prior":
-        prompts = prompts_of_pairs(train, args.normalize_samples, prior_path, args.max_completion_length)
+        tokenizer = prior_tokenizer(prior_path, training_args)
+        prompts = prompts_of_pairs(train, args.normalize_samples, prior_path, args.max_completion_length, tokenizer)
 
     # model
     training_args.model_init_kwargs = model_init_kwargs(model_args, training_args)
@@ -171,7 +185,7 @@ def main() -> None:
 
     # train
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()  # at once: whatever fails below costs no training
+    trainer.save_model()  # saved at once, so that an error below loses no training
     trainer.evaluate()
     if args.normalize_on != "none":
         unset_hf_deepspeed_config()  # under ZeRO-3 the prior would be loaded in shards

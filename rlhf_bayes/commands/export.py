@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from rich.console import Console
-from tokenizers.processors import Sequence as Processors
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
@@ -72,7 +71,7 @@ def export(folder: Path, output_dir: Path, member: str | None = None) -> list[st
     model, index = _single(folder, reward, member)
     notes = []
     if index.append_eos and not index.tokenizer_appends_eos:
-        index.tokenizer_appends_eos = _append_eos(tokenizer)
+        index.tokenizer_appends_eos = _append_eos(tokenizer, texts[0])
         if not index.tokenizer_appends_eos:
             notes.append(f"The tokenizer cannot append EOS: append {tokenizer.eos_token!r} to each text yourself.")
     # the head reads the last token that is not padding; the base of an adapter may not know which that is
@@ -203,16 +202,24 @@ def _composed(inner: Normalization | None, outer: Normalization | None) -> Norma
     return Normalization((gain,), (bias,), outer.reference)
 
 
-def _append_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Let the tokenizer append EOS to each text after its own special tokens; whether it can."""
+def _append_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Let the tokenizer append EOS to each text, among its own special tokens as seen on a text; whether it can."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
-    # by a name of its own: a token may look like a part of a template, as "$" does
-    eos: Any = {"id": "EOS", "ids": [tokenizer.eos_token_id], "tokens": [tokenizer.eos_token]}
-    template = TemplateProcessing(single="$A EOS", special_tokens=[eos])
-    own = backend.post_processor
-    backend.post_processor = template if own is None else Processors([own, template])
+    bare, full = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+    start = next((place for place in range(len(full)) if full[place : place + len(bare)] == bare), None)
+    if start is None:
+        return False
+    # one template for all special tokens: of two processors in a row, the second takes what the first added for a text
+    ids = [*full[:start], tokenizer.eos_token_id, *full[start + len(bare) :]]
+    names = [f"TOKEN{place}" for place in range(len(ids))]  # of their own, since "$" would be a part of a template
+    tokens: Any = [
+        {"id": name, "ids": [token], "tokens": [tokenizer.convert_ids_to_tokens(token)]}
+        for name, token in zip(names, ids, strict=True)
+    ]
+    single = " ".join([*names[:start], "$A", *names[start:]])
+    backend.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
     return True
 
 

@@ -6,17 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft import AutoPeftModelForCausalLM, PeftConfig
+from peft import PeftConfig
 from rich.console import Console
+from torch import Tensor
 
 from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder
+from rlhf_bayes.lm.merging import merged
+from rlhf_bayes.lm.pretrained import is_adapter, load_causal_lm
+from rlhf_bayes.lm.probe import disagreement, probe_log_probs, rounding
 from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.loading import (
     DEFAULT_ADAPTER,
     adapter_folders,
     found_index,
-    is_adapter,
     load_adapters,
     load_tokenizer,
 )
@@ -58,7 +61,8 @@ def merge(folder: Path, output_dir: Path) -> list[str]:
         `list[str]`: messages for the user, on what was not copied.
 
     Raises:
-        ValueError: if the folder holds no adapter, or `output_dir` is not empty.
+        ValueError: if the folder holds no adapter or one that cannot be merged, `output_dir` is not empty, or
+            the merged model computes something else.
     """
     if not is_adapter(folder):
         raise ValueError(
@@ -70,10 +74,25 @@ def merge(folder: Path, output_dir: Path) -> list[str]:
     if PeftConfig.from_pretrained(str(folder)).task_type == "SEQ_CLS":
         _merge_reward(folder, output_dir)
         return []
-    model = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype="auto")
-    model.merge_and_unload().save_pretrained(output_dir)
+    model = load_causal_lm(folder, dtype="auto")
+    expected = probe_log_probs(model)
+    merged(model).save_pretrained(output_dir)
+    _check_merged(folder, output_dir, expected)
     load_tokenizer(folder, folder.name).save_pretrained(output_dir)
     return _copy_critic(folder / CRITIC, output_dir / CRITIC)
+
+
+def _check_merged(folder: Path, output_dir: Path, expected: Tensor) -> None:
+    # what was written is what is compared: ties between weights come back when a model is loaded
+    written = load_causal_lm(output_dir, dtype="auto")
+    error = disagreement(probe_log_probs(written), expected)
+    if error > rounding(written):
+        shutil.rmtree(output_dir)
+        raise ValueError(
+            f"The merged model must compute what '{folder}' computes, but its log-probs differ by {error:.3g} nats a "
+            "token, and it was removed: its kind of adapter does not add up to weights of the base, or not in the "
+            "base's precision. Keep the adapter: `LanguageModel`, the trainers and PEFT read its folder."
+        )
 
 
 def _merge_reward(folder: Path, output_dir: Path) -> None:
@@ -91,7 +110,7 @@ def _merge_reward(folder: Path, output_dir: Path) -> None:
 
 
 def _save_merged(model, tokenizer, folder: Path) -> None:
-    whole = model.merge_and_unload()
+    whole = merged(model)
     # the head reads the last token that is not padding; the base need not know which that is
     padding = tokenizer.pad_token_id
     whole.config.get_text_config().pad_token_id = tokenizer.eos_token_id if padding is None else padding

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trl import TrlParser
 
 from rlhf_bayes import cli, toy
@@ -26,9 +26,9 @@ from rlhf_bayes.commands.sampling import (
 from rlhf_bayes.diagnostics import evaluate
 from rlhf_bayes.likelihoods import RewardLikelihood
 from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
+from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_weights
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_report, write_sampling
-from rlhf_bayes.rewards.loading import whole_weights
 from rlhf_bayes.samplers.all_samplers import SAMPLERS, samplers_of_the_posterior
 from rlhf_bayes.toy.rewards import sentiment_reward
 
@@ -107,7 +107,7 @@ class Arguments:
     batch_size: int = field(default=256, metadata={"help": "Sequences in one forward pass."})
     dtype: str = field(
         default="float32",
-        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Of the weights."},
+        metadata={"choices": ["auto", "bfloat16", "float16", "float32"], "help": "Type of the weights."},
     )
     vllm: bool = field(
         default=False,
@@ -209,9 +209,9 @@ def load_evidence(args: Arguments) -> tuple[list[Any], Any | None]:
 def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -> LanguageModel:
     """A model or an adapter; a policy uses the tokenizer and the completion length of its prior."""
     with whole_weights():
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=args.dtype)
+        model: Any = load_causal_lm(path, dtype=args.dtype)
     length = args.max_completion_length or (32 if args.model_name_or_path is None else 64)
-    tokenizer = AutoTokenizer.from_pretrained(path) if prior is None else prior.tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(path)) if prior is None else prior.tokenizer
     options = tokenizer, length, args.temperature, args.batch_size, read_template_kwargs(args.chat_template_kwargs)
     if args.vllm and prior is None:
         from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
@@ -314,7 +314,7 @@ def _check_policies(args: Arguments) -> None:
     if args.proposal is not None:
         named.insert(0, ("--proposal", args.proposal))
     prior = args.model_name_or_path or toy.model_path()
-    expected = AutoTokenizer.from_pretrained(prior).get_vocab() if named else None
+    expected = AutoTokenizer.from_pretrained(tokenizer_folder(prior)).get_vocab() if named else None
     for flag, path in named:
         try:
             tokens = AutoTokenizer.from_pretrained(path).get_vocab()

@@ -1,4 +1,4 @@
-"""Completions regrown from a prefix."""
+"""Draws the rest of completions from a prefix."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def regrow(
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
     """
-    Completions drawn given how they begin: x ~ π(x | prompt, x_<i).
+    Completions drawn given their beginnings: x ~ π(x | prompt, x_<i).
 
     Args:
         lm (`LanguageModel`):
@@ -27,7 +27,7 @@ def regrow(
         prefixes (`Sequence[Sequence[int]]`):
             B beginnings of completions: fewer than `max_completion_length` tokens, none of them EOS, perhaps empty.
         generator (`torch.Generator`, *optional*):
-            Makes the draw reproducible.
+            Makes the draws reproducible.
 
     Returns:
         `list[list[int]]`: B completions, prefix included.
@@ -38,7 +38,7 @@ def regrow(
     completions: dict[int, list[int]] = {}
     with seeded_by(generator, lm.device), raw_generation_config(lm.model):
         while rows:
-            # the shortest prefix of a batch sets its steps: a row of a longer one must not run out of positions
+            # the shortest prefix of a batch determines its steps; rows with longer ones must still have positions
             steps = lm.max_completion_length - len(prefixes[rows[0]])
             fits = [row for row in rows if len(prompt_ids[row]) + len(prefixes[row]) + steps <= context]
             batch = fits[: lm.batch_size]

@@ -1,4 +1,4 @@
-"""The critic: what reward, less the KL penalty, a prefix can expect. Lives inside the policy, saves beside it."""
+"""The critic: the expected reward minus KL penalty after a prefix. It is a module of the policy, saved beside it."""
 
 import json
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from transformers import AutoModel, PreTrainedModel
 
 from rlhf_bayes.lm.trunk import trunk_of
 
-CRITIC = "critic"  # the attribute of the causal LM that holds it, and the folder beside the policy's weights
+CRITIC = "critic"  # the attribute of the causal LM that holds the critic, and its folder beside the policy's weights
 _CONFIG, _HEAD = "critic_config.json", "value_head.safetensors"
 
 
 def states_before(outputs: Any, completion_ids: Tensor) -> Tensor:
-    """Last hidden states before each completion token: (B, P + T, H) to (B, T, H)."""
+    """Last hidden states before each completion token: (B, P + T, H) -> (B, T, H)."""
     return outputs.last_hidden_state[:, -completion_ids.size(1) - 1 : -1]
 
 
@@ -29,9 +29,8 @@ class Critic(nn.Module):
 
         u(prompt, x_<t) = w · h_t + b  ≈  E_π[r − β·log(π/π0)(x) | x_<t]
 
-    The log-ratio is that of the whole completion, its past included, so that u is the constant β·log Z wherever the
-    policy is the posterior. The value in the usual sense, reward to go less KL to go, is V(x_<t) = u + β·Σ_{i<t}
-    log(π/π0)(x_i).
+    The log-ratio is that of the whole completion, including the prefix, so u is the constant β·log Z where the policy
+    is the posterior. The usual value, reward to go minus KL to go, is V(x_<t) = u + β·Σ_{i<t} log(π/π0)(x_i).
 
     Args:
         hidden_size (`int`):
@@ -47,7 +46,7 @@ class Critic(nn.Module):
         self.backbone = backbone
         self.adapter = adapter
         self.value_head = nn.Linear(hidden_size, 1)
-        # zero output: until it has learnt something, the critic must not push the policy
+        # the output starts at 0, so that an untrained critic does not influence the policy
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.detach_trunk = False
@@ -113,7 +112,7 @@ class Critic(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Critic":
         """
-        Read a critic written by `save_pretrained`. A shared or adapter critic also needs the policy it came with.
+        Read a critic written by `save_pretrained`. Without a trunk of its own, it needs the policy it was saved with.
 
         Raises:
             ValueError: if the folder holds no critic.
@@ -139,7 +138,7 @@ def critic_config(folder: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def detached_critic(lm: PreTrainedModel) -> Iterator[Critic | None]:
-    """Take the critic out of the causal LM for a while: what is saved or sent meanwhile is the plain policy."""
+    """A context in which the causal LM is without its critic, to save or send the policy alone; yields the critic."""
     critic = lm._modules.pop(CRITIC, None)
     try:
         yield critic
@@ -149,7 +148,7 @@ def detached_critic(lm: PreTrainedModel) -> Iterator[Critic | None]:
 
 
 def split_critic(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part the state dict of a policy that holds a critic into the policy's and the critic's own."""
+    """Split the state dict of a policy that holds a critic into those of the policy and of the critic."""
     policy, critic = {}, {}
     for name, tensor in state_dict.items():
         _, found, inner = f".{name}".partition(f".{CRITIC}.value_head.")
@@ -164,7 +163,7 @@ def split_critic(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict
 
 
 def set_trainable(lm: PreTrainedModel, critic: Critic) -> None:
-    """Let the critic learn: its head, its backbone, and its adapter in the policy."""
+    """Make the critic trainable: its head, its backbone, and its adapter in the policy."""
     critic.requires_grad_(True)
     if critic.adapter is not None:
         for name, parameter in lm.named_parameters():
@@ -174,7 +173,7 @@ def set_trainable(lm: PreTrainedModel, critic: Critic) -> None:
 
 @contextmanager
 def kept_trainable(model: nn.Module) -> Iterator[None]:
-    """Give each parameter its `requires_grad` back: PEFT freezes all adapters but one when it switches them."""
+    """A context that restores each `requires_grad` at its end: PEFT freezes other adapters when it switches them."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         yield
@@ -185,13 +184,13 @@ def kept_trainable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run the causal LM under one of its PEFT adapters for a while, whatever is active or disabled around it."""
+    """A context in which one PEFT adapter of the causal LM is active, whichever is active or disabled outside."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the latter hold what `modules_to_save` names
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # the second kind holds the modules named in `modules_to_save`
     layers = [module for module in lm.modules() if isinstance(module, kinds)]
-    # not `set_adapter`: it freezes the other adapters, whose gradients the same backward pass still needs
+    # not by `set_adapter`, which freezes the other adapters, whose gradients the same backward pass still needs
     active = [layer._active_adapter for layer in layers]
     disabled = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -205,7 +204,7 @@ def active_adapter(lm: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def _without_checkpointing(lm: PreTrainedModel) -> Iterator[None]:
-    # a checkpointed layer would be recomputed in the backward pass, under the policy's adapter
+    # the backward pass would recompute a checkpointed layer with the policy's adapter active
     modules = [module for module in trunk_of(lm).modules() if getattr(module, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.adapters import base_causal_lm, described
+from rlhf_bayes.lm.forward import runs_plainly
 from rlhf_bayes.lm.head import LMHead
 from rlhf_bayes.lm.language_model import Completions, LanguageModel, Prompt, as_completion, pad_ids
 from rlhf_bayes.lm.trunk import trunk_of
@@ -21,6 +22,23 @@ def cache_name(trunk: Callable[..., Any]) -> str:
     """What a trunk calls the cache that it takes and returns: `cache`, or in older transformers `past_key_values`."""
     forward = trunk.forward if isinstance(trunk, nn.Module) else trunk
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def check_keeps_cache(lm: LanguageModel) -> None:
+    """
+    Refuse models that cannot be stepped token by token with a cache, in one batch with prompts of other lengths.
+
+    Raises:
+        ValueError: if padding or the cache changes what the model computes, or it reads virtual tokens before the
+            prompt.
+    """
+    if runs_plainly(lm.model):
+        raise ValueError(
+            "The model must compute the same log-probs with padding and a cache as without, to be stepped token by "
+            f"token; {described(lm.model)} does not (a recurrent model, one that ignores mask or positions, or a PEFT "
+            "prompt of virtual tokens). Sample from it by importance, rejection, best of n or Metropolis–Hastings, "
+            "which draw whole completions."
+        )
 
 
 @final
@@ -157,6 +175,7 @@ class Decoding:
     """Tokens that each of these has."""
 
     def __init__(self, lm: LanguageModel, prompts: Sequence[Prompt], n: int = 1):
+        check_keeps_cache(lm)
         self.lm = lm
         self.prompts = [prompt for prompt in prompts for _ in range(n)]
         self.length = 0
@@ -274,6 +293,7 @@ class PrefixReader:
     """
 
     def __init__(self, lm: LanguageModel, trunk: Callable[..., Any] | None = None):
+        check_keeps_cache(lm)
         self.lm = lm
         self._plain = trunk is not None
         causal_lm = base_causal_lm(lm.model)

@@ -5,17 +5,21 @@ It works behind DDP, DeepSpeed and FSDP too.
 
 import functools
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_bayes.lm.adapters import base_causal_lm, described, is_prompt_learning
 from rlhf_bayes.lm.critic import CRITIC, Critic, states_before
+from rlhf_bayes.lm.generation import equal_length_groups, generates_what_it_scores
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy
+from rlhf_bayes.lm.pretrained import check_decoder_only, has_whole_weights
+from rlhf_bayes.lm.probe import disagreement, evaluating, plain_logits, rounding
 from rlhf_bayes.lm.trunk import trunk_of
 
-_AGREEMENT = 1e-3  # nats, of log-probs from hidden states with those from the model's own logits in fp32
+_AGREEMENT = 1e-4  # of log-probs of the same tokens in two batches, in fp32, relative to their size
 
 
 class CompletionScores(NamedTuple):
@@ -31,11 +35,6 @@ class CompletionScores(NamedTuple):
     """(N, H): last hidden states before each of the N valid tokens, in row order."""
 
 
-def base_causal_lm(model: nn.Module) -> PreTrainedModel:
-    """The transformers causal LM inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def enable_completion_scoring(model: nn.Module) -> None:
     """
     Teach a causal LM's forward to score completions.
@@ -47,12 +46,47 @@ def enable_completion_scoring(model: nn.Module) -> None:
     The forward is patched rather than wrapped so that DDP, DeepSpeed and FSDP see one module with one forward, and
     PEFT and `save_pretrained` an ordinary transformers model. Calling it twice is harmless.
 
+    A model whose log-probabilities change with left padding or with the cache of `generate` (recurrent models, those
+    that ignore the mask or the positions, prompts of virtual tokens) is run in plain passes: see [`runs_plainly`].
+
     Raises:
-        ValueError: if log-probabilities computed from hidden states differ from those of the model's own logits.
+        ValueError: if the model is no causal LM, if log-probabilities computed from hidden states differ from those
+            of the model's own logits, or if they depend on other rows or on later tokens.
     """
     lm = base_causal_lm(model)
-    if getattr(lm, "_scores_completions", False):
-        return
+    if not getattr(lm, "_scores_completions", False):
+        _check_is_causal_lm(lm)
+        _patch_forward(lm)
+    if "_checked_scores" not in vars(model):
+        if is_prompt_learning(model):
+            lm._runs_plainly = True
+        # sharded or not yet materialised weights cannot be run here
+        if has_whole_weights(model):
+            _check_scores(model)
+        model._checked_scores = True  # of the wrapper too, whose adapters may do what the base does not
+
+
+def runs_plainly(model: nn.Module) -> bool:
+    """
+    Whether the model computes its distribution in plain passes only: prompts of equal length, without a cache.
+
+    Args:
+        model (`nn.Module`):
+            Prepared by [`enable_completion_scoring`]; an engine may have wrapped it since.
+    """
+    return getattr(base_causal_lm(getattr(model, "module", model)), "_runs_plainly", False)
+
+
+def _check_is_causal_lm(lm: nn.Module) -> None:
+    check_decoder_only(lm.config, type(lm).__name__)
+    if not hasattr(lm, "get_output_embeddings") or lm.get_output_embeddings() is None:
+        raise ValueError(
+            f"A causal LM is needed, got {type(lm).__name__}, which has no head over the vocabulary. Load the model "
+            "with `AutoModelForCausalLM`."
+        )
+
+
+def _patch_forward(lm: PreTrainedModel) -> None:
     # an earlier patch (accelerate's hooks, TRL's fused head) stays; else the class's own, which a deep copy keeps too
     earlier_patch = vars(lm).get("forward")
 
@@ -89,9 +123,6 @@ def enable_completion_scoring(model: nn.Module) -> None:
 
     lm.forward = types.MethodType(forward, lm)
     lm._scores_completions = True
-    # sharded or not yet materialised weights cannot be run here
-    if not any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in lm.parameters()):
-        _check_against_logits(lm)
 
 
 def score_completions(
@@ -107,8 +138,9 @@ def score_completions(
     """
     Score completions by one teacher-forced pass of a model prepared by [`enable_completion_scoring`].
 
-    Positions count attended tokens, so left padding changes nothing, learnt position embeddings included. Columns that
-    are padding in every row do not reach the model.
+    Positions count attended tokens, so left padding changes nothing, learnt position embeddings included. A model of
+    which this is not true ([`runs_plainly`]) takes a pass for each length of prompts, without left padding.
+    Columns that are padding in every row do not reach the model.
 
     Args:
         model (`torch.nn.Module`):
@@ -124,22 +156,54 @@ def score_completions(
         with_values (`bool`):
             Run the critic too, where the model has one.
     """
+    sequences = prompt_ids, prompt_mask, completion_ids, completion_mask
+    options = {"temperature": temperature, "hidden_only": hidden_only, "with_values": with_values}
+    if not runs_plainly(model):
+        return _score_batch(model, *sequences, **options)
+    groups = equal_length_groups(prompt_mask.sum(1).tolist())
+    parts = [_score_batch(model, *(x[rows] for x in sequences), unpadded=True, **options) for rows in groups]
+    order = torch.tensor([row for rows in groups for row in rows], device=prompt_ids.device).argsort()
+    columns = (None if x[0] is None else torch.cat(x)[order] for x in zip(*(part[:-1] for part in parts), strict=True))
+    if not hidden_only:
+        return CompletionScores(*columns, None)
+    by_row = [
+        states
+        for rows, part in zip(groups, parts, strict=True)
+        for states in part.hidden.split(completion_mask[rows].sum(1).tolist())
+    ]
+    return CompletionScores(*columns, torch.cat([by_row[position] for position in order.tolist()]))
+
+
+def _score_batch(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    unpadded: bool = False,
+    **options: Any,
+) -> CompletionScores:
     width = completion_mask.size(1)
     start = int(prompt_mask.any(dim=0).long().argmax())
     stop = int(completion_mask.any(dim=0).cumsum(0).argmax()) + 1
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
     completion_ids, completion_mask = completion_ids[:, :stop], completion_mask[:, :stop]
     attention_mask = torch.cat([prompt_mask.long(), completion_mask.long()], dim=1)  # (B, P + T), of those left
+    # without left padding, positions are those that any model counts by itself; some take no others
+    positions = {} if unpadded else {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
     scores = model(
         input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
         attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
+        **positions,
         completion_ids=completion_ids,
         completion_mask=completion_mask.bool(),
-        temperature=temperature,
-        hidden_only=hidden_only,
-        with_values=with_values,
+        **options,
     )
+    if not isinstance(scores, CompletionScores):
+        raise ValueError(
+            f"`model` must run the forward of the causal LM inside it, but {described(model)} runs another one, which "
+            "cannot score completions. Take another kind of adapter, LoRA for instance."
+        )
     columns = (x if x is None else nn.functional.pad(x, (0, width - stop)) for x in scores[:-1])
     return CompletionScores(*columns, scores.hidden)
 
@@ -150,21 +214,90 @@ def scatter(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _check_against_logits(lm: PreTrainedModel) -> None:
+def _check_scores(model: nn.Module) -> None:
+    """Compare scores of a short row with the model's own logits: alone, and beside a longer prompt and completion."""
+    lm = base_causal_lm(model)
+    size = lm.config.get_text_config().vocab_size
+    ids = torch.arange(10, device=lm.device).remainder(size)  # (10,)
+    row, longer_prompt, longer_completion = ids[None, :6], ids[None, 2:9], ids[None, :8].clone()
+    longer_completion[:, 2:] = ids[2:8].flip(0)
+    with evaluating(model):
+        try:
+            expected, prefixes = _plain_log_probs(model, row)  # (1, 4)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`model` must give logits for `input_ids` and `attention_mask` alone, and {described(model)} "
+                f"stops: {type(error).__name__}: {error}. Kinds of adapter that need more (`task_ids`) cannot be a "
+                "distribution over completions of a prompt: take another kind."
+            ) from error
+        alone = _scores_of(model, (row, 2))
+        _check_against_logits(lm, alone, expected)
+        if not _agree(model, expected, prefixes):
+            raise ValueError(
+                f"`model` ({described(model)}) must be a causal LM, but its log-prob of a token changes with the "
+                f"tokens after it, by {disagreement(expected, prefixes):.3g} nats: no text could be drawn from it "
+                "token by token. Pass a causal LM, with `is_decoder=True` where its config has that, "
+                "and an adapter that does not look at whole sequences."
+            )
+        beside = _scores_of(model, (row, 2), (longer_completion, 2))
+        if not _agree(model, alone, beside):
+            raise ValueError(
+                f"`model` ({described(model)}) must score a completion by itself, but its log-probs change by "
+                f"{disagreement(alone, beside):.3g} nats in a batch with another completion of the same prompt, so "
+                "there is no one distribution to train or to draw from. Pass a model without this dependence."
+            )
+        if not runs_plainly(model):
+            padded = _scores_of(model, (row, 2), (longer_prompt, 5))
+            lm._runs_plainly = not _agree(model, alone, padded) or not _generates_alike(model, row, longer_prompt)
+
+
+def _plain_log_probs(model: nn.Module, row: Tensor) -> tuple[Tensor, Tensor]:
+    # of the tokens after the second, from the whole row and from the prefix of each
+    whole = plain_logits(model, row)[:, 1:-1]  # (1, 4, V)
+    parts = [plain_logits(model, row[:, :length])[:, -1:] for length in range(2, row.size(1))]
+    pair = (logits.float().log_softmax(-1) for logits in (whole, torch.cat(parts, dim=1)))
+    first, second = (log_probs.gather(-1, row[:, 2:, None]).squeeze(-1) for log_probs in pair)
+    return first, second
+
+
+def _scores_of(model: nn.Module, *rows: tuple[Tensor, int]) -> Tensor:
+    """Scores (1, T) of the first of some rows in one batch, each (1, L) with the length of its prompt."""
+    pads = nn.functional.pad
+    left, right = (max(x) for x in zip(*((cut, row.size(1) - cut) for row, cut in rows), strict=True))
+    prompts, masks, completions, tails = [], [], [], []
+    for row, cut in rows:
+        ones, missing = torch.ones_like(row), ((left - cut, 0), (0, right - row.size(1) + cut))
+        prompts.append(pads(row[:, :cut], missing[0]))
+        masks.append(pads(ones[:, :cut], missing[0]))
+        completions.append(pads(row[:, cut:], missing[1]))
+        tails.append(pads(ones[:, cut:], missing[1]))
+    batch = (torch.cat(part) for part in (prompts, masks, completions, tails))
+    first, cut = rows[0]
+    scores = score_completions(model, *batch, with_values=False)
+    return scores.log_probs[:1, : first.size(1) - cut]
+
+
+def _generates_alike(model: nn.Module, *rows: Tensor) -> bool:
+    tolerance = max(_AGREEMENT, rounding(model))
+    return generates_what_it_scores(
+        model, [row[0, :length] for row, length in zip(rows, (2, 5), strict=True)], 3, tolerance
+    )
+
+
+def _agree(model: nn.Module, first: Tensor, second: Tensor) -> bool:
+    # the mean, since single tokens of a model in half precision may differ by more than a tenth of a nat
+    if base_causal_lm(model).dtype != torch.float32:
+        return disagreement(first, second) <= rounding(model)
+    return disagreement(first, second) <= _AGREEMENT * max(1.0, first.abs().mean().item())
+
+
+def _check_against_logits(lm: PreTrainedModel, scores: Tensor, expected: Tensor) -> None:
     # a family that scales, caps or shifts its logits in a way LMHead does not know would be trained towards a wrong
     # distribution in silence
-    vocab_size = lm.config.get_text_config().vocab_size
-    ids = torch.arange(6, device=lm.device).remainder(vocab_size)[None]  # (1, 6)
-    was_training = lm.training
-    lm.eval()
-    ones = torch.ones_like(ids)
-    scores = score_completions(lm, ids[:, :2], ones[:, :2], ids[:, 2:], ones[:, 2:])
-    logits = lm(input_ids=ids, attention_mask=ones).logits[:, 1:-1].float()
-    lm.train(was_training)
-    expected = logits.log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
-    error = (scores.log_probs - expected).abs().max().item()
-    tolerance = _AGREEMENT if lm.dtype == torch.float32 else 0.1
-    if not error <= tolerance:
+    error = (scores - expected).abs().max().item()
+    if not error <= rounding(lm):
         raise ValueError(
             f"`model` ({type(lm).__name__}) must compute its logits as softcap(scale · head(hidden)): its log-probs "
             f"differ by {error:.3g} nats from those computed from its last hidden states, so every KL would be wrong. "

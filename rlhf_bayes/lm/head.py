@@ -1,4 +1,4 @@
-"""From hidden states to token log-probabilities, entropies and exact KLs, without a (B, T, V) tensor."""
+"""Token log-probabilities, entropies and exact KLs from hidden states, without a (B, T, V) tensor."""
 
 import math
 from collections.abc import Callable
@@ -11,19 +11,19 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-# 2**22 fp32 logits are 16 MiB, whatever the batch, length and vocabulary
+# a chunk of 2**22 fp32 logits takes 16 MiB, for any batch, length and vocabulary
 MAX_CHUNK_ELEMENTS = 2**22
-# with fewer rows than this share of H, a device would read the head's weights for longer than it computes; such a
-# chunk is an eighth of these weights in bf16
+# with fewer rows than this share of H, reading the head's weights would take longer than the computation; such a chunk
+# takes an eighth of the memory of these weights in bf16
 _MIN_ROWS_OF_HIDDEN = 1 / 16
-# a head that learns also gets a gradient from each chunk, as large as its weights; the logits are a quarter of that
+# a head that learns also gets a gradient from each chunk, as large as its weights; the logits take a quarter of that
 _MIN_ROWS_OF_HIDDEN_LEARNING = 1 / 4
 
 
 @dataclass(frozen=True)
 class LMHead:
     """
-    The output projection of a causal LM, with what its family does to the logits afterwards.
+    The output projection of a causal LM, with the scaling and capping of logits of its family.
 
         logits = softcap · tanh(scale · (W h + b) / softcap) / temperature
 
@@ -37,7 +37,7 @@ class LMHead:
         softcap (`float`, *optional*):
             Final soft-capping (Gemma 2).
         temperature (`float`):
-            Tempers the distribution: π ∝ π^(1/temperature) token by token.
+            Divides the logits: π ∝ π^(1/temperature) for each token.
     """
 
     projection: nn.Module
@@ -60,19 +60,19 @@ class LMHead:
 
     @property
     def frozen(self) -> bool:
-        """Whether no weight of the projection learns."""
+        """Whether no weight of the projection is trained."""
         return not any(weight.requires_grad for weight in self.projection.parameters())
 
     @property
     def parted(self) -> bool:
-        """Whether ZeRO-3 or FSDP keeps a part of the weights in each process."""
-        # by what FSDP2 adds to a module: torch 2.5 does not export its class
+        """Whether ZeRO-3 or FSDP shards the weights over processes."""
+        # FSDP2 is recognised by a method that it adds to a module, since torch 2.5 does not export its class
         return hasattr(self.projection, "unshard") or any(
             hasattr(weight, "ds_id") for weight in self.projection.parameters()
         )
 
     def log_softmax(self, hidden: Tensor) -> Tensor:
-        """Normalised token log-probabilities, fp32: (N, H) to (N, V), nats."""
+        """Normalised token log-probabilities, fp32, nats: (N, H) -> (N, V)."""
         logits = self.projection(hidden).float()
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -84,7 +84,7 @@ class LMHead:
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
-    # families disagree on the name, and on whether to multiply or to divide
+    # model families differ in the name, and in whether they multiply or divide
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
@@ -160,14 +160,14 @@ def _log_probs_and_exact_kl(
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, with 0 · inf = 0: (n, V) twice to (n,). Overwrites `b`, so that no third (n, V) is made."""
+    """Dot products of rows, with 0 · inf = 0: two (n, V) -> (n,). Overwrites `b`, to save a third (n, V)."""
     return b.mul_(a).nansum(-1)
 
 
 def _differentiable(
     function: Callable[..., tuple[Tensor, ...]], head: LMHead, hidden: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
-    """Columns of a function of rows, of which the first is log π(target) and carries a gradient."""
+    """Apply a function to rows in chunks. The first of its results is log π(target), which carries a gradient."""
     # neither ZeRO-3 nor FSDP expects a backward pass within the forward
     if torch.is_grad_enabled() and hidden.requires_grad and head.frozen and not head.parted:
         return _UnderFrozenHead.apply(function, head, hidden, *others)
@@ -221,7 +221,7 @@ def _num_chunks(head: LMHead, hidden: Tensor) -> int:
     learns = torch.is_grad_enabled() and not head.frozen
     num_chunks = max(1, math.ceil(tokens / chunk_rows(head.vocab_size, hidden_size, learns)))
     if head.parted:
-        # at each use the processes put the weights together: one with fewer tokens must use them as often
+        # each use gathers the weights from all processes, so a process with fewer tokens must use them as often
         most = torch.tensor(num_chunks, device=hidden.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         num_chunks = int(most)
@@ -229,6 +229,6 @@ def _num_chunks(head: LMHead, hidden: Tensor) -> int:
 
 
 def chunk_rows(vocab_size: int, hidden_size: int, learns: bool) -> int:
-    """Rows of logits that are made at once; `learns` where the head's weights get a gradient from them."""
+    """Rows of logits in a chunk; `learns` says whether the head's weights get a gradient from them."""
     share = _MIN_ROWS_OF_HIDDEN_LEARNING if learns else _MIN_ROWS_OF_HIDDEN
     return max(1, MAX_CHUNK_ELEMENTS // vocab_size, int(hidden_size * share))

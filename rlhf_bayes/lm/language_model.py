@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_bayes.lm.forward import base_causal_lm, enable_completion_scoring, score_completions
-from rlhf_bayes.lm.generation import first_eos_mask, raw_generation_config, sampling_config
+from rlhf_bayes.lm.adapters import base_causal_lm
+from rlhf_bayes.lm.forward import enable_completion_scoring, runs_plainly, score_completions
+from rlhf_bayes.lm.generation import draw_plainly, first_eos_mask, raw_generation_config, sampling_config
+from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_weights
 from rlhf_bayes.lm.prompt_ids import ends_texts_with_eos, without_final_eos
 from rlhf_bayes.numerics.masked import masked_sum
 
@@ -66,7 +63,7 @@ class LanguageModel:
 
     Args:
         model_or_path (`str`, `Path` or `PreTrainedModel` or `PeftModel`):
-            The model, or where to load it from (in fp32).
+            The model, or where to load it from (in fp32): a folder of a model or of a PEFT adapter, or a repository.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Default: the one saved beside the model. Its padding side is not changed; prompts are padded left here.
         max_completion_length (`int`):
@@ -80,7 +77,8 @@ class LanguageModel:
             configurations. Part of the prompt.
 
     Raises:
-        ValueError: if the tokenizer has no EOS, or a number is out of range.
+        ValueError: if the tokenizer has no EOS, a number is out of range, or the model is no causal LM or cannot be
+            read whole (see [`load_causal_lm`] and [`enable_completion_scoring`]).
     """
 
     def __init__(
@@ -99,8 +97,9 @@ class LanguageModel:
             raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}: it divides the logits.")
         if isinstance(model_or_path, str | Path):
             if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(model_or_path)
-            model = AutoModelForCausalLM.from_pretrained(model_or_path, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(model_or_path))
+            with whole_weights():
+                model = load_causal_lm(model_or_path, dtype=torch.float32)
         else:
             model = model_or_path
             if tokenizer is None:
@@ -111,8 +110,8 @@ class LanguageModel:
         self.temperature = temperature
         self.batch_size = batch_size
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
-        self.eos_token_ids = eos_token_ids(base_causal_lm(model), tokenizer)
         enable_completion_scoring(model)
+        self.eos_token_ids = eos_token_ids(base_causal_lm(model), tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -253,6 +252,8 @@ class LanguageModel:
 
         The caller holds [`raw_generation_config`] and the seed.
         """
+        if runs_plainly(self.model):
+            return draw_plainly(self.model, prompt_ids, max_new_tokens, self.eos_token_ids, self.temperature)
         padded, mask = pad_ids(prompt_ids, "left", self.device)
         pad_token_id = self.tokenizer.pad_token_id
         config = sampling_config(

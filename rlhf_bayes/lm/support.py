@@ -1,4 +1,4 @@
-"""Whether two language models speak of the same prompts and completions."""
+"""Checks that two language models have the same prompts and completions."""
 
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ def check_same_support(name: str, lm: LanguageModel, prior: LanguageModel) -> No
     Refuse a model that draws other completions than the prior, or reads chats by another template.
 
     Args:
-        name (`str`): Of the argument that holds the model.
+        name (`str`): Name of the argument that holds the model.
         lm ([`LanguageModel`]): The model.
         prior ([`LanguageModel`]): The prior.
 

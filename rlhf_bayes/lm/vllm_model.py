@@ -1,4 +1,4 @@
-"""vLLM draws, transformers scores."""
+"""A language model whose completions vLLM draws and transformers scores."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,30 +14,30 @@ from rlhf_bayes.lm.language_model import LanguageModel, pad_ids
 @final
 class VLLMLanguageModel(LanguageModel):
     """
-    A [`LanguageModel`] whose completions are drawn by vLLM; prior, policy or proposal, as the plain one is.
+    A [`LanguageModel`] whose completions are drawn by vLLM. It can be prior, policy or proposal.
 
         prior = VLLMLanguageModel(model_id, vllm.LLM(model_id, dtype="float32"), max_completion_length=64)
 
-    Log-probabilities remain those of the transformers model: prior, proposal and policy are scored by one kernel. The
-    engine must hold the same weights, which nothing here can see; what it draws is off by the rounding between the two
-    kernels, which no weight corrects. Requests are raw: nothing but the temperature shapes them, whatever the model's
-    generation config says. Each has a seed of its own, so that batches do not matter.
+    Log-probabilities are those of the transformers model, so that prior, proposal and policy are scored by the same
+    kernels. The engine must hold the same weights, which cannot be checked here. Its draws deviate by the rounding
+    difference of the two kernels, which weights do not correct. Requests have a temperature and no other setting,
+    whatever the model's generation config says. Each has its own seed, so that batching does not matter.
 
-    Importance and rejection sampling, best of n and Metropolis–Hastings draw by the engine. What looks at each token,
-    SMC and guided decoding, steps through the transformers model as ever.
+    Importance and rejection sampling, best of n and Metropolis–Hastings draw with the engine. SMC and guided decoding,
+    which look at each token, use the transformers model.
 
-    **Not run against vLLM itself**, which was not at hand: the tests know its interface only, `LLM.generate` and
-    `SamplingParams` as TRL 1.16 calls them.
+    **It was not run against vLLM itself**, which was not available: the tests use a stand-in with its interface,
+    `LLM.generate` and `SamplingParams` as TRL 1.16 calls them.
 
     Args:
         model_or_path (`str`, `Path` or `PreTrainedModel` or `PeftModel`):
             The model that scores.
         engine (`vllm.LLM`):
-            Draws; its `max_model_len` must leave room for prompt and completion.
+            The engine that draws. Its `max_model_len` must leave room for prompt and completion.
         tokenizer, max_completion_length, temperature, chat_template_kwargs:
             As for [`LanguageModel`].
         batch_size (`int`):
-            Requests that the engine gets at a time, and sequences in one forward pass of the model.
+            Requests that the engine gets at once, and sequences in one forward pass of the model.
 
     Raises:
         TypeError: if `engine` has no `generate`.
@@ -84,7 +84,7 @@ class VLLMLanguageModel(LanguageModel):
                 seed=seed,
                 detokenize=False,
             )
-            # from the state that holds the sampler's seed, as `generate` draws from it
+            # seeds come from the global random state, which the caller has seeded for `generate`
             for seed in torch.randint(2**31, (len(prompt_ids),)).tolist()
         ]
         prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]

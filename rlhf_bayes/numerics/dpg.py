@@ -1,4 +1,4 @@
-"""Advantages of distributional policy gradients: importance ratio times pseudo-reward less its baseline."""
+"""Advantages of distributional policy gradients: importance ratio times (pseudo-reward minus baseline)."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ def default_baseline(divergence: str, alpha: float | None, num_completions: int)
     Args:
         divergence (`str`): one of `DIVERGENCES`.
         alpha (`float`, *optional*): α of a family, such as `"alpha"`.
-        num_completions (`int`): of a prompt. One alone has no siblings, and gets `"constant"`.
+        num_completions (`int`): completions per prompt. A single one has no siblings, and gets `"constant"`.
 
     Raises:
         ValueError: if the divergence is unknown, or `alpha` does not fit it.
@@ -41,18 +41,18 @@ def dpg_baselines(
     Baseline b of the pseudo-reward of each completion, for [`dpg_advantages`].
 
     Which one has the least noise depends on the divergence. With 4 draws of the prior on a toy, the constant has less
-    than leave-one-out for the forward KL, α and JS, and more for TV and the reverse KL, whose mean reward
-    −KL(π‖p) − 1 is far from its constant before it has learnt (`benchmarks/gradient_variance.py`).
+    noise than leave-one-out for the forward KL, α and JS, and more for TV and the reverse KL. The mean reward of the
+    latter, −KL(π‖p) − 1, is far from its constant before training (`benchmarks/gradient_variance.py`).
 
     Args:
-        log_target, log_policy, log_proposal (`torch.Tensor`): (B,), nats, as for [`dpg_advantages`]; any policy will
-            do, such as that which drew the completions.
+        log_target, log_policy, log_proposal (`torch.Tensor`): (B,), nats, as in [`dpg_advantages`]. The policy may be
+            any one, for instance the one that drew the completions.
         groups (`torch.Tensor`): integers (B,), equal for completions of the same prompt.
         divergence (`str`): one of `DIVERGENCES`.
         alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
         baseline (`str`, defaults to `"constant"`): `"leave_one_out"` is [`leave_one_out_baseline`]; `"constant"` is
-            −f′(1), the reward of every completion once π = p: for the forward KL the exact mean at any π, for `"js"`,
-            `"tv"` and `"alpha"` 0; `"none"` is 0.
+            −f′(1), the reward of every completion where π = p. For the forward KL it is the exact mean at any π; for
+            `"js"`, `"tv"` and `"alpha"` it is 0. `"none"` is 0.
 
     Returns:
         `torch.Tensor`: (B,) fp64, constant.
@@ -70,7 +70,7 @@ def dpg_baselines(
         return torch.full_like(log_policy, at_equality if baseline == "constant" else 0.0)
     if groups.numel() and int(groups.unique(return_counts=True)[1].max()) < 2:
         raise ValueError(
-            '`baseline` "leave_one_out" wants at least two completions of a prompt, got one each. Raise '
+            '`baseline` "leave_one_out" needs at least two completions of a prompt, got one each. Raise '
             '`num_generations`, or use "constant".'
         )
     rewards = pseudo_rewards(log_target - log_policy, divergence, alpha)  # (B,)
@@ -78,12 +78,12 @@ def dpg_baselines(
 
 
 class DPGAdvantages(NamedTuple):
-    """What [`dpg_advantages`] returns."""
+    """The results of [`dpg_advantages`]."""
 
     advantages: Tensor
     """(B,) fp32, constant; 0 for completions left out."""
     clipped: Tensor
-    """(B,) fp32: importance ratio times what `max_pseudo_reward` took off the pseudo-reward."""
+    """(B,) fp32: importance ratio times the amount by which `max_pseudo_reward` lowered the pseudo-reward."""
 
 
 def dpg_advantages(
@@ -100,8 +100,8 @@ def dpg_advantages(
 
         A_i = w_i·(R_i − b_i),    w = π/q,    R = −f′(π/p),    ∇ D_f(π‖p) = −E_q[A·∇log π]
 
-    for the loss `−mean(A·log π)`, A constant. With the constant baseline of the forward KL, b = E_π[p/π] = 1, that is
-    `p/q − π/q`: the weights of distributional policy gradients less Z·π/q, over Z.
+    for the loss `−mean(A·log π)` with A constant. With the constant baseline of the forward KL, b = E_π[p/π] = 1, A is
+    `p/q − π/q`: the weights P/q of distributional policy gradients minus Z·π/q, divided by Z.
 
     Args:
         log_target (`torch.Tensor`): log p = log π0 + log_likelihood − log Z of each completion (B,), in nats; `-inf`
@@ -111,7 +111,7 @@ def dpg_advantages(
         baselines (`torch.Tensor`): b (B,), from [`dpg_baselines`].
         divergence (`str`): one of `DIVERGENCES`.
         alpha (`float`, *optional*): α in [0, 1], for `"alpha"` alone.
-        max_pseudo_reward (`float`, *optional*): R is lowered to it. The optimum moves where it takes effect.
+        max_pseudo_reward (`float`, *optional*): upper bound of R. Where it takes effect, it moves the optimum.
 
     Returns:
         [`DPGAdvantages`]
@@ -122,7 +122,7 @@ def dpg_advantages(
     Source: Khalifa et al. 2021, arXiv 2012.11635; Go et al. 2023, arXiv 2302.08215;
     baselines: Korbak et al. 2022, arXiv 2206.00761; the clip: Kruszewski et al. 2025, arXiv 2512.05962.
     """
-    # fp64: far from the policy p/π may pass e⁸⁸ where π/q is as small, and only their product has a size
+    # fp64, since far from the policy p/π may overflow fp32 while π/q underflows, though their product is moderate
     log_target, log_policy, log_proposal = (x.detach().double() for x in (log_target, log_policy, log_proposal))
     for name, log_prob in (("log_policy", log_policy), ("log_proposal", log_proposal)):
         if log_prob.shape != log_target.shape or not log_prob.isfinite().all():

@@ -1,4 +1,4 @@
-"""f-divergences from a target to a policy, a record each: pseudo-rewards for a policy gradient, and exact values."""
+"""f-divergences from a target to a policy, one record each, with pseudo-rewards and exact values."""
 
 import math
 from collections.abc import Callable
@@ -22,18 +22,18 @@ class Divergence:
     """
 
     help: str
-    """One line for `--help` and for the tables of the docs."""
+    """A line of text for `--help` and for the tables of the docs."""
     pseudo_reward: Callable[[Tensor], Tensor]
-    """s -> `−f′(π/p)`, without unit: `∇ D_f(π‖p) = −E_π[−f′(π/p)·∇log π]`. At `-inf` the limit."""
+    """s -> `−f′(π/p)`, without unit: `∇ D_f(π‖p) = −E_π[−f′(π/p)·∇log π]`. At `-inf` it is the limit."""
     terms: Callable[[Tensor], Tensor]
-    """fp64 s -> `(p/π)·f(π/p)`, in nats, for the f that is 0 with its slope at 1, and so at least 0. At `-inf` the
-    limit, which is `+inf` where `infinite_where_forbidden`."""
+    """fp64 s -> `(p/π)·f(π/p)`, in nats, for the f whose value and slope at 1 are 0, so that it is not negative. At
+    `-inf` it is the limit, which is `+inf` where `infinite_where_forbidden`."""
     exact: Callable[[Tensor, Tensor], Tensor]
     """Normalised log p, log π (..., N), in nats -> D_f (...), with gradient."""
     infinite_where_forbidden: bool
-    """Whether it is infinite, and has no gradient, for a policy that can draw a completion whose p is 0."""
+    """Whether it is infinite, and has no gradient, for a policy that can draw a completion with p = 0."""
     baseline: str
-    """One of [`~rlhf_bayes.numerics.dpg.BASELINES`]: the one with the least noise for several completions a prompt."""
+    """The one of [`~rlhf_bayes.numerics.dpg.BASELINES`] with the least noise for several completions per prompt."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class DivergenceFamily:
     """Divergences with a parameter α."""
 
     help: str
-    """As of a [`Divergence`]."""
+    """As in [`Divergence`]."""
     alphas: tuple[float, float]
-    """The least and the greatest α, both included."""
+    """The smallest and the largest α, both included."""
     typical: float
-    """α in tables and benchmarks."""
+    """The α used in tables and benchmarks."""
     ends: str
-    """What the two ends are, for error messages."""
+    """What the divergence is at the two ends of the range, for error messages."""
     member: Callable[[float], Divergence]
     """α -> the divergence."""
     finite_for: str
-    """The α at which members are finite where completions are forbidden, for error messages."""
+    """The values of α, in words, for which the divergence is finite where completions are forbidden, for messages."""
 
 
 def _tv_pseudo_reward(s: Tensor) -> Tensor:
@@ -70,13 +70,13 @@ def _reverse_kl_terms(s: Tensor) -> Tensor:
 
 def _js_terms(s: Tensor) -> Tensor:
     forbidden, finite = _split(s)
-    # −½·s − ½·(1 + p/π)·(log (1 + exp(−s)) − log 2), with the logarithm that stays small taken out
+    # −½·s − ½·(1 + p/π)·(log (1 + exp(−s)) − log 2), written so that it is accurate for large s
     ratio, log_mean = s.exp(), softplus(s) - math.log(2)
     return torch.where(forbidden, 0.5 * math.log(2), 0.5 * (ratio * finite - (1 + ratio) * log_mean))
 
 
 def _split(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Where completions are forbidden, and s with 0 there: a product with -inf would be nan."""
+    """A mask of forbidden completions, and s with 0 in their place, since a product with −inf would be nan."""
     forbidden = s == -torch.inf
     return forbidden, torch.where(forbidden, 0.0, s)
 
@@ -100,7 +100,7 @@ _REVERSE_KL = Divergence(
 
 
 def _alpha(alpha: float) -> Divergence:
-    """The α-divergence (Kruszewski et al. 2025, arXiv 2512.05962): the two KLs at its ends, up to a constant in R."""
+    """The α-divergence (Kruszewski et al. 2025, arXiv 2512.05962), which is a KL at each end, up to a constant."""
     if alpha == 0:
         return replace(_FORWARD_KL, pseudo_reward=torch.expm1)
     if alpha == 1:
@@ -109,13 +109,13 @@ def _alpha(alpha: float) -> Divergence:
     def terms(s: Tensor) -> Tensor:
         _, finite = _split(s)
         if alpha < 0.5:
-            # −(p/π)·(exp(−α·s) − 1)/α − (p/π − 1), over 1 − α: as α → 0 the forward KL, with all its digits
+            # −(p/π)·(exp(−α·s) − 1)/α − (p/π − 1), over 1 − α: accurate as α → 0, where it is the forward KL
             return (-s.exp() * torch.expm1(-alpha * finite) / alpha - torch.expm1(s)) / (1 - alpha)
         return (torch.expm1(s) - torch.expm1((1 - alpha) * s) / (1 - alpha)) / alpha
 
     return Divergence(
         help=f"the α-divergence, α = {alpha}",
-        # expm1: near α = 1 the exponential is nearly 1
+        # expm1, since near α = 1 the exponential is close to 1
         pseudo_reward=lambda s: torch.expm1((1 - alpha) * s) / (1 - alpha),
         terms=terms,
         exact=lambda log_p, log_q: _exact_alpha(log_p, log_q, alpha),
@@ -134,7 +134,7 @@ def _exact_pearson(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _check_distributions(log_p: Tensor, log_q: Tensor) -> None:
-    """Refuse tensors (..., N) of different shapes, or that are not log-probabilities: ValueError."""
+    """Raise ValueError unless two tensors (..., N) have the same shape and are normalised log-probabilities."""
     if log_p.shape != log_q.shape:
         raise ValueError(
             f"`log_p` and `log_q` must have the same shape, got {tuple(log_p.shape)} and {tuple(log_q.shape)}."
@@ -145,10 +145,10 @@ def _check_distributions(log_p: Tensor, log_q: Tensor) -> None:
 def _exact_alpha(log_p: Tensor, log_q: Tensor, alpha: float) -> Tensor:
     """`(1 − Σ q^α p^(1−α)) / (α (1 − α))` (Cressie & Read 1984): (..., N) -> (...)."""
     _check_distributions(log_p, log_q)
-    # of 1 − Σ q^α p^(1−α), the form that keeps its digits: from p near α = 0, from q near α = 1
+    # 1 − Σ q^α p^(1−α) in its accurate form: relative to p near α = 0, relative to q near α = 1
     log_base, log_other, power = (log_p, log_q, alpha) if alpha < 0.5 else (log_q, log_p, 1 - alpha)
     in_support = log_base != -torch.inf  # (..., N)
-    # both terms before the difference: -inf − -inf would leave a nan in the gradient
+    # both terms are replaced before they are subtracted: −inf − (−inf) would leave a nan in the gradient
     log_ratio = torch.where(in_support, log_other, 0.0) - torch.where(in_support, log_base, 0.0)
     deficit = torch.where(in_support, -log_base.exp() * torch.expm1(power * log_ratio), 0.0)  # (..., N)
     return deficit.sum(-1) / (alpha * (1 - alpha))
@@ -190,16 +190,16 @@ DIVERGENCES: dict[str, Divergence | DivergenceFamily] = {
         finite_for="below 1",
     ),
 }
-"""Name -> record. All are 0 only where policy and target agree."""
+"""Name -> record. Each divergence is 0 only where policy and target agree."""
 
 
 def divergence_of(name: str, alpha: float | None = None) -> Divergence:
     """
-    The record of an f-divergence; of a family, that of its member α.
+    The record of an f-divergence; for a family, that of its member with the given α.
 
     Args:
         name (`str`): one of `DIVERGENCES`.
-        alpha (`float`, *optional*): α of a family, such as `"alpha"`, and of nothing else.
+        alpha (`float`, *optional*): α, for a family such as `"alpha"` only.
 
     Raises:
         ValueError: if the name is unknown, or α is missing, out of range or given to a divergence without one.
@@ -224,17 +224,17 @@ def divergence_of(name: str, alpha: float | None = None) -> Divergence:
 
 
 def divergence_cases() -> list[tuple[str, float | None]]:
-    """Every divergence as (name, α), a family by its typical α: rows of benchmarks and cases of tests."""
+    """All divergences as (name, α), families with their typical α, for rows of benchmarks and cases of tests."""
     return [(name, getattr(record, "typical", None)) for name, record in DIVERGENCES.items()]
 
 
 def names_by_baseline(baseline: str) -> str:
-    """Names, quoted, of the divergences whose default baseline it is, of families by their typical α: for help."""
+    """Quoted names of the divergences with this default baseline (families with their typical α), for help texts."""
     return " and ".join(f"'{name}'" for name, a in divergence_cases() if divergence_of(name, a).baseline == baseline)
 
 
 def finite_where_forbidden() -> list[str]:
-    """Names, quoted, of the divergences that can take forbidden completions, with the α of a family: for messages."""
+    """Quoted names of the divergences that are finite where completions are forbidden, for error messages."""
     names = []
     for name, record in DIVERGENCES.items():
         if isinstance(record, DivergenceFamily):
@@ -258,7 +258,8 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
         alpha        f = (t^α − α·t + α − 1) / (α·(α − 1))     R = (exp((1−α)·s) − 1) / (1 − α)        −1 / (1 − α)
 
     The last column is the limit where the target is 0, a forbidden completion. α = 0 is the forward KL and α = 1 the
-    reverse KL, each up to a constant in R, which no expected gradient feels. `js` is [`js`], half of the table's.
+    reverse KL, each up to a constant in R, which does not change the expected gradient. `js` is [`js`], half of that
+    in Go et al.'s table.
 
     Args:
         log_density_ratio (`torch.Tensor`): `log p − log π` of completions, p normalised, in nats, any shape; `-inf`
@@ -295,13 +296,13 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
 
 def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
     r"""
-    What a completion drawn from π adds to the divergence: `(p/π)·f(π/p)`, whose mean over π is D_f(π‖p).
+    Terms `(p/π)·f(π/p)` of completions drawn from π, whose mean over π is D_f(π‖p).
 
-    f is that of [`pseudo_rewards`], plus the multiple of t − 1 that makes it 0 with its slope at t = 1, and so nowhere
-    negative: the mean is the same for a normalised p, and an estimate cannot fall below 0.
+    f is that of [`pseudo_rewards`], plus the multiple of t − 1 that makes its slope at t = 1 equal to 0. The mean is
+    the same for a normalised p, but then no term is negative, and neither is an estimate.
 
     Args:
-        log_density_ratio (`torch.Tensor`): as for [`pseudo_rewards`].
+        log_density_ratio (`torch.Tensor`): as in [`pseudo_rewards`].
         divergence (`str`): one of `DIVERGENCES`.
         alpha (`float`, *optional*): α of a family, such as `"alpha"`.
 
@@ -314,14 +315,16 @@ def f_divergence_terms(log_density_ratio: Tensor, divergence: str, alpha: float 
 
     Source: Go et al. 2023, arXiv 2302.08215, Table 1; for the KLs, Schulman 2020, "Approximating KL divergence".
     """
-    # fp64: near 0 a term is a small difference, and far from it p/π passes what fp32 holds
+    # fp64, since near s = 0 a term is a small difference, and far from 0 the ratio p/π overflows fp32
     terms = divergence_of(divergence, alpha).terms(log_density_ratio.double())
     return terms if log_density_ratio.dtype == torch.float64 else terms.float()
 
 
 def f_divergence(log_p: Tensor, log_q: Tensor, divergence: str, alpha: float | None = None) -> Tensor:
     """
-    The divergence that `pseudo_rewards` descends, exact on enumerated distributions: `Σ_i p_i·f(q_i/p_i)`.
+    The exact divergence of enumerated distributions: `Σ_i p_i·f(q_i/p_i)`.
+
+    [`pseudo_rewards`] gives its policy gradient.
 
     Args:
         log_p (`torch.Tensor`): the target's normalised log-probabilities (..., N), in nats; `-inf` is probability 0.

@@ -82,7 +82,7 @@ def log_variance_loss(
     forbidden_gap: float = 1.0,
 ) -> Tensor:
     r"""
-    Log-variance loss of each completion. It needs no importance weights, whatever the completions were drawn from.
+    Log-variance loss of each completion. It needs no importance weights for completions from any proposal.
 
         ½·n/(n−1)·(d_i − d̄)²,    d = log π − log π0 − log_likelihood,    d̄: its mean over the prompt's n completions
 

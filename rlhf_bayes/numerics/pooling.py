@@ -1,4 +1,4 @@
-"""The rewards of several models, made one: how the members of an ensemble combine at inverse temperature 1/β."""
+"""Rules that pool the rewards of an ensemble's members into one reward."""
 
 import math
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PoolingRule:
-    """How K members' rewards become one."""
+    """A rule that pools the rewards of K members."""
 
     formula: str
-    """Of the pooled reward, for the tables of the docs."""
+    """The formula of the pooled reward, for the tables of the docs."""
     help: str
-    """What becomes of the members' posteriors, in one line, for `--help` and the tables of the docs."""
+    """The effect on the members' posteriors, in one line, for `--help` and the tables of the docs."""
     pool: Callable[[Tensor, float], Tensor]
     """Rewards (K, ...), `-inf` where a member forbids, and the rule's scale -> pooled reward (...)."""
     scale: Literal["none", "beta", "penalty"]
-    """What that scale is: none (1 is passed), β, or the weight of the variance, whose default is 1/(2β)."""
+    """The kind of scale: none (1 is passed), β, or the weight of the variance, whose default is 1/(2β)."""
     optimism: Literal[-1, 0, 1]
-    """Sign of the pooled reward less the mean, where members differ."""
+    """Sign of the pooled reward minus the mean, where members differ."""
 
 
 def _log_mean(rewards: Tensor, beta: float) -> Tensor:
@@ -32,7 +32,7 @@ def _log_mean(rewards: Tensor, beta: float) -> Tensor:
 
 def _mean_minus_variance(rewards: Tensor, penalty: float) -> Tensor:
     mean = rewards.mean(0)
-    # where: the variance of -inf is nan
+    # torch.where, since the variance of −inf is nan
     return torch.where(mean == -torch.inf, mean, mean - penalty * rewards.var(0, correction=0))
 
 
@@ -115,12 +115,12 @@ def pool_centered(
     member_rewards: Tensor, centers: Tensor, rule: str, beta: float | None = None, penalty: float | None = None
 ) -> Tensor:
     """
-    [`pool`] once each member has the same zero: `pool_k[r_k − m_k] + 1/K Σ_k m_k`.
+    [`pool`] of centered members, plus the mean of the centers: `pool_k[r_k − m_k] + 1/K Σ_k m_k`.
 
     Args:
         member_rewards (`torch.Tensor`): r_k (K, ...).
         centers (`torch.Tensor`): m_k (K, ...) or broadcast to it, each member's mean under the prior.
-        rule, beta, penalty: as for [`pool`].
+        rule, beta, penalty: as in [`pool`].
 
     Returns:
         `torch.Tensor`: pooled reward (...).
@@ -144,13 +144,13 @@ def pooling_rule(name: str) -> PoolingRule:
 
 
 def rules_help() -> str:
-    """What each rule does, for `--help`."""
+    """A text on all rules, for `--help`."""
     return "; ".join(f"'{name}': {rule.formula}, {rule.help}" for name, rule in POOLING_RULES.items()) + "."
 
 
 def uses_beta(rule: str, penalty: float | None = None) -> bool:
     """
-    Whether `pool` wants a `beta` for this rule, given its `penalty`.
+    Whether [`pool`] needs a `beta` for this rule, given its `penalty`.
 
     Raises:
         ValueError: if the rule is unknown.

@@ -13,7 +13,7 @@ from rlhf_bayes.numerics.log_weights import importance_ess
 @final
 class ZPool:
     r"""
-    Running estimate of log Z for each prompt, from batches of importance log-weights drawn by whatever proposals.
+    Running estimate of log Z for each prompt, from batches of importance log-weights of any proposals.
 
         Ẑ = Σ_b a_b·Ẑ_b / Σ_b a_b,    Ẑ_b = (1/n) Σ_i w_i
 

@@ -1,4 +1,4 @@
-"""What GDC can minimise, a record each: the f-divergences, and the log-variance loss, which is none of them."""
+"""The losses that GDC can minimise, one record each: the f-divergences, and the log-variance loss."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class GDCLoss:
     help: str
     """One line for `--help` and for the README's table."""
     has_pseudo_reward: bool
-    """Whether it is an f-divergence, descended by its pseudo-reward: `baseline` and `max_pseudo_reward` apply."""
+    """Whether it is an f-divergence, so that it has a pseudo-reward, and `baseline` and `max_pseudo_reward` apply."""
 
 
 GDC_LOSSES: dict[str, GDCLoss] = {

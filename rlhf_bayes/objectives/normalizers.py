@@ -1,4 +1,4 @@
-"""log Z of each prompt while training: pooled over all rollouts, and of another target where that is annealed."""
+"""log Z of each prompt during training, pooled over rollouts, also for a target that is annealed."""
 
 import math
 from collections import deque
@@ -10,15 +10,15 @@ from torch import Tensor
 from rlhf_bayes.numerics.groups import grouped
 from rlhf_bayes.numerics.z_pool import ZPool
 
-_REMEMBERED = 8  # rollouts from which Z is estimated anew when the target moves
+_REMEMBERED = 8  # number of last rollouts from which Z is estimated again when the target changes
 
 
 class LogZs(NamedTuple):
     """log Z of the prompt of each completion: (B,), fp64, nats, `-inf` where every weight was 0."""
 
     others: Tensor
-    """From all completions but this one; from all, where this one has more weight than all the others. So p/q stays
-    within about the number of completions so far, and a first hit is learnt from."""
+    """From all completions but this one; from all, if this one has more weight than all the others together. So p/q is
+    at most about the number of completions so far, and the first allowed completion has an effect."""
     pooled: Tensor
     """From all completions."""
 
@@ -32,7 +32,7 @@ class Normalizers:
         bound (`float`, *optional*):
             Upper bound of log_likelihood, nats.
         anneals (`bool`):
-            Whether `power` will change: then the last rollouts are remembered.
+            Whether `power` will change, so that the last rollouts must be kept.
     """
 
     def __init__(self, bound: float | None, anneals: bool):
@@ -41,7 +41,7 @@ class Normalizers:
         self.recent: deque[tuple[list[str], Tensor, Tensor]] = deque(maxlen=_REMEMBERED if anneals else 0)
 
     def retarget(self, power: float) -> None:
-        """Go on with another power of the evidence."""
+        """Change the power of the evidence."""
         if power == self.power:
             return
         self.power = power
@@ -51,7 +51,7 @@ class Normalizers:
 
     def estimate(self, prompt_keys: Tensor, log_ratios: Tensor, log_likelihood: Tensor, keep: bool) -> LogZs:
         """
-        log Z with these completions taken into account.
+        log Z from all completions so far and these.
 
         Args:
             prompt_keys (`Tensor` (B,)):
@@ -61,7 +61,7 @@ class Normalizers:
             log_likelihood (`Tensor` (B,)):
                 Evidence, nats; `-inf` where forbidden, nan for one to be left out.
             keep (`bool`):
-                Whether to remember them.
+                Whether to keep these completions for later estimates.
         """
         layout = grouped(prompt_keys)
         keys = [str(key) for key in prompt_keys.unique().tolist()]
@@ -79,20 +79,20 @@ class Normalizers:
         return LogZs(*(layout.rows(table.to(prompt_keys.device)) for table in tables))
 
     def log_z(self, prompt_keys: Tensor) -> Tensor:
-        """log Z of the prompt of each completion, as it is known: (B,), fp64, nats."""
+        """The current estimate of log Z of each completion's prompt: (B,), fp64, nats."""
         unique, row = prompt_keys.unique(return_inverse=True)
         return self.pool.log_z([str(key) for key in unique.tolist()]).to(prompt_keys.device)[row]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         return {"power": self.power, "pool": self.pool.state_dict(), "recent": [list(entry) for entry in self.recent]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Take back what `state_dict` returned.
+        Restore what `state_dict` returned.
 
         Raises:
-            ValueError: if the evidence has another bound: these are the Z of another target.
+            ValueError: if the evidence has another bound, since Z then belongs to another target.
         """
         saved = state["pool"]["log_z_bound"]
         bound = None if self.bound is None else state["power"] * self.bound

@@ -1,4 +1,4 @@
-"""What a batch of completions says of the policy's distance to the posterior."""
+"""Estimates of the policy's distance to the posterior from a batch of completions."""
 
 from collections.abc import Iterable
 
@@ -24,15 +24,14 @@ def posterior_metrics(
 
         log w = r/β − log(π/π0),   ELBO = E[log w],   log Ẑ = log mean_G w,   gap = log Ẑ − ELBO → KL(π‖π*)
 
-    log Ẑ over the G completions of a prompt is low on average, and the gap cannot exceed log G: far from the posterior
-    read it as a lower bound (Burda et al. 2016, arXiv 1509.00519, theorem 1). With G = 1 it would always be 0 and is
-    left out. An estimate of log Z from elsewhere takes its place, if given. A policy that draws forbidden completions
-    has no ELBO.
+    log Ẑ from the G completions of a prompt is too low on average, and the gap cannot exceed log G, so far from the
+    posterior it is a lower bound (Burda et al. 2016, arXiv 1509.00519, theorem 1). With G = 1 it would always be 0 and
+    is left out. A given estimate of log Z is used instead. A policy that draws forbidden completions has no ELBO.
 
     Args:
         rewards (`Tensor` (B,)):
-            r; nan where every reward function returned None, `-inf` where the completion is forbidden. Rows of a
-            prompt are neighbours.
+            r; nan where every reward function returned None, `-inf` where the completion is forbidden. The rows of a
+            prompt are next to each other.
         log_ratios (`Tensor` (B,)):
             log(π/π0) of each completion.
         kls (`Tensor` (B,)):
@@ -82,7 +81,7 @@ def target_metrics(
     log_target: Tensor, log_policy: Tensor, log_proposal: Tensor, prompt_keys: Tensor
 ) -> dict[str, float]:
     r"""
-    How far the policy is from the posterior by completions of whatever proposal, log Z being known.
+    How far the policy is from the posterior, from completions of any proposal, with a given log Z.
 
         KL(p‖π) = E_q[π/q · g(p/π)],   g(t) = t·log t − t + 1,      TV = E_q[½·|p − π|/q]
 
@@ -97,7 +96,7 @@ def target_metrics(
     Returns:
         `dict[str, float]`: `posterior/forward_kl` (nats), `posterior/tv`, each with its standard error
         (`…_standard_error`, over prompts if there are several); `posterior/khat` and `posterior/max_weight`, the
-        largest share, of the weights p/q. Empty where nothing is left.
+        largest share, of the weights p/q. Empty if no completion is left.
     """
     kept = ~log_target.isnan()
     if not kept.any():
@@ -119,11 +118,11 @@ def target_metrics(
 
 def satisfaction(log_likelihood: Tensor, weights: Tensor | None = None) -> float:
     """
-    Share of completions that are not forbidden, of those with evidence.
+    Share of completions that are not forbidden, among those with evidence.
 
     Args:
         log_likelihood (`Tensor` (B,)):
-            Nats; nan where there is none.
+            Evidence, nats; nan where there is none.
         weights (`Tensor` (B,), *optional*):
             π/q, where the completions were drawn from q.
     """
@@ -140,9 +139,9 @@ def feature_moments(features: Tensor, names: Iterable[str], weights: Tensor | No
 
     Args:
         features (`Tensor` (B, F)):
-            Their values.
+            Values of the features.
         names (`Iterable[str]`):
-            F names.
+            Names of the F features.
         weights (`Tensor` (B,), *optional*):
             π/q, where the completions were drawn from q.
     """
@@ -157,7 +156,7 @@ def _mean(values: Tensor, weights: Tensor) -> float:
 
 
 def _standard_error(terms: Tensor, prompt_keys: Tensor) -> float:
-    """Of the mean over prompts of the means of terms (n,); over terms, if there is one prompt."""
+    """Standard error of the mean over prompts of their mean terms (n,); over terms, if there is only one prompt."""
     means = grouped(prompt_keys).table(terms, torch.nan).nanmean(-1)  # (P,)
     spread = means if len(means) > 1 else terms
     return (spread.std(unbiased=len(spread) > 1) / len(spread) ** 0.5).item()

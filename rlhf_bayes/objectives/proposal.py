@@ -1,4 +1,4 @@
-"""What completions are drawn from, where it is not the policy as it is now."""
+"""Proposals other than the current policy, from which completions are drawn."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +13,11 @@ from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 @final
 class Snapshot:
     """
-    The policy as it once was: a copy of its trainable weights, an adapter's or the whole model's.
+    The policy at an earlier time: a copy of its trainable weights, those of an adapter or of the whole model.
 
     Args:
         policy (`nn.Module`):
-            The plain policy, not sharded.
+            The unwrapped policy, whose weights are not sharded.
     """
 
     def __init__(self, policy: nn.Module):
@@ -29,7 +29,7 @@ class Snapshot:
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[None]:
-        """Within: the policy has these weights. Run without gradient."""
+        """A context in which the policy has these weights. Run it without gradient."""
         self._swap(policy)
         try:
             with torch.no_grad():
@@ -46,12 +46,12 @@ class Snapshot:
 @final
 class Comparison:
     r"""
-    Whether the policy has come closer to the posterior than the proposal, by the proposal's own completions.
+    Whether the policy is closer to the posterior than the proposal, estimated from the proposal's completions.
 
         KL(p‖π) − KL(p‖q) = E_p[log q − log π] ≈ Σ w·(log q − log π) / Σ w,    w = p/q
 
-    It adds up over rollouts since the proposal was replaced, so that the mean is over the policies since: it lags
-    behind the policy, on the safe side.
+    The sums run over all rollouts since the proposal was last replaced. The mean is therefore over the policies of
+    these rollouts, and lags behind the current policy, which delays a replacement but does not cause a wrong one.
 
     Source: the rule of Khalifa et al. 2021, arXiv 2012.11635, Algorithm 1 (KL-adaptive DPG), with an error bar.
     """
@@ -65,7 +65,7 @@ class Comparison:
 
     def add(self, log_target: Tensor, log_policy: Tensor, log_proposal: Tensor) -> None:
         """
-        Completions drawn from the proposal.
+        Add completions that were drawn from the proposal.
 
         Args:
             log_target, log_policy, log_proposal (`Tensor` (B,)):
@@ -80,7 +80,7 @@ class Comparison:
 
     @property
     def policy_is_better(self) -> bool:
-        """Beyond noise, and by enough completions to say so."""
+        """Whether the policy is better by more than noise, judged from enough completions."""
         w, w2, wd, w2d, w2d2 = self.sums.tolist()
         if w == 0 or w**2 / w2 < self.min_ess:
             return False
@@ -91,16 +91,16 @@ class Comparison:
 
 def check_proposal(proposal: str, prior_samples: int, engine: str | None) -> None:
     """
-    Refuse what an engine cannot draw from.
+    Refuse a proposal from which the generation engine cannot draw.
 
     Args:
         proposal (`str`), prior_samples (`int`):
-            Those of the configuration.
+            Fields of the configuration.
         engine (`str`, *optional*):
-            What draws from the policy only, by name.
+            Name of an engine that draws only from the policy.
 
     Raises:
-        ValueError: if there is one, and something is to be drawn that is not the policy's.
+        ValueError: if there is such an engine, and completions must come from something else than the policy.
     """
     for name, value, allowed in (("proposal", proposal, "policy"), ("prior_samples", prior_samples, 0)):
         if engine is not None and value != allowed:

@@ -71,12 +71,12 @@ class Run:
     """`log_history` of the trainer."""
     samples: list[Sample] = field(default_factory=list)
     before: list[Sample] = field(default_factory=list)
-    """Of the prior, from `prior.jsonl`."""
+    """Completions of the prior, from `prior.jsonl`."""
     settings: dict[str, Any] = field(default_factory=dict)
     estimates: dict[str, Estimate] = field(default_factory=dict)
-    """Of `evaluation.json`; the name of a nested entry is its path, joined by `/`."""
+    """The numbers of `evaluation.json`. The name of a nested entry is its path, joined by `/`."""
     verdict: str = ""
-    """Of `evaluation.json`, in words."""
+    """The verdict of `evaluation.json`, in words."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """`sampling.json`, which the recipes and `rlhf-bayes sample` write."""
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from rlhf_bayes.lm.pretrained import is_adapter
 from rlhf_bayes.rewards.index import RewardIndex
-from rlhf_bayes.rewards.loading import is_adapter, is_head
+from rlhf_bayes.rewards.loading import is_head
 
 
 def write_index(folder: str | Path, index: RewardIndex, before: RewardIndex | None = None) -> RewardIndex:

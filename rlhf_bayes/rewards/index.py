@@ -90,7 +90,7 @@ class RewardIndex:
             "append_eos": self.append_eos,
             "normalization": None if self.normalization is None else self.normalization.to_dict(),
         }
-        # left out where they say nothing, so that versions without them read the file
+        # entries with their default are left out, so that versions without them can read the file
         if self.folded != "nothing":
             fields["folded"] = self.folded
         if self.tokenizer_appends_eos:

@@ -1,7 +1,7 @@
 """Loads classifiers and tokenizers from disk or the hub, and refuses weights that would be drawn at random."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from rlhf_bayes.lm.adapters import check_can_be_read_again, check_leaves_base
+from rlhf_bayes.lm.pretrained import ADAPTER_CONFIG, is_adapter, key_names, shown, tokenizer_folder
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
 
-ADAPTER_CONFIG = "adapter_config.json"
 DEFAULT_ADAPTER = "default"
 _WHOLE_MODEL = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-
-
-def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds a PEFT adapter instead of a whole model."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
 
 
 def load_config(path: str | Path, **options: Any) -> PreTrainedConfig:
@@ -49,8 +44,8 @@ def load_classifier(
     Args:
         path (`str` or `Path`): A folder, or a repository of the hub.
         num_labels (`int`, *optional*): Labels that it must have. Default: as many as it has.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Of the weights; `"auto"` takes that of the checkpoint, where
-            half precision would make rewards equal that are not. Default: fp32, as a language model is loaded.
+        dtype (`torch.dtype` or `"auto"`, *optional*): Type of the weights. `"auto"` takes that of the checkpoint; in
+            half precision, different rewards may become equal. Default: fp32, as for a language model.
 
     Raises:
         `ValueError`: the checkpoint has no classification head, or one of another number of labels.
@@ -58,12 +53,12 @@ def load_classifier(
     if is_adapter(path):
         return load_adapters(path, [DEFAULT_ADAPTER], num_labels, dtype)
     model, info = _load(str(path), num_labels, dtype)
-    mismatched = _names(info["mismatched_keys"])
+    mismatched = key_names(info["mismatched_keys"])
     if mismatched:
         saved = AutoConfig.from_pretrained(path).num_labels
         raise ValueError(
             f"'{path}' must have {num_labels} label{'s' if num_labels != 1 else ''} here, but its checkpoint has "
-            f"{saved}: {_shown(mismatched)} has another shape. Take each label as a member with "
+            f"{saved}: {shown(mismatched)} has another shape. Take each label as a member with "
             "`RewardEnsemble.from_pretrained`, or one of them as a class with `ClassifierLikelihood`."
         )
     # transformers draws a head that the checkpoint lacks at random, and only warns: the reward would be noise
@@ -71,7 +66,7 @@ def load_classifier(
     if missing:
         raise ValueError(
             f"`reward_funcs` must name sequence-classification models, got '{path}', whose checkpoint lacks "
-            f"{_shown(missing)}: these would be drawn at random. Train a reward model on it first (TRL's "
+            f"{shown(missing)}: these would be drawn at random. Train a reward model on it first (TRL's "
             "`RewardTrainer`), or pass a model instance if random weights are meant."
         )
     return model
@@ -93,15 +88,20 @@ def load_adapters(
         folder (`str` or `Path`): Where the adapters were saved.
         adapters (`Sequence[str]`): Their names.
         num_labels (`int`, *optional*, defaults to `1`): Labels of each head. `None`: as many as the heads have.
-        dtype (`torch.dtype` or `"auto"`, *optional*): Of the base; see [`load_classifier`].
+        dtype (`torch.dtype` or `"auto"`, *optional*): Type of the base's weights; see [`load_classifier`].
 
     Raises:
-        `ValueError`: if an adapter is missing, has no head or one with other labels, or names another base.
+        `ValueError`: if an adapter is missing, has no head or one with other labels, names another base, or was made
+            in a way that changes the base and cannot be repeated here.
     """
     folders = adapter_folders(folder, adapters)
     num_labels = check_adapters(folder, adapters, num_labels)
-    bases = [PeftConfig.from_pretrained(str(place)).base_model_name_or_path for place in folders]
-    base = _load_base(folder, bases, num_labels, dtype)
+    configs = [PeftConfig.from_pretrained(str(place)) for place in folders]
+    for config in configs:
+        check_can_be_read_again(config, f"an adapter in '{folder}'")
+        if len(configs) > 1:
+            check_leaves_base(config, f"the adapters in '{folder}'")
+    base = _load_base(folder, [config.base_model_name_or_path for config in configs], num_labels, dtype)
     model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=adapters[0])
     for adapter, place in zip(adapters[1:], folders[1:], strict=True):
         model.load_adapter(str(place), adapter_name=adapter)
@@ -180,11 +180,11 @@ def _load_base(
         )
     with _no_load_report():  # transformers would report a head drawn at random, but each adapter replaces it
         base, info = _load(paths[0], num_labels, dtype)
-    missing = [key for key in _names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
+    missing = [key for key in key_names([*info["missing_keys"], *info["mismatched_keys"]]) if not is_head(key)]
     if missing:
         raise ValueError(
             f"'{paths[0]}', the base of the adapters in '{folder}', must hold all weights but the classification "
-            f"head, and lacks {_shown(missing)}: these would be drawn at random. Point `base_model_name_or_path` to "
+            f"head, and lacks {shown(missing)}: these would be drawn at random. Point `base_model_name_or_path` to "
             "the model that the adapters were trained on."
         )
     return base
@@ -193,18 +193,6 @@ def _load_base(
 def local_folder(path: str | Path) -> Path:
     """The path of a folder; a repository of the hub is downloaded first."""
     return Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
-
-
-@contextmanager
-def whole_weights() -> Iterator[None]:
-    """A context that loads models whole, so that they run on each process alone: ZeRO-3 would shard them."""
-    config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if config is not None:
-            deepspeed.set_hf_deepspeed_config(config)
 
 
 def found_index(folder: Path) -> RewardIndex:
@@ -260,9 +248,7 @@ def load_tokenizer(path: str | Path, name: str) -> PreTrainedTokenizerBase:
             f"`reward_processing_classes` must hold the tokenizer of the reward model '{name}', got None: the model "
             "was not loaded from a path, where one could be found. Pass its tokenizer."
         )
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
-    return AutoTokenizer.from_pretrained(str(path))
+    return AutoTokenizer.from_pretrained(tokenizer_folder(path))
 
 
 def _load(path: str, num_labels: int | None, dtype: torch.dtype | str) -> tuple[nn.Module, dict[str, Any]]:
@@ -271,10 +257,6 @@ def _load(path: str, num_labels: int | None, dtype: torch.dtype | str) -> tuple[
         path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **labels
     )
     return model, info
-
-
-def _names(keys: Iterable[Any]) -> list[str]:
-    return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
 @contextmanager
@@ -291,7 +273,3 @@ def _no_load_report() -> Iterator[None]:
 def is_head(key: str) -> bool:
     """Whether a weight, or a module, is that of a classification head, by its name."""
     return any(part in SEQ_CLS_HEAD_NAMES for part in key.split("."))
-
-
-def _shown(keys: Sequence[str]) -> str:
-    return f"{', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"

@@ -36,8 +36,8 @@ class RewardModel:
         index ([`RewardIndex`], *optional*):
             How to read a model. Default: the index beside a path, or none.
         dtype (`torch.dtype` or `"auto"`, *optional*):
-            Of the weights of a model that is loaded from a path. Default: fp32, whatever the checkpoint is stored in,
-            since half precision gives many completions the same reward; `"auto"` keeps the checkpoint's.
+            Type of the weights of a model that is loaded from a path. Default: fp32, also for a checkpoint in half
+            precision, which would give many completions the same reward; `"auto"` keeps the checkpoint's.
 
     Raises:
         `TypeError`: `model` has no `config`.

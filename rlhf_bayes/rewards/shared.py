@@ -17,11 +17,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
 
+from rlhf_bayes.lm.adapters import base_causal_lm, rewrites_base, trains_biases
 from rlhf_bayes.lm.critic import active_adapter
-from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.pretrained import is_adapter
+from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.lm.trunk import trunk_of
 from rlhf_bayes.rewards.index import RewardIndex
-from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_adapter, is_head
+from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_head
 
 _PREFIX = "rlhf_bayes_reward"  # prefix of the adapters' names in the policy
 # options whose weights PEFT keeps outside of a layer's matrices, or for only one adapter at a time
@@ -51,7 +53,8 @@ def is_on_base(folder: str | Path, index: RewardIndex, base: str, revision: str 
     return all(
         isinstance(config, LoraConfig)
         and config.peft_type == PeftType.LORA
-        and config.bias == "none"
+        and not trains_biases(config)
+        and not rewrites_base(config)
         and all(map(is_head, config.modules_to_save or ()))
         and not any(getattr(config, name, None) for name in _NOT_SHARED)
         and _same_place(config.base_model_name_or_path, base)
@@ -181,7 +184,7 @@ class _PolicyTrunk(nn.Module):
         self.trunk, self._policy = trunk, policy
 
     def forward(self, input_ids: Tensor | None = None, **inputs: Any) -> Any:
-        with _evaluating(self.trunk):
+        with evaluating(self.trunk):
             return self._policy()(input_ids=input_ids, **inputs, trunk_only=True)
 
 
@@ -222,18 +225,6 @@ def _add(policy: PeftModel, adapter: str, config: LoraConfig, weights: dict[str,
     finally:
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_(trainable.get(name, False))
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def _places(folder: str | Path, index: RewardIndex) -> list[Path]:

@@ -44,7 +44,7 @@ class TextClassifier:
             Whether plain texts are read as `RewardTrainer` tokenises them, with EOS and special tokens. See
             [`RewardIndex`]. Default: what the index beside the model says, else no.
         dtype (`torch.dtype` or `"auto"`, *optional*):
-            Of a model that is loaded from a path; see [`load_classifier`]. Default: fp32.
+            Type of the weights of a model that is loaded from a path; see [`load_classifier`]. Default: fp32.
         index ([`RewardIndex`], *optional*):
             How to read the model: a scale in the weights of its head is taken out of the logits. Default: the index
             beside a path, or none.

@@ -1,4 +1,4 @@
-"""Every sampler by the name of its flag. A new one is a file with its class and its record, and a line here."""
+"""All samplers by the name of their flag. A new one needs a file with its class and record, and a line here."""
 
 from rlhf_bayes.samplers import best_of_n, importance, metropolis_hastings, rejection, smc
 from rlhf_bayes.samplers.protocol import SamplerRecord
@@ -14,5 +14,5 @@ SAMPLERS: dict[str, SamplerRecord] = {
 
 
 def samplers_of_the_posterior() -> list[str]:
-    """Names of those that target the posterior, whatever their settings."""
+    """Names of the samplers that target the posterior with any settings."""
     return [name for name, record in SAMPLERS.items() if "none" not in record.guarantees]

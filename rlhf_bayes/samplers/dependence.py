@@ -15,13 +15,13 @@ class Dependence(Protocol):
 
     def standard_error(self, values: Tensor, weights: Tensor, rows: Tensor, prompt: int) -> Tensor:
         """
-        Of the weighted mean of one prompt: (), fp64.
+        Standard error of the weighted mean of one prompt: (), fp64.
 
         Args:
             values (`torch.Tensor`): f of the prompt's rows, (n,) fp64; 0 where the weight is 0.
             weights (`torch.Tensor`): w̄, which sum to 1: (n,) fp64.
-            rows (`torch.Tensor`): (B,) bool, which of all rows these are.
-            prompt (`int`): which of the P prompts.
+            rows (`torch.Tensor`): (B,) bool, a mask of these rows among all rows.
+            prompt (`int`): index of the prompt.
         """
         ...
 

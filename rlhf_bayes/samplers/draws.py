@@ -1,4 +1,4 @@
-"""What a sampler returns: completions, what each counts, and how far to trust them."""
+"""The result of a sampler: completions, their weights, and its guarantee."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +20,16 @@ another distribution.
 
 @dataclass(frozen=True)
 class LogZ:
-    """log Z of each prompt, as a sampler saw it: (P,), fp64, nats."""
+    """A sampler's estimate of log Z of each prompt: (P,), fp64, nats."""
 
     log_z: Tensor
-    """Estimate; `-inf` where nothing that the posterior allows was drawn."""
+    """The estimate; `-inf` where no draw is allowed by the posterior."""
     low: Tensor
     """Lower end of the confidence interval."""
     high: Tensor
-    """Upper end."""
+    """Upper end of the interval."""
     confidence: float = 0.95
-    """Of the interval."""
+    """Confidence of the interval."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +43,31 @@ class Draws:
     prompts: list[Prompt]
     """The prompt of each row."""
     prompt_index: Tensor
-    """(B,) integers: which of the P prompts."""
+    """(B,) integers: index of each row's prompt."""
     completion_ids: list[list[int]]
     """Token ids up to and including the first EOS."""
     texts: list[str]
-    """Decoded, special tokens skipped."""
+    """The decoded completions, without special tokens."""
     completions: list[Completion]
-    """As reward functions take them: a text, or one assistant message for a chat prompt."""
+    """The completions as reward functions take them: a text, or one assistant message for a chat prompt."""
     log_weights: Tensor | None
-    """(B,) fp64, nats: log of posterior density over proposal density, up to a constant of each prompt; `-inf` is
-    weight 0. None where all rows of a prompt count alike."""
+    """(B,) fp64, nats: log of posterior density over proposal density, up to a constant for each prompt; `-inf` is
+    weight 0. None where all rows of a prompt have equal weight."""
     guarantee: Guarantee
-    """What the rows, weighted, are worth."""
+    """The guarantee for the weighted rows."""
     num_prompts: int
-    """P."""
+    """The number of prompts, P."""
     dependence: Dependence
-    """How the rows of a prompt depend on each other, which the standard error of a mean rests on."""
+    """How the rows of a prompt depend on each other, which determines the standard error of a mean."""
     log_z: LogZ | None = None
-    """log Z of each prompt, where the sampler tells."""
+    """log Z of each prompt; None where the sampler does not estimate it."""
     info: Mapping[str, Any] = field(default_factory=dict)
-    """How it went: acceptance rates, effective sample sizes, k̂, tokens evaluated, … Plain numbers and lists, for
-    reading: no estimate is computed from them."""
+    """Diagnostics: acceptance rates, effective sample sizes, k̂, tokens evaluated, … They are plain numbers and lists
+    to be read; no estimate is computed from them."""
 
     @property
     def counts(self) -> Tensor:
-        """(P,): rows of each prompt."""
+        """(P,): number of rows of each prompt."""
         return torch.bincount(self.prompt_index, minlength=self.num_prompts)
 
     @property
@@ -98,7 +98,7 @@ class Draws:
         info: Mapping[str, Any] | None = None,
     ) -> "Draws":
         """
-        From completions drawn with as many rows a prompt.
+        [`Draws`] from completions with the same number of rows for each prompt.
 
         Args:
             drawn (`Completions`):
@@ -108,9 +108,9 @@ class Draws:
             kept (`Sequence[int]`, *optional*):
                 The rows to keep, repeated where resampled, in the order of the prompts. Default: all.
             guarantee, dependence, log_z, info:
-                As the fields.
+                Fields of [`Draws`].
             log_weights (`Tensor`, *optional*):
-                Of the rows that are kept.
+                Log-weights of the rows that are kept.
         """
         rows = list(range(len(drawn))) if kept is None else list(kept)
         n = len(drawn) // num_prompts

@@ -1,4 +1,4 @@
-"""Means under the posterior from what a sampler returned, with the standard error that is right for it."""
+"""Means under the posterior from the draws of a sampler, with the standard error for its kind of draws."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from rlhf_bayes.samplers.draws import Draws
 
 
 class Expectation(NamedTuple):
-    """Of each prompt: (P,), fp64; nan for a prompt without weighted rows."""
+    """Means and standard errors of each prompt: (P,), fp64; nan for a prompt without weighted rows."""
 
     mean: Tensor
     """Estimate of E_π*[f]."""
     standard_error: Tensor
-    """Its standard error; infinite where one row counts alone."""
+    """Its standard error; infinite where a single row has all the weight."""
 
 
 def expectation(draws: Draws, values: Sequence[float] | Tensor) -> Expectation:
@@ -28,14 +28,14 @@ def expectation(draws: Draws, values: Sequence[float] | Tensor) -> Expectation:
 
     Args:
         draws ([`Draws`]):
-            Of a sampler whose guarantee is not `"none"`; if `"bounded"`, the mean is that of the draws' distribution.
+            Draws whose guarantee is not `"none"`. If it is `"bounded"`, the mean is that of the draws' distribution.
         values (`Sequence[float]` or `torch.Tensor`):
             f of each row: (B,), finite where the row's weight is not 0.
 
     Raises:
-        `ValueError`: values of another length or not finite, draws that do not target the posterior, or chains of
-            different lengths.
-        `TypeError`: draws that do not say how their rows depend on each other.
+        `ValueError`: if values have another length or are not finite, draws do not target the posterior, or chains
+            have different lengths.
+        `TypeError`: if the draws do not say how their rows depend on each other.
     """
     f = torch.as_tensor(values).detach().double().cpu()
     if f.shape != (len(draws),):

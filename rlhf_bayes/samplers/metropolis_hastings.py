@@ -322,7 +322,7 @@ _MAX_CHAINS, _MIN_STATES = 16, 4
 
 
 def _from_flags(posterior: "Posterior", proposal: Proposal | None, n: int) -> MetropolisHastings:
-    # an error bar wants chains of one length, of some states; side by side, many cost little more than few
+    # the standard error needs chains of equal length and several states; many chains cost hardly more than few
     fitting = [chains for chains in range(1, _MAX_CHAINS + 1) if n % chains == 0 and n >= _MIN_STATES * chains]
     if not fitting:
         raise ValueError(f"`--num_samples` must be at least {_MIN_STATES} for metropolis_hastings, got {n}.")

@@ -37,7 +37,7 @@ def check_posterior(
     - with an enumerable prior: 0 < Z < ∞ for each prompt, over all completions.
 
     Args:
-        posterior (`Posterior`): what is checked; an object with `prior`, `log_likelihood` and `log_density` will do.
+        posterior (`Posterior`): the posterior to check, or an object with `prior`, `log_likelihood` and `log_density`.
         prompts (`Sequence` of `str` or chat messages): P prompts.
         columns (`Mapping[str, Sequence]`, *optional*): further dataset columns, P values each, for the rewards.
         n (`int`, defaults to `4`): completions drawn for each prompt.

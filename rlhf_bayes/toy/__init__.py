@@ -1,4 +1,4 @@
-"""A tiny language model of one-sentence reviews, prompts, a reward and preferences: all that a first run needs."""
+"""What a first run needs: a tiny language model of one-sentence reviews, prompts, a reward and preferences."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ def model_path() -> str:
 
 
 def prompts() -> list[str]:
-    """Openings of reviews that say nothing good or bad yet."""
+    """Openings of reviews, which are neither positive nor negative."""
     return list(PROMPTS)
 
 

@@ -21,7 +21,7 @@ MAX_LENGTH = 128
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with its own pad and EOS, padded on the left as generation wants it."""
+    """Byte-level BPE with separate pad and EOS tokens, padded on the left as generation needs it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

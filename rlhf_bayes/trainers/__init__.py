@@ -1,4 +1,4 @@
-"""Layer 3: trainers, drop-in for TRL's."""
+"""Trainers that take the place of TRL's."""
 
 from rlhf_bayes.objectives.posterior_metrics import posterior_metrics, target_metrics
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig

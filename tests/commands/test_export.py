@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
@@ -88,3 +89,14 @@ def test_what_is_no_single_model_is_refused(llama, llama_tokenizer, tmp_path, ca
         assert ended.value.code == 2
         assert message in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "lora-plain").exists()
+
+
+@pytest.mark.parametrize("own", ["<s> $A", "<s> $A y y", "$A"])
+def test_eos_comes_where_training_put_it(llama, llama_tokenizer, tmp_path, own):  # noqa: F811
+    special = [(token, llama_tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "y")]
+    llama_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=own, special_tokens=special)
+    ids = llama_tokenizer("ab" + llama_tokenizer.eos_token)["input_ids"]
+    reward = RewardModel(llama, llama_tokenizer, index=RewardIndex(append_eos=True))
+    reward.save_pretrained(tmp_path / "reward")
+    folder = exported(tmp_path / "reward")
+    assert AutoTokenizer.from_pretrained(folder)("ab")["input_ids"] == ids

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -11,6 +11,7 @@ from rlhf_bayes.lm import Critic
 from rlhf_bayes.rewards import Normalization, RewardEnsemble, RewardIndex, load_reward
 from rlhf_bayes.testing import EnumerableLM
 
+from ..lm.families import tiny_model, tiny_tokenizer
 from ..rewards.adapters import COMPLETIONS, PROMPTS, adapters, saved_base
 from ..rewards.conftest import llama, llama_tokenizer  # noqa: F401
 from ..trainers.training import QUIET, prompts_of, table_reward
@@ -105,3 +106,69 @@ def test_bad_folders(tmp_path, capsys):
             commands.main(["merge", str(tmp_path / folder), "--output_dir", str(tmp_path / output)])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err
+
+
+LORA = {"r": 2, "task_type": "CAUSAL_LM"}
+
+
+def saved_policy(folder, config, tied):
+    """A tiny causal LM with an adapter that has learnt something, and what PEFT computes of it."""
+    base = tiny_model("llama")
+    if tied:
+        base.config.tie_word_embeddings = True
+        base.tie_weights()
+        base.save_pretrained(folder / "base")
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.5)
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    ids = torch.arange(10)[None]
+    fresh = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder / "adapter")
+    with torch.no_grad():
+        return ids, fresh.eval()(ids).logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    ],
+    ids=str,
+)
+def test_what_is_merged_computes_the_same_or_nothing_is_written(tmp_path, changes, tied):
+    ids, expected = saved_policy(tmp_path, LoraConfig(**LORA, **changes), tied)
+    commands.main(["merge", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits.log_softmax(-1), expected, rtol=0, atol=1e-3)
+
+
+def test_prompts_of_virtual_tokens_cannot_be_merged(tmp_path, capsys):
+    saved_policy(tmp_path, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), tied=False)
+    with pytest.raises(SystemExit):
+        commands.main(["merge", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")])
+    message = " ".join(capsys.readouterr().err.split())
+    assert "An adapter must change weights to be merged, and LlamaForCausalLM with a PROMPT_TUNING adapter" in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_comes_out_as_another_model_is_removed(tmp_path, capsys, monkeypatch):
+    saved_policy(tmp_path, LoraConfig(**LORA, target_modules=["q_proj"]), tied=False)
+    monkeypatch.setattr("rlhf_bayes.commands.merge.merged", lambda model: model.unload())  # the adapter is dropped
+    with pytest.raises(SystemExit):
+        commands.main(["merge", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")])
+    assert "The merged model must compute what" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "merged").exists()

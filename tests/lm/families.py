@@ -24,6 +24,22 @@ FAMILIES = {
     "cohere": SIZES | {"logit_scale": 0.25},
     "granite": SIZES | {"logits_scaling": 3.0},
 }
+# whose log-probs change with left padding: they ignore the mask, or count positions from the first column
+PADDING_MATTERS = {
+    "rwkv": {"vocab_size": 18, "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16},
+    "bart": {"vocab_size": 18, "d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    | {"max_position_embeddings": 64},
+}
+# recurrent, hybrid and other families that take the mask and the positions
+OTHERS = {
+    "mamba": {"vocab_size": 18, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "lfm2": SIZES | {"layer_types": ["conv", "full_attention"]},
+    "opt": {"vocab_size": 18, "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_attention_heads": 2}
+    | {"num_hidden_layers": 2, "max_position_embeddings": 64},
+    "bloom": {"vocab_size": 18, "hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "qwen3_moe": SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+ALL = FAMILIES | PADDING_MATTERS | OTHERS
 
 
 def tiny_tokenizer(chat: bool = False, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
@@ -46,7 +62,7 @@ def tiny_tokenizer(chat: bool = False, pad_is_eos: bool = False) -> PreTrainedTo
 
 def tiny_model(family: str, seed: int = 0, spread: float = 8.0):
     torch.manual_seed(seed)
-    config = CONFIG_MAPPING[family](**FAMILIES[family], bos_token_id=None, eos_token_id=16, pad_token_id=17)
+    config = CONFIG_MAPPING[family](**ALL[family], bos_token_id=None, eos_token_id=16, pad_token_id=17)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

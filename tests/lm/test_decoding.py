@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import chisquare
 from torch.testing import assert_close
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -264,3 +264,14 @@ def test_a_generator_stays_where_the_model_is():
     generator = torch.Generator().manual_seed(3)
     assert generator_on(torch.device("cpu"), generator) is generator
     assert generator_on(torch.device("cpu"), None) is None
+
+
+@pytest.mark.parametrize("make", [lambda lm: Decoding(lm, ["ab"]), PrefixReader], ids=["Decoding", "PrefixReader"])
+@pytest.mark.parametrize("family", ["rwkv", "llama with a prompt"])
+def test_models_that_padding_or_a_cache_changes_are_refused(make, family):
+    model = tiny_model(family.split()[0])
+    if family != "rwkv":
+        model = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    lm = LanguageModel(model, tiny_tokenizer(), max_completion_length=4)
+    with pytest.raises(ValueError, match="must compute the same log-probs with padding and a cache as without"):
+        make(lm)

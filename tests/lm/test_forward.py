@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.testing import assert_close
 
 from rlhf_bayes.lm import Critic, enable_completion_scoring, score_completions
 from rlhf_bayes.lm.critic import CRITIC
-from rlhf_bayes.lm.forward import base_causal_lm, scatter
+from rlhf_bayes.lm.forward import base_causal_lm, runs_plainly, scatter
 
-from .families import FAMILIES, tiny_model
+from .families import FAMILIES, OTHERS, PADDING_MATTERS, tiny_model
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
 COMPLETIONS = [[7, 8], [9, 10, 11, 12], [13]]
@@ -179,3 +179,72 @@ def test_scatter_keeps_the_gradient():
     assert out.tolist() == [[1.0, 0.0], [2.0, 3.0]]
     (out * torch.tensor([[1.0, 9.0], [3.0, 4.0]])).sum().backward()
     assert values.grad.tolist() == [1.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("family", PADDING_MATTERS)
+def test_a_family_that_padding_changes_is_scored_in_plain_passes(family):
+    model = ready(family)
+    assert runs_plainly(model)
+    scores = score_completions(model, *batch())
+    scores.log_probs.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    hidden = score_completions(model, *batch(), hidden_only=True).hidden
+    start = 0
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        ids, count = torch.tensor([prompt + completion]), len(completion)
+        log_probs = type(model).forward(model, ids, use_cache=False).logits[0].log_softmax(-1)
+        picked = log_probs[-count - 1 : -1][range(count), completion]
+        assert_close(scores.log_probs[row, :count], picked, rtol=0, atol=1e-4)
+        picked.sum().backward()
+        trunk = model.base_model(ids).last_hidden_state[0, -count - 1 : -1]
+        assert_close(hidden[start : start + count], trunk, rtol=1e-4, atol=1e-4)
+        start += count
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_the_others_are_scored_in_one_pass(family):
+    assert not runs_plainly(ready(family))
+
+
+def test_an_adapter_is_checked_though_its_base_was_before():
+    base = ready()
+    model = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert not runs_plainly(base)
+    enable_completion_scoring(model)
+    assert runs_plainly(model)
+
+
+def test_a_cache_that_changes_the_model_is_noticed(monkeypatch):
+    model = tiny_model("llama")
+    original = type(model).prepare_inputs_for_generation
+
+    def all_at_the_start(self, *args, **kwargs):
+        inputs = original(self, *args, **kwargs)
+        return inputs | {"position_ids": torch.zeros_like(inputs["input_ids"])}
+
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", all_at_the_start)
+    enable_completion_scoring(model)
+    assert runs_plainly(model)
+
+
+def test_rows_that_change_each_other_are_refused():
+    model = tiny_model("llama")
+
+    def mixed(module, inputs, output):
+        return output + 0.1 * (len(output) - 1) * output.mean(0, keepdim=True)
+
+    model.model.norm.register_forward_hook(mixed)
+    with pytest.raises(ValueError, match="must score a completion by itself"):
+        enable_completion_scoring(model)
+
+
+def test_a_model_that_is_refused_is_refused_again():
+    model = tiny_model("llama")
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output + output.mean(1, keepdim=True))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must be a causal LM, but its log-prob of a token changes"):
+            enable_completion_scoring(model)

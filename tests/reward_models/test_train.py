@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 
 from rlhf_bayes import toy
 from rlhf_bayes.rewards import RewardEnsemble, RewardIndex, RewardModel, load_reward
@@ -183,3 +185,55 @@ def test_a_trained_model_outlives_a_normalisation_that_fails(script, run, own_pa
     assert "The trained model is in runs/reward_model, with raw rewards" in raised.value.__notes__[0]
     reward = load_reward(tmp_path / "runs" / "reward_model")
     assert torch.tensor(reward(["The hotel"], [" was great."])).isfinite().all()
+
+
+ANSWERS = [
+    ("It was good.", "It was bad."),
+    ("Yes, very good.", "No."),
+    ("Lovely.", "It was dull."),
+    ("Great!", "Awful."),
+]
+
+
+def ultrafeedback():
+    """A text as the prompt of whole chats, and columns that nobody needs."""
+    rows = []
+    for number, (good, bad) in enumerate(ANSWERS * 3):
+        asked = {"role": "user", "content": f"Was the hotel number {number} good?"}
+        chosen, rejected = ([asked, {"role": "assistant", "content": answer}] for answer in (good, bad))
+        scores = {"score_chosen": 8.5, "score_rejected": 4.0}
+        rows.append({"prompt": asked["content"], "chosen": chosen, "rejected": rejected, "messages": chosen, **scores})
+    return rows
+
+
+def shp():
+    """Two comments on a post, how many liked each, and which is preferred."""
+    return [
+        {"history": f"Was the hotel number {number} good?", "human_ref_A": f" {good}", "human_ref_B": f" {bad}",
+         "labels": 1, "score_A": 5 + number, "score_B": 2, "domain": f"group {number % 3}"}
+        for number, (good, bad) in enumerate(ANSWERS * 3)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", [ultrafeedback, shp])
+def test_published_sets_are_brought_to_it_by_flags_alone(run, tmp_path, capsys, dataset):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dataset()))
+    flags = ["--chat_template_path", "chat.jinja", "--max_completion_length", 16]
+    if dataset is shp:
+        columns = ("prompt=history", "chosen=human_ref_A", "rejected=human_ref_B", "votes=score_A,score_B")
+        flags = ["--columns", *columns, "--held_out_by", "domain"]
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    run("--dataset_name", "pairs.jsonl", *flags, "--num_members", 1, *FEW)
+    assert "pairs held out" in capsys.readouterr().out
+    card = (tmp_path / "runs" / "reward_model" / "README.md").read_text()
+    assert "RewardModel('runs/reward_model')" in card
+    assert "without the bias, a constant that no comparison depends on" in card
+    assert ("- Labels: votes" in card) == (dataset is shp)
+    # the folder in plain transformers, on the tokens that were trained on
+    reward = load_reward(tmp_path / "runs" / "reward_model")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / "reward_model").eval()
+    texts = ["Was it good? It was.", "Was it good? Yes, the hotel was lovely."]
+    with torch.no_grad():
+        plain = [model(torch.tensor([ids])).logits[0, 0] for ids in reward.classifier.token_ids(["", ""], texts)]
+    rewards = torch.tensor(reward(["", ""], texts))
+    assert_close(rewards - reward.normalization.bias[0], torch.stack(plain), rtol=1e-4, atol=1e-5)

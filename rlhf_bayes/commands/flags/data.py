@@ -1,5 +1,6 @@
 """Loads prompts and preferences by name, from files, folders or the hub."""
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -88,7 +89,7 @@ def load_preferences(
             As in [`~datasets.load_dataset`].
         columns (`Sequence[str]`, *optional*):
             Entries `name=column`: the column `column` is renamed to `name`, the trainer's name for it. Another column
-            `name` is dropped.
+            `name` is dropped. `votes=a,b` or `votes=a,b,c` joins columns of counts.
         drop_columns (`Sequence[str]`, *optional*):
             Columns to leave out: the votes, for instance, to learn from the label alone.
         max_pairs (`int`, *optional*):
@@ -104,7 +105,10 @@ def load_preferences(
         raise ValueError(f"`max_pairs` must be at least 1, got {max_pairs}. Leave it out to keep all pairs.")
     dataset = _load(dataset_name, config, split)
     renamed = dict(_renaming(entry) for entry in columns)
-    for flag, names in (("columns", renamed.values()), ("drop_columns", drop_columns)):
+    counts = renamed["votes"].split(",") if "," in renamed.get("votes", "") else []
+    if counts:
+        del renamed["votes"]
+    for flag, names in (("columns", [*renamed.values(), *counts]), ("drop_columns", drop_columns)):
         missing = [name for name in names if name not in dataset.column_names]
         if missing:
             raise ValueError(
@@ -114,6 +118,8 @@ def load_preferences(
     if len(set(renamed.values())) < len(renamed):
         raise ValueError(f"`columns` must name each column once, got {list(columns)}. Copy it in the data instead.")
     dataset = dataset.remove_columns(list(drop_columns))
+    if counts:
+        dataset = dataset.map(functools.partial(_joined_votes, columns=counts), remove_columns=counts)
     # renamed all at once, since the new name of one column may be the old name of another
     replaced = [name for name in renamed if name in dataset.column_names and name not in renamed.values()]
     dataset = dataset.remove_columns(replaced).rename_columns({column: name for name, column in renamed.items()})
@@ -129,7 +135,9 @@ def load_preferences(
     return dataset
 
 
-def prompts_of_pairs(pairs: Dataset, max_prompts: int, path: str, max_completion_length: int) -> list:
+def prompts_of_pairs(
+    pairs: Dataset, max_prompts: int, path: str, max_completion_length: int, tokenizer: Any = None
+) -> list:
     """
     The first distinct prompts of preference data that a language model can complete.
 
@@ -138,9 +146,10 @@ def prompts_of_pairs(pairs: Dataset, max_prompts: int, path: str, max_completion
 
     Args:
         pairs (`Dataset`): from [`load_preferences`].
-        max_prompts (`int`): so many at most.
+        max_prompts (`int`): largest number of prompts.
         path (`str`): the language model's; only its config and tokenizer are read.
         max_completion_length (`int`): tokens that must fit after a prompt.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the language model. Default: the one in `path`.
 
     Raises:
         ValueError: if no pair has one, none fits, or chats come without a chat template.
@@ -152,11 +161,13 @@ def prompts_of_pairs(pairs: Dataset, max_prompts: int, path: str, max_completion
             "`dataset_name` must hold prompts to draw completions for, and the texts of no pair have a beginning in "
             "common. Name their column, `--columns prompt=<column>`; or draw none, `--normalize_on chosen`."
         )
-    tokenizer, positions = load_tokenizer(path, path), num_positions(load_config(path))
+    tokenizer = load_tokenizer(path, path) if tokenizer is None else tokenizer
+    positions = num_positions(load_config(path))
     if not isinstance(prompts[0], str) and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"The tokenizer of '{path}' must have a `chat_template` to complete prompts that are chats, got none. "
-            "Name another model with `--prior_name_or_path`, or draw no completions, `--normalize_on chosen`."
+            "Set `--chat_template_path`, name another model with `--prior_name_or_path`, or draw no completions, "
+            "`--normalize_on chosen`."
         )
     limit = LengthLimit(positions=positions)
     fitting, too_long = [], 0
@@ -222,6 +233,10 @@ def hold_out(dataset: Dataset, share: float, by: str | None = None, seed: int = 
     kept_out = {distinct[index] for index in np.random.default_rng(seed).permutation(len(distinct))[:count]}
     train = dataset.select([row for row, group in enumerate(groups) if group not in kept_out])
     return train, dataset.select([row for row, group in enumerate(groups) if group in kept_out])
+
+
+def _joined_votes(row: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    return {"votes": [row[column] for column in columns]}
 
 
 def _renaming(entry: str) -> tuple[str, str]:

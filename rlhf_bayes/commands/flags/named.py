@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import RLOOConfig
 
 from rlhf_bayes.likelihoods import Likelihood
 from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.lm.pretrained import load_causal_lm, whole_weights
 from rlhf_bayes.numerics import pool
 from rlhf_bayes.numerics.pooling import uses_beta
 from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel, load_reward, prompt_centers
-from rlhf_bayes.rewards.loading import whole_weights
 
 
 def load_reward_func(name: str) -> Callable[..., Any]:
@@ -123,7 +123,7 @@ def load_language_model(
             The tokenizer. Default: the one saved beside the model.
     """
     with whole_weights():
-        model = AutoModelForCausalLM.from_pretrained(path, **(args.model_init_kwargs or {}))
+        model = load_causal_lm(path, **(args.model_init_kwargs or {}))
     return LanguageModel(
         model.to(args.device),
         tokenizer,

@@ -89,6 +89,10 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
         if dataset_name == "train" and self._train_prepared:
             dataset_name = "eval_train"  # TRL gives parts of an evaluation their keys, which may be this
         self._train_prepared = True  # the first of all
+        # TRL decides whether rows are chats by any column of these names
+        columns = getattr(dataset, "column_names", None) or []
+        if unused := [name for name in ("messages", "completion") if name in columns]:
+            dataset = dataset.remove_columns(unused)
         # TRL would drop long pairs without a word
         max_length, args.max_length = args.max_length, None
         try:

@@ -1,8 +1,8 @@
 """
-Contact with `RLOOTrainer`: what it does to prompts, names and metrics that would say something wrong here.
+Contact with `RLOOTrainer`: corrections of how it treats prompts, names of rewards, and metrics.
 
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rloo_repairs.py` fails by name when a TRL release
-moves one.
+`PRIVATE_NAMES` lists the names that this relies on; `tests/trainers/_trl/test_rloo_repairs.py` fails by name when a
+TRL release moves one.
 """
 
 import logging
@@ -20,11 +20,15 @@ PRIVATE_ATTRIBUTES = ("_metrics", "_tokenizer", "reward_func_names")
 
 
 class RepairedRLOO(RLOOTrainer):
-    """`RLOOTrainer` with prompts that do not end with EOS, and with one metric for each reward and dataset."""
+    """
+    `RLOOTrainer` with prompts that do not end with EOS, and with one metric for each reward and dataset.
+
+    Not for direct use: see [`PPOTrainer`].
+    """
 
     def __init__(self, model, reward_funcs, args, **trl_arguments):
         check_policy(model, trl_arguments.get("peft_config"))
-        self._evaluated = "eval"  # the prefix of the metrics of the evaluation in progress
+        self._evaluated = "eval"  # prefix of the metrics in the current evaluation
         super().__init__(model, reward_funcs, args, **trl_arguments)
         self.reward_func_names = distinct_names(self.reward_func_names)
         own = getattr(self.model.config.get_text_config(), "router_aux_loss_coef", None)
@@ -41,7 +45,7 @@ class RepairedRLOO(RLOOTrainer):
         return ids, *others
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """As [`~transformers.Trainer.evaluate`]; of several datasets each has metrics `eval_<name>_…`."""
+        """See [`~transformers.Trainer.evaluate`]; with several datasets each has its own metrics `eval_<name>_…`."""
         before, self._evaluated = self._evaluated, metric_key_prefix
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -49,8 +53,8 @@ class RepairedRLOO(RLOOTrainer):
             self._evaluated = before
 
     def log(self, logs, start_time=None):
-        """As [`~transformers.Trainer.log`]."""
-        # TRL writes "eval_" before the names of its metrics, whatever the prefix of the evaluation is
+        """See [`~transformers.Trainer.log`]."""
+        # TRL prefixes its metrics with "eval_" for every dataset, so the name of the dataset is added here
         dataset = self._evaluated.removeprefix("eval").removeprefix("_")
         if dataset and not self.model.training:
             metrics = self._metrics["eval"]

@@ -22,21 +22,25 @@ from torch import Tensor, nn
 
 from rlhf_bayes.likelihoods import combine_rewards
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
+from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.critic import kept_trainable
-from rlhf_bayes.lm.forward import CompletionScores, base_causal_lm
-from rlhf_bayes.lm.generation import raw_generation_config, remove_dropout
+from rlhf_bayes.lm.forward import CompletionScores, runs_plainly
+from rlhf_bayes.lm.generation import draw_plainly, raw_generation_config, remove_dropout
 from rlhf_bayes.lm.head import LMHead
 from rlhf_bayes.lm.language_model import check_prompt_fits
+from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
 from rlhf_bayes.trainers._trl.engines import graph_kept, is_sharded, plain, prepare_frozen, whole_heads, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
+from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
-from rlhf_bayes.trainers.rollout.checks import check_text_only, check_tokenizer
+from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
+from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
 from rlhf_bayes.trainers.rollout.reference_head import ReferenceHead, switches_head
@@ -77,19 +81,26 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         # RLOO reloads the reference from the hub path, which forgets what was done to an instance: with β = 0 it loads
         # none, and we keep a copy of the weights as passed
         beta, args.beta = args.beta, 0.0
-        if quantization_config is not None:  # the oldest releases have no such argument
-            trl_arguments["quantization_config"] = quantization_config
+        peft_config = trl_arguments.get("peft_config")
+        check_adapters(model, peft_config)
         self._failures, self._step_end = RewardFailures(), None
-        set_seed(args.seed)  # adapters are drawn at random, and the oldest releases draw them before they do this
         try:
-            super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
+            with policy_to_train(model, args, trl_arguments, quantization_config) as (model, reload):
+                passed = probe_if_whole(model) if peft_config is not None or hasattr(model, "peft_config") else None
+                # adapters are drawn at random, and the oldest releases draw them before they do this
+                set_seed(args.seed)
+                super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
         finally:
             args.beta = beta
         self.beta = beta
         check_text_only(self.processing_class, type(self).__name__)
         check_tokenizer(self._tokenizer)
-        self.reference = Reference.of(self.model, ref_model, loaded_from=model if isinstance(model, str) else None)
         enable_completion_scoring(self.model)
+        engine = self.use_vllm or self.use_transformers_continuous_batching
+        check_plain_passes(self.model, self.accelerator.num_processes, engine)
+        if peft_config is None:
+            check_not_moved(self.model, passed, "the trainer made its reference adapter")
+        self.reference = Reference.of(self.model, ref_model, reload, passed)
         remove_dropout(self.model)
         if self.reference.module is not None:
             self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
@@ -137,6 +148,11 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
             policy._is_fsdp_managed_module = True
         with self._drawing() as module, raw_generation_config(plain(module, self.accelerator)):
+            if runs_plainly(module):
+                with self.accelerator.autocast(), evaluating(module):
+                    return draw_plainly(
+                        module, prompt_ids, self.max_completion_length, self._eos_ids, self.temperature
+                    )
             wrapped, self.model_wrapped = self.model_wrapped, module
             try:
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
@@ -180,7 +196,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
         # RLOO's own statistics are means: over what is not forbidden
         rewards = torch.where(rewards == -torch.inf, torch.nan, rewards)
-        eos = set(getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id]))
+        eos = set(self._eos_ids)
         self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
 
@@ -339,6 +355,10 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     def score(self, model: nn.Module, batch: Batch) -> CompletionScores:
         """The batch's completions under a model, with gradient where it is enabled."""
         return score_completions(model, *batch.sequences, self.temperature)
+
+    @property
+    def _eos_ids(self) -> list[int]:
+        return getattr(self, "eos_token_ids", [self._tokenizer.eos_token_id])  # the oldest releases know one only
 
     # Checkpoints
 

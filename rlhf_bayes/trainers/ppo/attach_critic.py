@@ -4,12 +4,16 @@ import copy
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_bayes.lm import Critic
+from rlhf_bayes.lm.adapters import base_causal_lm, plain_copy
 from rlhf_bayes.lm.critic import CRITIC, critic_config, is_critic_folder, set_trainable
-from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.merging import merged
+from rlhf_bayes.lm.pretrained import is_adapter, load_causal_lm, load_trunk, task_of
 from rlhf_bayes.lm.trunk import trunk_of
+from rlhf_bayes.rewards.loading import load_classifier
+from rlhf_bayes.trainers.rollout.prior_checks import check_not_moved, probe_if_whole
 
 
 def attach_critic(
@@ -73,8 +77,7 @@ def _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed)
             "from that checkpoint, or leave `value_model` out."
         )
     if value_model is not None:
-        is_path = isinstance(value_model, str)
-        trunk = AutoModel.from_pretrained(value_model, dtype=lm.dtype) if is_path else value_model.base_model
+        trunk = _loaded_trunk(value_model, lm.dtype) if isinstance(value_model, str) else value_model.base_model
     elif hasattr(policy, "peft_config"):
         return _adapter_critic(policy, seed)
     elif reward_models:
@@ -98,17 +101,26 @@ def _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed)
     return Critic(trunk.config.get_text_config().hidden_size, backbone=copy.deepcopy(trunk))
 
 
+def _loaded_trunk(path: str, dtype: torch.dtype) -> nn.Module:
+    if not is_adapter(path):
+        return load_trunk(path, dtype)
+    model = load_classifier(path) if task_of(path) == "SEQ_CLS" else load_causal_lm(path)
+    return merged(model).base_model.to(dtype)
+
+
 def _adapter_critic(policy, seed: int) -> Critic:
-    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+    config = plain_copy(policy.peft_config[policy.active_adapter])
     if config.peft_type.value != "LORA":
         raise ValueError(
             f"`critic='separate'` on a PEFT policy needs LoRA, got {config.peft_type.value}: other adapters cannot "
             "share one forward with the policy's. Set `critic='shared'`, or pass `value_model`."
         )
     # RLOO has given each process a seed of its own, and FSDP would put the adapter together from parts of each draw
+    before = probe_if_whole(policy)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         policy.add_adapter(CRITIC, config)
+    check_not_moved(policy, before, "the critic's adapter was made")
     return Critic(policy.get_base_model().config.get_text_config().hidden_size, adapter=CRITIC)
 
 

@@ -1,4 +1,4 @@
-"""How often each annotator errs, learnt along with the reward."""
+"""The error rate of each annotator, which is learnt together with the reward."""
 
 import math
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ class AnnotatorReliability:
 
         ε_a = (errors_a + 1) / (votes_a + 5)
 
-    so that an annotator with no votes yet is taken to err in one vote of five.
+    so that the rate of an annotator without votes is one in five.
 
     Args:
         annotators (`Sequence[str]`):
-            Their ids.
+            Ids of the annotators.
         num_votes (`int`):
-            Votes in one pass through the data: the window.
+            Number of votes in one pass through the data, which is the window.
 
     Raises:
-        `ValueError`: fewer than two annotators: the errors of one cannot be told from a flat reward.
+        `ValueError`: if there are fewer than two annotators: errors of a single one look like a flat reward.
     """
 
     PRIOR_ERRORS, PRIOR_VOTES = 1.0, 5.0
@@ -42,7 +42,7 @@ class AnnotatorReliability:
             )
         self.annotators = list(annotators)
         self.num_votes = num_votes
-        # rows: errors, votes; the second pair collects what is not yet reduced over processes
+        # rows are errors and votes; `_fresh` holds those that are not yet summed over processes
         self._sums = torch.zeros(2, len(annotators), device=device)  # (2, A)
         self._fresh = torch.zeros_like(self._sums)  # (2, A)
 
@@ -54,21 +54,22 @@ class AnnotatorReliability:
 
     def add(self, annotator_ids: Tensor, error_prob: Tensor, mask: Tensor, share: float = 1.0) -> None:
         """
-        Note votes of a micro-batch.
+        Add the votes of a micro-batch.
 
         Args:
-            annotator_ids (`torch.Tensor` of shape `(B, A)`, int): who voted.
+            annotator_ids (`torch.Tensor` of shape `(B, A)`, int): index of the annotator of each vote.
             error_prob (`torch.Tensor` of shape `(B, A)`): probability that the vote was an error.
             mask (`torch.Tensor` of shape `(B, A)`, bool): which entries are votes.
             share (`float`, *optional*, defaults to `1.0`):
-                What a vote counts, where it is noted several times: once for each member that is scored by itself.
+                Weight of a vote, below 1 if the vote is added several times, once for each member that is scored
+                alone.
         """
         ids = annotator_ids[mask]
         self._fresh[0].index_add_(0, ids, share * error_prob[mask].float())
         self._fresh[1].index_add_(0, ids, torch.full_like(ids, share, dtype=torch.float))
 
     def step(self, accelerator: Any) -> None:
-        """Take what was noted since the last optimizer step, on all processes, into the rates."""
+        """Update the rates with the votes that all processes added since the last optimizer step."""
         fresh = accelerator.reduce(self._fresh, reduction="sum")
         self._sums = self._sums * math.exp(-float(fresh[1].sum()) / self.num_votes) + fresh
         self._fresh = torch.zeros_like(self._fresh)
@@ -78,15 +79,15 @@ class AnnotatorReliability:
         return dict(zip(self.annotators, self.error_rate.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Between optimizer steps; see `load_state_dict`."""
+        """The state between two optimizer steps, for `load_state_dict`."""
         return {"annotators": self.annotators, "sums": self._sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Continue from `state_dict`.
+        Restore what `state_dict` returned.
 
         Raises:
-            `ValueError`: other annotators.
+            `ValueError`: if the annotators differ.
         """
         if state["annotators"] != self.annotators:
             raise ValueError(

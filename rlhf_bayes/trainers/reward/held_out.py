@@ -1,4 +1,4 @@
-"""Reward models on pairs that they were not trained on, and on draws of a language model beside a gold reward."""
+"""Evaluates reward models on held-out pairs, and on draws of a language model against a gold reward."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from rlhf_bayes.rewards.text_classifier import too_long_for
 @dataclass(frozen=True)
 class HeldOutRewards:
     """
-    Raw rewards of K members for N pairs, beside what people said of these; as `trainer.evaluation_pairs` has them.
+    Raw rewards of K members for N pairs, and the judgements of these pairs; as in `trainer.evaluation_pairs`.
 
-    Raw, because σ(Δ) is a probability of raw rewards only: normalisation multiplies Δ by its gain.
+    They are raw since σ(Δ) is a probability only for raw rewards: normalisation multiplies Δ by a gain.
     """
 
     chosen: Tensor
@@ -31,13 +31,13 @@ class HeldOutRewards:
     rejected: Tensor
     """(K, N)."""
     chosen_prob: Tensor | None = None
-    """(N,), share of the votes for chosen, half of the ties included; 1 where None, unless there are votes."""
+    """(N,): share of the votes for chosen, where a tie is half a vote. None: the share of `votes`, or else 1."""
     votes: Tensor | None = None
-    """(N, 3) for chosen, for rejected, ties."""
+    """(N, 3): votes for chosen, votes for rejected, ties."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Those of [`~rlhf_bayes.numerics.preference_metrics`]."""
+        """Metrics of the pairs, from [`~rlhf_bayes.numerics.preference_metrics`]."""
         return preference_metrics(self.chosen, self.rejected, self.chosen_prob, self.votes)
 
     @property
@@ -47,14 +47,14 @@ class HeldOutRewards:
 
     @property
     def target(self) -> Tensor:
-        """Share of people who prefer chosen (N,)."""
+        """(N,): the share of people who prefer chosen."""
         if self.chosen_prob is not None:
             return self.chosen_prob
         return torch.ones_like(self.chosen[0]) if self.votes is None else votes_to_prob(self.votes)
 
     @property
     def without_a_model(self) -> "HeldOutRewards":
-        """The same pairs under Δ = 0, which says nothing: the log loss to beat."""
+        """The same pairs with Δ = 0, for the metrics of an uninformative model."""
         zeros = torch.zeros_like(self.chosen[:1])
         return HeldOutRewards(zeros, zeros, self.chosen_prob, self.votes)
 
@@ -90,13 +90,13 @@ def held_out_rewards(
         dataset (`Dataset`):
             Pairs as [`~rlhf_bayes.RewardTrainer`] takes them: texts or chats, with or without `prompt`, `votes`, ….
         max_length (`int`, *optional*):
-            Longest text, in tokens. Never more than the model has positions for.
+            Longest text, in tokens. The model's number of positions is an upper limit.
         overlong (`str`, *optional*, defaults to `"error"`):
-            What becomes of pairs with a longer text: `"drop"`, `"truncate"` from the left, or `"error"`.
+            What happens to pairs with a longer text: `"drop"`, `"truncate"` from the left, or `"error"`.
 
     Raises:
         TypeError or ValueError: if the trainer would refuse the pairs, or they have a `margin`, `tools` or
-        `chat_template_kwargs`.
+            `chat_template_kwargs`.
     """
     dataset = pairs_that_fit([reward], dataset, max_length, overlong)
     rows = [prompt_and_texts(row) for row in dataset]  # pyright: ignore[reportArgumentType]
@@ -162,7 +162,7 @@ def _rewards_of(
 
 
 class BestOfN(NamedTuple):
-    """What the best of n by a proxy is worth; as `plot_overoptimization` takes it."""
+    """Rewards of the best of n by a proxy, as `plot_overoptimization` takes them."""
 
     root_kl: list[float]
     """√ of the bound on KL(best of n‖prior), √nats, for each n."""
@@ -177,8 +177,8 @@ def best_of_n(proxy: Tensor, gold: Tensor, ns: Sequence[int]) -> BestOfN:
     Proxy and gold reward of the best of n by the proxy, each with mean 0 and standard deviation 1 over the draws.
 
     Args:
-        proxy (`torch.Tensor`): (P, N), of N draws for each of P prompts.
-        gold (`torch.Tensor`): (P, N), of the same draws.
+        proxy (`torch.Tensor`): (P, N), proxy rewards of N draws for each of P prompts.
+        gold (`torch.Tensor`): (P, N), gold rewards of the same draws.
         ns (`Sequence[int]`): sizes n, each from 1 to N.
 
     Raises:

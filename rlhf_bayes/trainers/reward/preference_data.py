@@ -1,4 +1,4 @@
-"""Preference data as a reward trainer needs it: columns, lengths, tensors."""
+"""Prepares preference data for a reward trainer: columns, lengths, tensors."""
 
 import functools
 import logging
@@ -26,9 +26,9 @@ class PairReader:
     name: str
     """The dataset's name in errors."""
     annotators: dict[str, int] | None
-    """Index of each annotator, where their votes are told apart."""
+    """Index of each annotator, where the trainer needs to know who voted."""
     num_members: int
-    """Members that resample the pairs; 1 for none."""
+    """Number of members that resample the pairs; 1 for no resampling."""
     seed: int
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class PairReader:
             columns["pair_annotators"] = [self.annotators[name] for name in judgement.annotators]
             columns["pair_labels"] = judgement.labels
         if self.num_members > 1:
-            # by the row's place: no process, epoch or resume draws another sample (a stream may be shuffled anew)
+            # seeded by the row's index, so that every process, epoch and resumed run draws the same sample
             weights = np.random.default_rng((self.seed, index)).poisson(1.0, self.num_members)
             columns["pair_weights"] = weights.tolist()
         return columns
@@ -48,20 +48,21 @@ class PairReader:
 
 def fit_length(dataset: Any, name: str, limit: LengthLimit, overlong: str) -> Any:
     """
-    Drop, truncate or refuse tokenised pairs of which a text is too long, and report how many and which.
+    Drop, truncate or refuse tokenised pairs with a text that is too long, and report their number and rows.
 
     Args:
-        dataset (`Dataset` or a stream): with `chosen_ids` and `rejected_ids`.
-        name (`str`): its name in messages.
-        limit ([`~rlhf_bayes.rewards.lengths.LengthLimit`]): tokens that a text may have.
+        dataset (`Dataset` or a stream): Pairs, with `chosen_ids` and `rejected_ids`.
+        name (`str`): Name of the dataset in messages.
+        limit ([`~rlhf_bayes.rewards.lengths.LengthLimit`]): The longest text, in tokens.
         overlong (`str`): `"drop"`, `"truncate"` or `"error"`.
 
     Raises:
-        `ValueError`: `overlong="error"` and there is one, none would be left, or truncated pairs are all identical.
+        `ValueError`: if `overlong` is `"error"` and a text is too long, if no pair would be left, or if all truncated
+            pairs are identical.
     """
     if limit.tokens is None:
         return dataset
-    if not isinstance(dataset, Dataset):  # a stream: dealt with as the pairs come, so not counted
+    if not isinstance(dataset, Dataset):  # the pairs of a stream are handled when they are read, so not counted
         if overlong == "truncate":
             return dataset.map(functools.partial(_truncated, max_length=limit.tokens))
         if overlong == "error":
@@ -122,7 +123,7 @@ def annotators_in(dataset: Dataset) -> tuple[list[str], int]:
 
 @final
 class PairCollator:
-    """Any collator of pairs, and the tensors of `PAIR_COLUMNS` beside its own."""
+    """A collator of pairs that adds the tensors of `PAIR_COLUMNS` to those of another one."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collate = collate

@@ -52,7 +52,7 @@ def reward_card(
     saved = RewardIndex.load(trainer.args.output_dir)
     if saved is not None and saved.normalization == index.normalization:
         index = saved  # it knows what the saved weights hold of the scale
-    # rewards that diverged have no metrics, and a checkpoint is saved all the same
+    # a checkpoint is saved even if rewards have diverged, and then there are no metrics
     finite = pairs and pairs["chosen"].isfinite().all() and pairs["rejected"].isfinite().all()
     judged = HeldOutRewards(**pairs) if finite else None
     plot = Path(trainer.args.output_dir, RELIABILITY_PLOT)
@@ -65,7 +65,7 @@ def reward_card(
         metrics=judged and judged.metrics,
         bins=judged and judged.bins,
         reliability_plot=plot.name if judged and plot.is_file() else None,
-        # unset ones are None, 0, or -1
+        # settings that are unset are None, 0 or −1
         settings={setting: value for setting, value in settings.items() if value and value != -1},
         tags=[tags] if isinstance(tags, str) else list(tags or []),
     )

@@ -1,4 +1,4 @@
-"""Reward models from pairwise preferences, with the uncertainty that the posterior needs."""
+"""Trains reward models from pairwise preferences, with ensembles for their uncertainty."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ class RewardTrainer(PreferenceTrainer):
         loss = −p·log σ(Δ) − (1−p)·log σ(−Δ),   mean over pairs and members
 
     A drop-in for [`~trl.RewardTrainer`]: same constructor, datasets, flags and metric names; without new options it
-    trains the same weights. A row may say more than that chosen was chosen:
+    trains the same weights. A row may have further columns:
 
     - `chosen_prob`: p, the share of people who prefer it, in [0, 1]; or `votes`: counts for chosen, for rejected and
       ties, a list or a dict of these names (p counts a tie as half a vote).
@@ -51,14 +51,14 @@ class RewardTrainer(PreferenceTrainer):
       of "chosen", "rejected" and "tie".
     - `margin`: as in TRL, subtracted from Δ.
 
-    With `num_members` = K > 1, Δ has a column for each member; a pair counts for a member as often as its bootstrap
-    drew it. K heads share a trunk, whose gradient is the mean over members. K LoRA adapters share a frozen base and
-    are trained one after the other in each step, so that activations of one member are held at a time (under
-    DeepSpeed, which wants one backward pass, those of all); the norm by which gradients are clipped is that of all.
+    With `num_members` = K > 1, Δ has a column for each member, and a pair counts for a member as often as its
+    bootstrap drew it. K heads share a trunk, whose gradient is the mean over members. K LoRA adapters share a frozen
+    base and are trained one after the other in each step, so that only the activations of one member are held (under
+    DeepSpeed, which needs a single backward pass, those of all). Gradients are clipped by their common norm.
 
     Evaluation adds the metrics of [`~rlhf_bayes.numerics.preference_metrics`], computed on all pairs at once: log
-    loss, Brier score and calibration of P(chosen ≻ rejected), disagreement of the members, accuracy beside the ceiling
-    that the votes allow. They are of raw rewards: the normalisation, which gives β its meaning, does not change σ(Δ).
+    loss, Brier score and calibration of P(chosen ≻ rejected), disagreement of the members, and accuracy with its upper
+    bound from the votes. They use raw rewards, whose σ(Δ) is the probability that was fitted.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -72,13 +72,13 @@ class RewardTrainer(PreferenceTrainer):
 
     Attributes:
         evaluation_pairs (`dict[str, Tensor]`):
-            Of the last evaluation, raw: `chosen` (K, N), `rejected` (K, N), and where given `chosen_prob` (N,) and
-            `votes` (N, 3).
+            Raw rewards of the last evaluation: `chosen` (K, N), `rejected` (K, N), and where given `chosen_prob` (N,)
+            and `votes` (N, 3).
         annotator_error_rates (`dict[str, float]`):
             With `annotator_reliability`, how often each annotator errs.
 
     Raises:
-        `TypeError` or `ValueError`: arguments or data that nothing can be learnt from; before the model is loaded.
+        `TypeError` or `ValueError`: if nothing can be learnt from the arguments or data; before the model is loaded.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class RewardTrainer(PreferenceTrainer):
         self.evaluation_pairs: dict[str, Tensor] = {}
 
     def _add_members(self, args: RewardConfig) -> list[str]:
-        """Give the model its members; the names of their adapters, where that is what they are."""
+        """Give the model its members; returns the names of their adapters, if they are adapters."""
         check_saved_head(self.model)
         if args.ensemble == "lora":
             if args.num_members > 1 and self.is_deepspeed_enabled and args.gradient_checkpointing:
@@ -160,7 +160,7 @@ class RewardTrainer(PreferenceTrainer):
     def _annotators(
         args: RewardConfig, dataset: Any
     ) -> tuple[dict[str, int] | None, AnnotatorReliability | None, Tensor | None]:
-        """Their indices, error rates to learn, and the member (A,) that each one's votes go to, where asked for."""
+        """Indices of the annotators, their reliability to learn, and the member of each (A,), as far as asked for."""
         dealt_out = args.num_members > 1 and args.bootstrap == "annotators"
         if not args.annotator_reliability and not dealt_out:
             return None, None, None
@@ -196,9 +196,9 @@ class RewardTrainer(PreferenceTrainer):
                 "noise already. Set `label_smoothing` to smooth them all the same."
             )
         resampled = in_training and args.num_members > 1 and args.bootstrap == "pairs"
-        if "pair_prob" in columns and not in_training:  # evaluated again
+        if "pair_prob" in columns and not in_training:  # prepared by an earlier evaluation
             return dataset
-        # of another trainer, which may have had other options
+        # columns that another trainer prepared, perhaps with other options
         if others := [column for column in PAIR_COLUMNS if column in columns]:
             dataset = dataset.remove_columns(others)
         if not (has_judgement or resampled):
@@ -226,7 +226,7 @@ class RewardTrainer(PreferenceTrainer):
         return SequenceClassifierOutput(logits=torch.cat(logits, -1))  # (2B, K)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.normalization = None  # was of other weights
+        self.normalization = None  # it was fitted to the weights before training
         if not self._adapters or self.is_deepspeed_enabled:
             loss = super().training_step(model, inputs, num_items_in_batch) / (len(self._adapters) or 1)
         else:
@@ -234,10 +234,10 @@ class RewardTrainer(PreferenceTrainer):
             try:
                 for member, name in enumerate(self._adapters):
                     self._training_member = member
-                    # the backward pass of a checkpointed layer runs it again, under the adapter of then
+                    # the backward pass is inside, since it runs checkpointed layers again with the active adapter
                     with active_adapter(self.model, name):
                         losses.append(super().training_step(model, dict(inputs), num_items_in_batch))
-            finally:  # an evaluation after an interrupted training is of all members
+            finally:  # after an interrupted training, an evaluation must score all members
                 self._training_member = None
             loss = torch.stack(losses).mean()
         if self.reliability is not None and self.accelerator.sync_gradients:
@@ -258,7 +258,7 @@ class RewardTrainer(PreferenceTrainer):
             if prob is None and noise:
                 prob = torch.ones_like(delta[:, 0])
             if prob is not None:
-                # votes that a model is judged by hold the annotators' noise already
+                # the votes of an evaluation contain the annotators' noise already
                 of_votes = self.mode == "eval" and self.args.annotator_agreement is not None and "pair_prob" in batch
                 prob = smoothed(prob, 0.0 if of_votes else noise)[:, None]
             losses = bradley_terry_loss(delta, prob)  # (B, K)
@@ -271,7 +271,7 @@ class RewardTrainer(PreferenceTrainer):
             return loss
         disagreement = delta.detach().std(-1, correction=0).mean()
         self.log_metric("disagreement", self.accelerator.reduce(disagreement, reduction="mean").item())
-        # adapters share no weights: each takes the steps that it would take alone
+        # adapters share no weights, so the sum of their losses trains each as it would be trained alone
         return loss * (len(self._adapters) or 1)
 
     def _vote_losses(self, delta: Tensor, batch: dict[str, Tensor]) -> Tensor:  # (B, K) -> (B, K)
@@ -288,19 +288,19 @@ class RewardTrainer(PreferenceTrainer):
         counts = mask[..., None].float()  # (B, A, 1)
         if self._groups is not None:
             members = torch.arange(self.args.num_members, device=mask.device)
-            # times K: a vote counts once on average over the members, as without groups
+            # times K, so that a vote counts once on average over the members, as without groups
             belongs = self._groups[annotators][..., None] == members  # (B, A, K)
             counts = self._of_members(counts * belongs * self.args.num_members)
         return torch.where(mask[..., None], losses * counts, 0.0).sum(1) / mask.sum(-1, keepdim=True)
 
     def _of_members(self, columns: Tensor) -> Tensor:
-        """Of (…, K), the columns of the members that are scored now."""
+        """The columns of (…, K) for the members that are scored now."""
         return columns if self._training_member is None else columns[..., self._training_member, None]
 
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        if not isinstance(eval_dataset, str):  # the name of one that was read
+        if not isinstance(eval_dataset, str):  # a text is the name of a dataset that was read already
             eval_dataset = read_pairs("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -325,14 +325,14 @@ class RewardTrainer(PreferenceTrainer):
 
     @property
     def index(self) -> RewardIndex:
-        """How the weights are to be read."""
+        """The index that is saved with the weights, and says how to read them."""
         num_members = self.args.num_members
         kind = "single" if num_members == 1 else self.args.ensemble
         members = self._adapters or ["model" if num_members == 1 else f"member_{k}" for k in range(num_members)]
         return RewardIndex(kind, list(members), append_eos=True, normalization=self.normalization)
 
     def reward(self, batch_size: int = 64) -> RewardModel | RewardEnsemble:
-        """The reward as trained so far, as a reward function of TRL's protocol. Its weights go on with training."""
+        """The reward as trained so far, as a reward function of TRL's protocol. It shares the weights in training."""
         model = self.accelerator.unwrap_model(self.model)
         reward = RewardModel if self.args.num_members == 1 else RewardEnsemble
         return reward(model, self.processing_class, batch_size=batch_size, index=self.index)
@@ -341,8 +341,9 @@ class RewardTrainer(PreferenceTrainer):
         """
         Give each member mean 0 and standard deviation 1 on these completions: gain and bias are saved with the model.
 
-        Draw them from the prior, whose β they give a meaning. Those that the model has no positions for are left out,
-        and counted in a warning. Save the model before, so that an error here costs no training.
+        Draw the completions from the prior, so that β is in units of the reward's standard deviation there.
+        Completions that the model has no positions for are left out, and a warning reports their number. Save the
+        model before, so that an error here loses no training.
 
         Args:
             prompts (`list` of `str` or of chats): B prompts.
@@ -350,7 +351,7 @@ class RewardTrainer(PreferenceTrainer):
             reference (`str`): what the completions are, for the model card.
 
         Raises:
-            `ValueError`: fewer than two completions, or rewards without spread.
+            `ValueError`: if there are fewer than two completions, or rewards do not vary.
         """
         training = self.model.training
         reward = self.reward()
@@ -380,13 +381,13 @@ class RewardTrainer(PreferenceTrainer):
                 f"got {saved.num_members} × {saved.kind} in `{resume_from_checkpoint}`. Set `num_members` and "
                 "`ensemble` as they were."
             )
-        with kept_trainable(self.model):  # an adapter that is loaded beside the active one would be frozen
+        with kept_trainable(self.model):  # PEFT freezes an adapter that is loaded beside the active one
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
         with kept_trainable(self.model):
             super()._load_best_model()
-            for name in self._adapters[1:]:  # Trainer takes only the active adapter back
+            for name in self._adapters[1:]:  # Trainer restores only the active adapter
                 folder = Path(self.state.best_model_checkpoint) / name
                 adapter = load_peft_weights(str(folder), device=load_device(self.args.device))
                 set_peft_model_state_dict(self.model, adapter, adapter_name=name)

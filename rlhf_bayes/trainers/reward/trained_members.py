@@ -1,4 +1,4 @@
-"""The members of a reward ensemble, in the model that is trained."""
+"""Adds the members of a reward ensemble to the model that is trained."""
 
 import copy
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from rlhf_bayes.lm.adapters import check_can_be_read_again, check_leaves_base
 from rlhf_bayes.rewards.loading import is_head
 
 HEADS = ("score", "classifier")
@@ -21,15 +22,17 @@ def member_names(num_members: int) -> list[str]:
 
 def check_adapter_config(name: str, config: PeftConfig) -> None:
     """
-    Refuse adapters that would be saved without the head, which is random in the base that they are loaded on.
+    Refuse adapters that would be saved without the head: the base that they are later loaded on has a random one.
 
     Args:
-        name (`str`): what the config is called in errors.
-        config (`PeftConfig`): of the adapter.
+        name (`str`): Name of the config in errors.
+        config (`PeftConfig`): Configuration of the adapter.
 
     Raises:
-        `ValueError`: another task than sequence classification, or, without a task, no head among `modules_to_save`.
+        `ValueError`: if the task is not sequence classification, `modules_to_save` has no head without a task, or the
+            initialisation cannot be repeated when the adapter is read.
     """
+    check_can_be_read_again(config, f"`{name}`")
     saved = getattr(config, "modules_to_save", None) or ()
     if config.task_type == TaskType.SEQ_CLS or (config.task_type is None and any(map(is_head, saved))):
         return
@@ -45,7 +48,7 @@ def check_saved_head(model: nn.Module) -> None:
     Refuse a PEFT model that is saved without its head; see [`check_adapter_config`].
 
     Raises:
-        `ValueError`: PEFT keeps the head frozen, or there is none of a name that PEFT knows.
+        `ValueError`: if PEFT keeps the head frozen, or does not know its name.
     """
     if not isinstance(model, PeftModel):
         return
@@ -63,10 +66,10 @@ def check_saved_head(model: nn.Module) -> None:
 
 def widen_head(model: nn.Module, num_members: int, seed: int) -> None:
     """
-    Give a classifier of one label K labels, one for each member: the first keeps its weights, the others draw theirs.
+    Give a classifier of one label K labels, one for each member. The first keeps its weights, the others are random.
 
     Raises:
-        `ValueError`: the model has no linear head `score` or `classifier`, or it is frozen.
+        `ValueError`: if the model has no linear head `score` or `classifier`, or it is frozen.
     """
     places = list(_heads(model))
     if not any(owner._modules[name].weight.requires_grad for owner, name in places):
@@ -89,13 +92,13 @@ def widen_head(model: nn.Module, num_members: int, seed: int) -> None:
 
 def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
     """
-    Add LoRA adapters to a PEFT model of one, so that each of K members has weights and a head of its own.
+    Add LoRA adapters to a PEFT model with one, so that each of K members has weights and a head of its own.
 
     Returns:
-        `list[str]`: their names.
+        `list[str]`: the names of the adapters.
 
     Raises:
-        `ValueError`: the model has no adapter, or several.
+        `ValueError`: if the model has no adapter, or several, or one whose initialisation changes the base.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -108,6 +111,7 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
             f"{', '.join(model.peft_config)}. Pass the base model and a `peft_config`."
         )
     config = model.peft_config["default"]
+    check_leaves_base(config, "the members of `ensemble='lora'`")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = member_names(num_members)
     for index, name in enumerate(names[1:], start=1):
@@ -119,19 +123,19 @@ def add_adapters(model: nn.Module, num_members: int, seed: int) -> list[str]:
     for name, parameter in model.named_parameters():
         member = next((member for member in names[1:] if f".{member}." in name), None)
         first = trained.get(name if member is None else name.replace(f".{member}.", ".default."))
-        # `set_adapter` freezes what is not active
+        # `set_adapter` has frozen all adapters but the active one
         parameter.requires_grad_(first is not None)
         if member is None or first is None:
             continue
         parameter.data = parameter.data.to(first.dtype)
         if ".modules_to_save." in name and parameter.dim() == 2:
-            # PEFT copies the head: the members would start from the same one
+            # PEFT copies the head, so without this the members would start from the same one
             parameter.data.copy_(_initial_weights(parameter.shape, model, generator))
     return names
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Where the model's head hangs: the module that holds it, and its name there. Several where PEFT keeps copies."""
+    """The modules that hold the model's head, with its name in each; several where PEFT keeps copies."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = next((name for name in HEADS if hasattr(base, name)), "score")
     head = getattr(base, name, None)
@@ -148,7 +152,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _gathered(module: nn.Module) -> AbstractContextManager:
-    """The module's weights, whole for a while where ZeRO-3 keeps a part of them on each process."""
+    """A context in which the module's weights are whole, where ZeRO-3 shards them over processes."""
     if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         return nullcontext()
     import deepspeed
@@ -158,4 +162,6 @@ def _gathered(module: nn.Module) -> AbstractContextManager:
 
 def _initial_weights(shape: tuple[int, ...], model: nn.Module, generator: torch.Generator) -> Tensor:
     std = getattr(model.config, "initializer_range", None) or 0.02
-    return torch.randn(shape, generator=generator) * std  # on the CPU: the same on every device
+    return (
+        torch.randn(shape, generator=generator) * std
+    )  # drawn on the CPU, so that they are the same for every device

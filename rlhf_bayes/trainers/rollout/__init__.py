@@ -1,1 +1,1 @@
-"""What trainers that draw completions share: prior, reward functions, checks, configuration, checkpoints."""
+"""Parts shared by trainers that draw completions: prior, reward functions, checks, configuration, checkpoints."""

@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
+from torch import nn
 from transformers import ProcessorMixin
 from trl import RLOOConfig
+
+from rlhf_bayes.lm.adapters import described
+from rlhf_bayes.lm.forward import runs_plainly
 
 T = TypeVar("T")
 
@@ -95,6 +99,30 @@ def check_text_only(processing_class: Any, trainer: str) -> None:
         raise ValueError(
             f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}: {trainer} trains text "
             "models only. Pass the processor's `.tokenizer` for text-only data."
+        )
+
+
+def check_plain_passes(model: nn.Module, num_processes: int, engine: bool) -> None:
+    """
+    Refuse models that only plain passes compute where several processes, or an engine, would run them otherwise.
+
+    Args:
+        model (`nn.Module`):
+            The policy: see [`~rlhf_bayes.lm.forward.runs_plainly`].
+        num_processes (`int`):
+            Of the training.
+        engine (`bool`):
+            Whether vLLM or continuous batching draws.
+
+    Raises:
+        ValueError: if the model is one of these, and either is the case.
+    """
+    if runs_plainly(model) and (engine or num_processes > 1):
+        raise ValueError(
+            f"{described(model)} must be trained in one process and without `use_vllm` or "
+            f"`use_transformers_continuous_batching`, got {num_processes} processes: padding or a cache changes what "
+            "it computes, so it is run in passes without them, whose number differs between processes. Train it in "
+            "one process, or take LoRA on a model that knows masks and positions."
         )
 
 

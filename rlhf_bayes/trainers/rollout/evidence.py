@@ -1,4 +1,4 @@
-"""The evidence of a trainer: rewards with a β, or a likelihood in nats. What is refused, and when."""
+"""The evidence of a trainer, rewards with a β or a likelihood in nats, and the checks of it."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from rlhf_bayes.trainers.rollout.rollout_config import RolloutConfig
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 
 _DEFAULT_BETA = 0.05
-"""TRL's, for a configuration whose `beta` is None."""
+"""TRL's default β, for a configuration whose `beta` is None."""
 _OF_REWARDS = "it belongs to rewards, and a likelihood is in nats. Say it where the posterior is made."
 _KNOBS = dict.fromkeys(("beta", "reward_weights", "reward_clip_range", "missing_eos_penalty"), _OF_REWARDS) | {
     "target_kl": "it adapts β, and the posterior of a likelihood is the one given, with no β to adapt. Say how much "
@@ -31,11 +31,11 @@ def beta_of(args: RolloutConfig, likelihood: Likelihood | None) -> float:
 
 def check_evidence(args: RolloutConfig, reward_funcs: Any, likelihood: Any, tokenizers: Any = None) -> None:
     """
-    Refuse evidence that is missing, given twice, or that the objective cannot take. Nothing is loaded for it.
+    Refuse evidence that is missing, given twice, or unsuitable for the objective. This loads nothing.
 
     Args:
         args ([`RolloutConfig`]):
-            Of the trainer.
+            The trainer's configuration.
         reward_funcs, likelihood, tokenizers:
             The trainer's `reward_funcs`, `likelihood` and `reward_processing_classes`.
 
@@ -98,15 +98,15 @@ def unusable_rewards(
     rewards: Tensor, reward_funcs: list, names: list[str], infinite_where_forbidden: str | None
 ) -> list[Exception]:
     """
-    What is wrong with the rewards of a rollout. All processes see the same rewards, and so the same errors.
+    Errors for rewards of a rollout that cannot be used. All processes see the same rewards, and so the same errors.
 
     Args:
         rewards (`Tensor` (B, F)):
-            Of all processes; nan for None, `-inf` where a completion is forbidden.
+            Rewards of all processes; nan for None, `-inf` where a completion is forbidden.
         reward_funcs (`list`):
             The F functions and models, as the trainer calls them.
         names (`list[str]`):
-            Of these, F.
+            The names of these F functions.
         infinite_where_forbidden (`str`, *optional*):
             The objective, if it is infinite where a completion is forbidden: see [`RolloutConfig`].
     """
@@ -129,7 +129,7 @@ def _forbidden_error(source: Any, name: str, objective: str, column: Tensor) -> 
     got = f"got -inf (a forbidden completion) for {int((column == -torch.inf).sum())} of {len(column)} completions"
     why = f"with {objective}, {got}: the objective is infinite for a policy that can draw one"
     if isinstance(source, LikelihoodReward):
-        # of a product, the parts that may have returned it
+        # in a product, the parts that may have returned −inf
         parts = getattr(source.likelihood, "likelihoods", [source.likelihood])
         silent = " or ".join(sorted({type(part).__name__ for part in parts if not known_forbids(part)}))
         return ValueError(

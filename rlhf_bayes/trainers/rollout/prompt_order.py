@@ -1,4 +1,4 @@
-"""The order of prompts, the same in a run that was resumed."""
+"""An order of prompts that is the same in a resumed run."""
 
 from collections.abc import Iterator
 
@@ -8,13 +8,13 @@ from transformers import Trainer
 
 class SamplerByEpoch(Sampler):
     """
-    RLOO's sampler, which shuffles by the epoch instead of by how often this process has iterated over it.
+    RLOO's sampler, seeded by the epoch rather than by how often this process has iterated over it.
 
     Args:
         sampler (`Sampler`):
-            One with `shuffle` and `generator`, TRL's `RepeatSampler`.
+            A sampler with `shuffle` and `generator`, such as TRL's `RepeatSampler`.
         trainer (`Trainer`):
-            Whose step tells the epoch.
+            The trainer, whose step gives the epoch.
     """
 
     def __init__(self, sampler: Sampler, trainer: Trainer):
@@ -23,7 +23,9 @@ class SamplerByEpoch(Sampler):
     def __iter__(self) -> Iterator[int]:
         if self.sampler.shuffle:
             args = self.trainer.args
-            steps = len(self) // args.generation_batch_size // args.gradient_accumulation_steps  # an epoch
+            steps = (
+                len(self) // args.generation_batch_size // args.gradient_accumulation_steps
+            )  # optimizer steps per epoch
             self.sampler.generator.manual_seed(args.seed + self.trainer.state.global_step // max(1, steps))
         return iter(self.sampler)
 

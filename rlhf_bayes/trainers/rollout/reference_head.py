@@ -1,4 +1,4 @@
-"""The prior's head, where it is the policy's with other weights."""
+"""The prior's head, where it is the policy's head with other weights."""
 
 from typing import final
 
@@ -10,17 +10,17 @@ from rlhf_bayes.trainers.rollout.reference import Reference
 
 
 def switches_head(reference: Reference, policy: nn.Module) -> bool:
-    """Whether PEFT gives policy and prior one module as their head, and switches its weights."""
+    """Whether policy and prior share a module as their head, whose weights PEFT switches."""
     return reference.module is None and hasattr(base_causal_lm(policy).get_output_embeddings(), "original_module")
 
 
 @final
 class ReferenceHead(nn.Module):
     """
-    A head that PEFT switches with the adapter (`modules_to_save`, `trainable_token_indices`), as the prior has it.
+    The prior's state of a head that PEFT switches with the adapter (`modules_to_save`, `trainable_token_indices`).
 
     Args:
-        reference ([`Reference`]): Of the prior.
+        reference ([`Reference`]): The prior.
         policy (`nn.Module`): The policy, PEFT-wrapped.
         projection (`nn.Module`): Its head.
     """
@@ -28,10 +28,10 @@ class ReferenceHead(nn.Module):
     def __init__(self, reference: Reference, policy: nn.Module, projection: nn.Module):
         super().__init__()
         self._reference = reference
-        self._modules_of_policy = (policy, projection)  # a tuple: they are no parts of this module
+        self._modules_of_policy = (policy, projection)  # in a tuple, so that they are not submodules of this one
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(N, H) to (N, V)."""
+        """Logits of the prior's head: (N, H) -> (N, V)."""
         policy, projection = self._modules_of_policy
         with kept_trainable(policy), self._reference.active(policy):
             return projection(hidden)

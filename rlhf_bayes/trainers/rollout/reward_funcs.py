@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods import Likelihood, checked_evidence
+from rlhf_bayes.lm.pretrained import whole_weights
 from rlhf_bayes.rewards import checked, load_reward
-from rlhf_bayes.rewards.loading import whole_weights
 from rlhf_bayes.rewards.scoring import PASSED_BY_TRL
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase, SharedReward
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of a rollout trainer holds beside the policy: the critic, and the rollout in flight."""
+"""Saves and reads the parts of a checkpoint besides the policy: the critic, and the rollout in flight."""
 
 import logging
 from collections.abc import Iterator
@@ -43,13 +43,13 @@ def saved_apart(
 
     Args:
         policy (`nn.Module`):
-            Unwrapped.
+            The unwrapped policy.
         folder (`str` or `Path`):
-            Of the policy.
+            The folder of the policy.
         state_dict (`dict[str, Tensor]`, *optional*):
-            Whole weights of all of them, where an engine gathered them. What is yielded are the policy's.
+            Whole weights of policy and critic, where an engine gathered them. The policy's are yielded.
         writes (`bool`):
-            Whether this process does.
+            Whether this process writes.
     """
     critic_state = None
     if state_dict is not None:
@@ -66,22 +66,22 @@ def saved_apart(
 @contextmanager
 def read_apart(policy: nn.Module, folder: str | Path, device: torch.device) -> Iterator[None]:
     """
-    Within: the policy is without its critic, to be read from `folder` by others; then the critic is read.
+    A context in which others read the policy, without its critic, from a folder. At its end the critic is read.
 
     Args:
         policy (`nn.Module`):
-            Unwrapped.
+            The unwrapped policy.
         folder (`str` or `Path`):
-            As `saved_apart` left it.
+            A folder that [`saved_apart`] wrote.
         device (`torch.device`):
-            Of the process.
+            The device of this process.
     """
     with detached_critic(base_causal_lm(policy)) as critic:
         yield
     if critic is None:
         return
     critic.load(Path(folder) / CRITIC)
-    if critic.adapter is not None:  # Trainer takes only the active adapter back from the best checkpoint
+    if critic.adapter is not None:  # Trainer restores only the active adapter from the best checkpoint
         weights = load_peft_weights(str(Path(folder) / CRITIC), device=load_device(device))
         set_peft_model_state_dict(policy, weights, adapter_name=critic.adapter)
     # `load_adapter` freezes every adapter but the active one
@@ -89,7 +89,7 @@ def read_apart(policy: nn.Module, folder: str | Path, device: torch.device) -> I
 
 
 def save_rollout_state(folder: str | Path, accelerator: Accelerator, state: dict[str, Any]) -> None:
-    """Write this process's state, of tensors and plain values, beside that of the others."""
+    """Write the state of this process, tensors and plain values, next to those of the others."""
     state = state | {"num_processes": accelerator.num_processes}
     torch.save(state, Path(folder) / _STATE.format(rank=accelerator.process_index))
 

@@ -1,4 +1,4 @@
-"""What the configurations of [`PPOTrainer`] and [`GDCTrainer`] have in common."""
+"""The fields that the configurations of [`PPOTrainer`] and [`GDCTrainer`] have in common."""
 
 import logging
 import math
@@ -13,9 +13,9 @@ from rlhf_bayes.trainers.field_help import document_fields
 
 logger = logging.getLogger(__name__)
 
-# keys of `generation_kwargs` that do not change which completions come with which probability
+# keys of `generation_kwargs` that do not change the distribution of completions
 _HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "cache_config", "prefill_chunk_size"}
-# name -> (value, whether it will do, the rule)
+# name -> (value, whether it is allowed, the rule in words)
 NumberRules = dict[str, tuple[Any, Callable[[Any], bool], str]]
 
 
@@ -66,14 +66,14 @@ class RolloutConfig(FaultConfig, RLOOConfig):
     )
 
     def __post_init__(self):
-        # before TRL divides by `num_generations`
+        # checked first, since TRL divides by `num_generations`
         for name, (value, holds, rule) in self._number_rules().items():
             if value is not None and not holds(value):
                 raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
         try:
             super().__post_init__()
         except ValueError as error:
-            # RLOO's last check: it needs siblings as a baseline, these objectives do not
+            # RLOO's last check fails for one completion per prompt, which has no siblings; these objectives need none
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
         self._check_faults()
@@ -102,7 +102,7 @@ class RolloutConfig(FaultConfig, RLOOConfig):
 
     @property
     def infinite_where_forbidden(self) -> str | None:
-        """What is minimised, if it is infinite for a policy that can draw a forbidden completion; else None."""
+        """The objective in words, if it is infinite for a policy that can draw a forbidden completion; else None."""
         return None
 
     def _number_rules(self) -> NumberRules:

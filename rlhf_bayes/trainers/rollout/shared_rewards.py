@@ -11,9 +11,10 @@ from peft import PeftModel, PeftType
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.adapters import base_causal_lm, rewrites_base, trains_biases
+from rlhf_bayes.lm.pretrained import whole_weights
 from rlhf_bayes.rewards import RewardEnsemble, RewardIndex, RewardModel, load_reward
-from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, check_adapters, found_index, load_tokenizer, whole_weights
+from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, check_adapters, found_index, load_tokenizer
 from rlhf_bayes.rewards.shared import CannotShareError, SharedClassifier, holds_weights_of, is_on_base
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class PolicyBase:
         revision (`str`, *optional*):
             Of a repository of the hub.
         as_stored (`bool`):
-            Whether its weights are those at `path` for sure; an instance may have been changed in memory.
+            Whether its weights are those at `path` for sure: an instance may have been changed in memory, and some
+            initialisations of LoRA change the base.
     """
 
     path: str
@@ -43,10 +45,11 @@ class PolicyBase:
         """That of a trainer's arguments; None where the policy is trained without LoRA, or its base has no path."""
         if isinstance(model, PeftModel):
             peft_config = model.peft_config[model.active_adapter]
-        if getattr(peft_config, "peft_type", None) != PeftType.LORA:
+        # biases that learn would move under the reward models too
+        if getattr(peft_config, "peft_type", None) != PeftType.LORA or trains_biases(peft_config):
             return None
         if isinstance(model, str):
-            return cls(model, (model_init_kwargs or {}).get("revision"), True)
+            return cls(model, (model_init_kwargs or {}).get("revision"), not rewrites_base(peft_config))
         path = base_causal_lm(model).name_or_path
         return cls(path, None, False) if path else None
 

@@ -1,4 +1,4 @@
-"""Optimizer steps that are not taken, whoever takes them."""
+"""Withholds optimizer steps, also those that DeepSpeed takes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,18 +8,18 @@ from typing import Any
 @contextmanager
 def withheld_steps(optimizer: Any, withhold: Callable[[], bool]) -> Iterator[None]:
     """
-    Within: the optimizer leaves the weights and its own state alone whenever `withhold()` says so.
+    A context in which the optimizer takes no step, and changes neither weights nor state, when `withhold()` is true.
 
-    DeepSpeed takes its step inside the backward pass, from gradients of its own: to remove those of the parameters
-    holds nobody back there.
+    Setting gradients to None would not suffice: DeepSpeed takes its step within the backward pass, and keeps gradients
+    of its own.
 
     Args:
         optimizer (`torch.optim.Optimizer`, or a wrapper of one):
             As [`~transformers.Trainer`] holds it.
         withhold (`Callable[[], bool]`):
-            Asked at each step.
+            Called at each step; true withholds it.
     """
-    while hasattr(optimizer, "optimizer"):  # accelerate wraps that of DeepSpeed, which wraps torch's
+    while hasattr(optimizer, "optimizer"):  # accelerate wraps DeepSpeed's optimizer, which wraps torch's
         optimizer = optimizer.optimizer
     step = optimizer.step
     optimizer.step = lambda *args, **kwargs: None if withhold() else step(*args, **kwargs)

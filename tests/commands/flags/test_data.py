@@ -6,7 +6,8 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from rlhf_bayes.commands.flags import hold_out, load_preferences, load_prompts
+from rlhf_bayes import toy
+from rlhf_bayes.commands.flags import hold_out, load_preferences, load_prompts, prompts_of_pairs
 
 ROWS = [{"text": f"opening {number}", "prompt": "not this", "label": number} for number in range(5)]
 
@@ -74,6 +75,7 @@ def test_prompts_that_are_none_are_refused(tmp_path):
         load_prompts(str(path))
 
 
+USER = {"role": "user", "content": "Was it good?"}
 PAIRS = [
     {"better": f"kind {row}", "worse": f"rude {row}", "chosen": "not this", "topic": row % 3, "counts": [2, 1, 0]}
     for row in range(12)
@@ -147,3 +149,36 @@ def test_preferences_may_swap_columns(tmp_path):
     assert moved[0] == {"chosen": "c", "rejected": "a"}
     with pytest.raises(ValueError, match="`columns` must name each column once"):
         load_preferences(str(path), columns=["prompt=other", "chosen=other"])
+
+
+def test_columns_of_counts_become_votes(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"a": "one", "b": "two", "likes_a": 3, "likes_b": 1},
+        {"a": "one", "b": "three", "likes_a": 0, "likes_b": 2},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = load_preferences(str(path), columns=["chosen=a", "rejected=b", "votes=likes_a,likes_b"])
+    assert set(dataset.column_names) == {"chosen", "rejected", "votes"}
+    assert dataset["votes"][:] == [[3, 1], [0, 2]]
+    with pytest.raises(ValueError, match=r"`columns` must name columns of `dataset_name`.* got 'likes_c'"):
+        load_preferences(str(path), columns=["chosen=a", "rejected=b", "votes=likes_a,likes_c"])
+
+
+def test_prompts_are_those_that_a_language_model_can_complete(tmp_path, caplog):
+    pairs = Dataset.from_list(
+        [
+            {"chosen": "The soup was warm.", "rejected": "The soup was cold."},
+            {"chosen": "The soup was dull.", "rejected": "The soup was good."},
+            {"chosen": "Cats sleep ", "rejected": "Dogs bark"},
+            {"chosen": "It was very" * 60 + " good", "rejected": "It was very" * 60 + " bad"},
+        ]
+    )
+    assert prompts_of_pairs(pairs, 9, toy.model_path(), 16) == ["The soup was"]
+    assert "1 of 2 prompts and a completion of 16 tokens have more tokens than" in caplog.text
+    with pytest.raises(ValueError, match=r"2 of 2 prompts .* None is left to draw completions for"):
+        prompts_of_pairs(pairs, 9, toy.model_path(), 127)
+    chats = [{"chosen": [USER, {"role": "assistant", "content": text}]} for text in ("Yes", "No")]
+    chats = Dataset.from_list([{"chosen": chats[0]["chosen"], "rejected": chats[1]["chosen"]}])
+    with pytest.raises(ValueError, match=r"must have a `chat_template` .* Set `--chat_template_path`"):
+        prompts_of_pairs(chats, 9, toy.model_path(), 16)

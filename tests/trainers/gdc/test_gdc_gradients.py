@@ -14,6 +14,8 @@ from rlhf_bayes.numerics import f_divergence
 from ...gradients import assert_mean_gradient
 from ..training import Recorder, gdc_config, keep_log_z, table_reward, trainer
 
+pytestmark = pytest.mark.slow
+
 DIVERGENCES = {"js": {}, "tv": {}, "alpha": {"alpha": 0.5}}
 
 
@@ -60,7 +62,6 @@ def check(toy, tmp_path, policy, log_likelihood, divergence, prior=None, **chang
     assert_mean_gradient(gradient_samples(toy, tmp_path, policy, prior, log_likelihood, **options), expected)
 
 
-@pytest.mark.slow
 def test_on_policy(toy, tmp_path):
     check(toy, tmp_path, toy.random_policy(noise=0.05, seed=2), toy.log_likelihood, "js")
 
@@ -80,7 +81,6 @@ def test_of_the_second_iteration_over_a_rollout(toy, tmp_path):
     assert_mean_gradient(samples[1::2], expected)
 
 
-@pytest.mark.slow
 def test_log_variance_with_replay(toy, tmp_path):
     """Off policy it is half the variance over what was drawn, whatever drew it: no importance weights."""
     drew, policy, prior = (toy.random_policy(noise, seed) for noise, seed in ((0.05, 2), (0.05, 3), (0.0, 0)))

@@ -2,15 +2,24 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch.testing import assert_close
-from transformers import AutoModel, LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from rlhf_bayes.lm import Critic
 from rlhf_bayes.testing import EnumerableLM, toy_reward
@@ -245,3 +254,30 @@ def test_other_adapters_than_lora_cannot_be_separate(toy, tmp_path):
     with pytest.raises(ValueError, match="`critic='separate'` on a PEFT policy needs LoRA, got IA3"):
         trainer(toy, config(tmp_path, critic="separate"), peft_config=ia3)
     trainer(toy, config(tmp_path, critic="shared"), peft_config=ia3).train()
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+def test_the_trunk_of_an_adapter_folder_is_that_under_the_adapter(toy, tmp_path, task_type):
+    base = toy.save(tmp_path / "base")
+    auto = AutoModelForCausalLM if task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
+    config_of = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=task_type, use_dora=True)
+    model = get_peft_model(auto.from_pretrained(base), config_of)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    made = trainer(toy, config(tmp_path / "out", critic="separate"), value_model=str(tmp_path / "adapter"))
+    ids = torch.tensor([[0, 1, 2, 0]])
+    with torch.no_grad():
+        expected = model.eval().get_base_model().base_model(ids).last_hidden_state
+        assert_close(made.critic.backbone.eval()(ids).last_hidden_state, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_that_lacks_weights_of_the_trunk_is_refused(toy, tmp_path):
+    file = Path(toy.save(tmp_path / "value")) / "model.safetensors"
+    stored = {name: weight for name, weight in load_file(file).items() if "layers.0.mlp.up" not in name}
+    save_file(stored, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks .*layers\.0\.mlp\.up_proj\.weight"):
+        trainer(toy, config(tmp_path / "out", critic="separate"), value_model=str(tmp_path / "value"))

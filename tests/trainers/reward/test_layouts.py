@@ -179,3 +179,10 @@ def test_deprecated_names_of_token_ids_are_taken_as_in_trl(toy, tmp_path):
     rows = [{"chosen_input_ids": [1, 2], "rejected_input_ids": [2, 1]}] * 2
     with pytest.warns(FutureWarning, match="legacy dataset columns"):
         assert trained_tokens(toy, tmp_path, rows)[0] == [[1, 2]] * 2
+
+
+def test_other_columns_do_not_say_what_a_row_is(toy, tmp_path):
+    # TRL looks at any one of the columns of these names, in the order of a set
+    rows = [PLAIN | {"messages": [ASKED, GOOD], "completion": [GOOD]}] * 2
+    expected = [toy.tokenizer("a b c d" + toy.tokenizer.eos_token)["input_ids"]] * 2
+    assert trained_tokens(toy, tmp_path, rows)[0] == expected

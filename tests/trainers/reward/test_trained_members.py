@@ -13,6 +13,8 @@ from rlhf_bayes import RewardTrainer
 
 from ..preferring import LORA, VOTES, classifier, expanded, hard_pairs, quiet, trained, weights
 
+pytestmark = pytest.mark.slow
+
 
 def head_step_alone(toy, folder, rows, start):
     """The step that TRL's trainer takes from these weights of the head, on all rows at once."""
@@ -148,3 +150,16 @@ def test_error_rates_are_learnt(toy, tmp_path):
         tolerance = 4 * math.sqrt(share * (1 - share) / len(votes))
         assert trainer.annotator_error_rates[name] == pytest.approx(share, abs=tolerance)
     assert trainer.state.log_history[-2]["annotator_error_max"] > 0.3
+
+
+def test_members_whose_adapters_would_change_the_base_of_the_others_are_refused(toy, tmp_path):
+    args = quiet(tmp_path / "k", ours=True, num_members=2, ensemble="lora")
+    lora = LoraConfig(**LORA, init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="`init_lora_weights` must leave the base as it is for the members of"):
+        trained(RewardTrainer, toy, args, hard_pairs(toy), peft_config=lora, train=False)
+
+
+def test_an_initialisation_that_a_reload_cannot_repeat_is_refused(toy, tmp_path):
+    lora = LoraConfig(**LORA, init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match="initialisation that PEFT repeats when it reads a saved adapter"):
+        trained(RewardTrainer, toy, quiet(tmp_path, ours=True), hard_pairs(toy), peft_config=lora, train=False)

@@ -163,12 +163,12 @@ def test_sharded_weights_cannot_be_copied(toy):
     model = toy.random_policy(noise=0.0)
     next(model.parameters()).ds_id = 0  # as DeepSpeed ZeRO-3 marks them
     with pytest.raises(ValueError, match="`ref_model` must be given under DeepSpeed ZeRO-3"):
-        Reference.of(model, None, loaded_from=None)
+        Reference.of(model, None, reload=None)
 
 
 def test_the_copy_runs_its_own_weights(toy):
     model = toy.random_policy(noise=0.0)
-    reference = Reference.of(model, None, loaded_from=None)
+    reference = Reference.of(model, None, reload=None)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -16,6 +16,8 @@ from rlhf_bayes.trainers.rollout.shared_rewards import SharedReward
 from ..ppo.test_attach_critic import words
 from ..training import QUIET, config, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
@@ -193,6 +195,18 @@ def test_an_instance_changed_in_memory_does_not(toy, tmp_path, base, caplog):
     assert_close(shared(made)(prompts, completions), load_reward(folder)(prompts, completions))
 
 
+@pytest.mark.parametrize("changes", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_a_policy_that_changes_its_base_does_not(toy, tmp_path, base, changes):
+    folder = saved_reward(toy, base, tmp_path / "reward")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **changes)
+    made = make(toy, tmp_path, base, folder, peft_config=lora)
+    reward = made.reward_funcs[0].__wrapped__
+    reward = reward.reward if isinstance(reward, SharedReward) else reward
+    assert not own_weights(made.model) & own_weights(reward.model)
+    prompts, completions = toy.prompts, toy.completions[:3]
+    assert_close(reward(prompts, completions), load_reward(folder)(prompts, completions))
+
+
 def test_a_whole_module_of_the_policy_is_none_of_the_reward(toy, tmp_path, base):
     # of the embeddings that the policy learns, the reward must read the base's
     folder = saved_reward(toy, base, tmp_path / "reward", "lora")
@@ -207,6 +221,7 @@ def test_a_whole_module_of_the_policy_is_none_of_the_reward(toy, tmp_path, base)
 OTHERS = {
     "another base": lambda base, other: reward_adapters(other),
     "a bias": lambda base, other: reward_adapters(base, bias="lora_only"),
+    "a base rewritten": lambda base, other: reward_adapters(base, init_lora_weights="pissa"),
     "another module": lambda base, other: reward_adapters(base, modules_to_save=["embed_tokens"]),
 }
 
