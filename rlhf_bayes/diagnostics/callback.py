@@ -10,18 +10,12 @@ from transformers import Trainer, TrainerCallback
 
 from rlhf_bayes.diagnostics.estimates import Estimate, PosteriorFit
 from rlhf_bayes.diagnostics.evaluate import Evaluation, evaluate
+from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.posterior import Posterior
 
 PREFIX = "eval_posterior_fit/"
-_WITH_ERROR = (
-    "reward", "kl_to_prior", "elbo", "log_z", "gap", "forward_kl", "jeffreys", "tv", "posterior_reward",
-    "posterior_kl_to_prior", "entropy",
-)  # fmt: skip
-_WITHOUT = (
-    "forbidden", "prior_perplexity", "distinct_1", "distinct_2", "self_bleu", "repeated_4grams", "duplicates",
-)  # fmt: skip
 
 
 @final
@@ -140,13 +134,13 @@ class PosteriorCallback(TrainerCallback):
 
 def _metrics(fit: PosteriorFit) -> dict[str, float]:
     metrics = {}
-    for name in (*_WITH_ERROR, *_WITHOUT):
+    for name, quantity in shown_in("callback").items():
         estimate: Estimate | None = getattr(fit, name)
         # json has no infinity: of a forbidden completion, `forbidden` tells
         if estimate is None or not estimate.trustworthy or not math.isfinite(estimate.mean):
             continue
         metrics[f"{PREFIX}{name}"] = estimate.mean
-        if name in _WITH_ERROR:
+        if quantity.error_logged:
             metrics[f"{PREFIX}{name}_standard_error"] = estimate.standard_error
     return metrics
 

@@ -1,15 +1,15 @@
 """Estimates from scored draws: how far policy and prior are from the posterior, each with its uncertainty."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from rlhf_bayes.diagnostics.diversity import distinct_n, duplicates, repeated_ngrams, self_bleu, words
+from rlhf_bayes.diagnostics.quantities import QUANTITIES
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
 from rlhf_bayes.numerics import log_z as importance_log_z
@@ -147,18 +147,17 @@ class PosteriorFit:
     """Entropy of q."""
     prior_perplexity: Estimate
     """exp of the mean −log π0 per token of q's completions: high where the prior would seldom draw them."""
-    distinct_1: Estimate
-    """Distinct words over all words of a prompt's completions; it falls with their number, see `distinct_n`."""
-    distinct_2: Estimate
-    """The same for pairs of neighbouring words."""
-    self_bleu: Estimate
-    """BLEU-4 of each completion with the prompt's others as references: 1 where all are the same."""
-    repeated_4grams: Estimate
-    """Share of a completion's 4-grams that occur earlier in it."""
-    duplicates: Estimate
-    """Share of a prompt's completions that equal an earlier one."""
+    text_measures: dict[str, Estimate] = field(hash=False)
+    """Signs of collapse, read off the words of a prompt's completions: those of
+    [`~rlhf_bayes.diagnostics.quantities.QUANTITIES`] with `of_texts`. Each is an attribute too, as `fit.self_bleu`."""
     num_draws: int
     """Completions of q for each prompt. The diversity of two fits can be compared only if these are equal."""
+
+    def __getattr__(self, name: str) -> Estimate:
+        # called for names that are no field; copy and pickle ask before there are fields
+        if name != "text_measures" and name in self.text_measures:
+            return self.text_measures[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def without_posterior(self) -> "PosteriorFit":
         """A copy without the numbers that need a posterior, for β = 0."""
@@ -167,9 +166,12 @@ class PosteriorFit:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON, one dictionary per estimate; None for what is unknown or not finite."""
+        found = asdict(self)
+        # flat, as files have it
+        found |= found.pop("text_measures") | {"num_draws": found.pop("num_draws")}
         return {
             name: {key: _plain(number) for key, number in value.items()} if isinstance(value, dict) else value
-            for name, value in asdict(self).items()
+            for name, value in found.items()
         }
 
 
@@ -309,8 +311,8 @@ def _fit(
         means, variances = columns[quantity]
         return over_prompts(scale * means, scale**2 * variances, trustworthy)
 
-    def of_texts(measure: Any, *arguments: int) -> Estimate:
-        values = [measure([words(text) for text in texts], *arguments) for texts in draws.texts]
+    def of_texts(measure: Callable[[Sequence[str]], float]) -> Estimate:
+        values = [measure(texts) for texts in draws.texts]
         return over_prompts(torch.tensor(values, dtype=torch.float64))
 
     return PosteriorFit(
@@ -328,11 +330,9 @@ def _fit(
         posterior_kl_to_prior=of("posterior_kl_to_prior", trustworthy=trusted),
         entropy=of(f"{name}/entropy"),
         prior_perplexity=of(f"{name}/prior_perplexity"),
-        distinct_1=of_texts(distinct_n, 1),
-        distinct_2=of_texts(distinct_n, 2),
-        self_bleu=over_prompts(torch.tensor([self_bleu(texts) for texts in draws.texts], dtype=torch.float64)),
-        repeated_4grams=of_texts(repeated_ngrams),
-        duplicates=of_texts(duplicates),
+        text_measures={
+            name: of_texts(quantity.of_texts) for name, quantity in QUANTITIES.items() if quantity.of_texts is not None
+        },
         num_draws=draws.log_prob.size(1),
     )
 

@@ -8,28 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlhf_bayes.diagnostics.estimates import Estimate, PosteriorFit
+from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
-
-_ROWS = {
-    "reward": "reward",
-    "posterior_reward": "reward of the posterior",
-    "kl_to_prior": "KL to prior (nats)",
-    "posterior_kl_to_prior": "KL of the posterior to prior (nats)",
-    "elbo": "ELBO (nats)",
-    "log_z": "log Z (nats)",
-    "gap": "gap = KL to posterior (nats)",
-    "forward_kl": "KL from posterior (nats)",
-    "jeffreys": "sum of both KLs (nats)",
-    "tv": "total variation",
-    "forbidden": "share forbidden",
-    "entropy": "entropy (nats)",
-    "prior_perplexity": "perplexity under the prior",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "self_bleu": "self-BLEU",
-    "repeated_4grams": "repeated 4-grams",
-    "duplicates": "share of duplicates",
-}
 
 
 def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Table:
@@ -38,12 +18,12 @@ def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Tab
     table.add_column("")
     for name in fits:
         table.add_column(name, justify="right")
-    for field, label in _ROWS.items():
-        cells = [getattr(fit, field) for fit in fits.values()]
+    for name, quantity in shown_in("terminal").items():
+        cells = [getattr(fit, name) for fit in fits.values()]
         # rows that say nothing of any of them are left out
-        if field == "forbidden" and all(cell.mean == 0 for cell in cells):
+        if quantity.hidden_at_zero and all(cell is not None and cell.mean == 0 for cell in cells):
             continue
-        table.add_row(label, *("–" if cell is None else str(cell) for cell in cells))
+        table.add_row(quantity.title, *("–" if cell is None else str(cell) for cell in cells))
     return table
 
 

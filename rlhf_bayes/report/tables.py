@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from rlhf_bayes.diagnostics.quantities import title_of
 from rlhf_bayes.report.figures import ceiling
 from rlhf_bayes.report.run import Estimate, Run, Sample
 
@@ -19,28 +20,6 @@ _LOGGED = {
     "posterior/elbo": "ELBO (nats)",
     "entropy": "entropy (nats per token)",
     "completions/mean_length": "length (tokens)",
-}
-# of `evaluation.json`; others are shown by the names that they have there
-_QUANTITIES = {
-    "reward": "E[r]",
-    "length": "length (tokens)",
-    "kl_to_prior": "KL to the prior (nats)",
-    "elbo": "ELBO (nats)",
-    "log_z": "log Z (nats)",
-    "gap": "gap = KL(π‖π*) (nats)",
-    "forward_kl": "KL(π*‖π) (nats)",
-    "jeffreys": "Jeffreys: both KLs (nats)",
-    "tv": "total variation",
-    "forbidden": "forbidden completions (share)",
-    "posterior_reward": "E[r] of the posterior",
-    "posterior_kl_to_prior": "KL of the posterior to the prior (nats)",
-    "entropy": "entropy (nats)",
-    "prior_perplexity": "perplexity under the prior",
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "self_bleu": "self-BLEU",
-    "repeated_4grams": "repeated 4-grams (share)",
-    "duplicates": "duplicates (share)",
 }
 _NO_QUANTITIES = {"beta", "prompts", "num_draws"}
 # what most often tells runs apart; the rest is folded away
@@ -189,7 +168,7 @@ def settings_tables(runs: Sequence[Run]) -> str:
 
 def _quantities(columns: Mapping[str, Mapping[str, Estimate]]) -> str:
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[_QUANTITIES.get(name, name), *(column.get(name, "–") for column in columns.values())] for name in names]
+    rows = [[title_of(name), *(column.get(name, "–") for column in columns.values())] for name in names]
     return table(["", *columns], rows)
 
 

@@ -33,7 +33,7 @@ def test_a_row_for_each_quantity(draws):
     assert row.count(str(policy.log_z)) == 2
     assert "Fit" in text
     assert "forbidden" not in text
-    (row,) = (line for line in text.splitlines() if "share of duplicates" in line)
+    (row,) = (line for line in text.splitlines() if "duplicates (share)" in line)
     assert row.count("0.975 ± 0.000") == 2  # 39 of 40
 
 

@@ -1,0 +1,76 @@
+"""What is reported of a distribution against a posterior, a record each: label, unit, and where it is shown."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_bayes.diagnostics.diversity import Tokens, distinct_n, duplicates, repeated_ngrams, self_bleu, words
+
+Place = Literal["terminal", "page", "callback"]
+"""[`~rlhf_bayes.diagnostics.fit_table`], the HTML report, and the metrics of
+[`~rlhf_bayes.diagnostics.PosteriorCallback`]."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that is reported of a [`~rlhf_bayes.diagnostics.PosteriorFit`], by the name that it has there."""
+
+    label: str
+    """In words, without the unit."""
+    unit: str = ""
+    """Such as "nats"; empty for a plain number."""
+    places: tuple[Place, ...] = ("terminal", "page", "callback")
+    """Where it is shown."""
+    error_logged: bool = True
+    """Whether the callback logs its standard error too."""
+    hidden_at_zero: bool = False
+    """Whether the terminal's table leaves it out where it is 0 for all."""
+    of_texts: Callable[[Sequence[str]], float] | None = None
+    """Completions of a prompt -> the number for that prompt, where texts are all that it needs."""
+
+    @property
+    def title(self) -> str:
+        """Label and unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+def _of_texts(label: str, measure: Callable[[Sequence[str]], float], unit: str = "") -> Quantity:
+    return Quantity(label, unit, error_logged=False, of_texts=measure)
+
+
+def _of_words(label: str, measure: Callable[[list[Tokens]], float], unit: str = "") -> Quantity:
+    return _of_texts(label, lambda texts: measure([words(text) for text in texts]), unit)
+
+
+QUANTITIES: dict[str, Quantity] = {
+    "reward": Quantity("reward"),
+    "length": Quantity("length", "tokens", places=("page",)),  # of samplers only
+    "posterior_reward": Quantity("reward of the posterior"),
+    "kl_to_prior": Quantity("KL to prior", "nats"),
+    "posterior_kl_to_prior": Quantity("KL of the posterior to prior", "nats"),
+    "elbo": Quantity("ELBO", "nats"),
+    "log_z": Quantity("log Z", "nats"),
+    "gap": Quantity("gap = KL to posterior", "nats"),
+    "forward_kl": Quantity("KL from posterior", "nats"),
+    "jeffreys": Quantity("sum of both KLs", "nats"),
+    "tv": Quantity("total variation"),
+    "forbidden": Quantity("forbidden", "share", error_logged=False, hidden_at_zero=True),
+    "entropy": Quantity("entropy", "nats"),
+    "prior_perplexity": Quantity("perplexity under the prior", error_logged=False),
+    "distinct_1": _of_words("distinct-1", lambda texts: distinct_n(texts, 1)),
+    "distinct_2": _of_words("distinct-2", lambda texts: distinct_n(texts, 2)),
+    "self_bleu": _of_texts("self-BLEU", self_bleu),
+    "repeated_4grams": _of_words("repeated 4-grams", repeated_ngrams, "share"),
+    "duplicates": _of_words("duplicates", duplicates, "share"),
+}
+"""Name -> record, in the order in which they are shown. One with `of_texts` needs no more than its record here."""
+
+
+def shown_in(place: Place) -> dict[str, Quantity]:
+    """Those that are shown there."""
+    return {name: quantity for name, quantity in QUANTITIES.items() if place in quantity.places}
+
+
+def title_of(name: str) -> str:
+    """Label and unit on the page; the name itself for what a file holds besides, such as a later version's numbers."""
+    return QUANTITIES[name].title if name in shown_in("page") else name
