@@ -216,7 +216,9 @@ class SMC:
 
 
 def _from_flags(posterior: "Posterior", proposal: Any, n: int) -> SMC:
-    return SMC(PrefixValue(posterior.likelihood, posterior.prior.tokenizer), proposal)
+    # a prefix that is forbidden as a completion may have continuations that are allowed
+    value = PrefixValue(posterior.likelihood, posterior.prior.tokenizer, forbidden_prefix=0.0)
+    return SMC(value, proposal)
 
 
 RECORD = SamplerRecord(

@@ -1,5 +1,6 @@
 """Values of prefixes of a completion, which guide decoding and twist SMC."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -94,19 +95,24 @@ class PrefixValue:
             The evidence. It gets no columns of the dataset.
         tokenizer (`PreTrainedTokenizerBase`):
             Decodes the prefixes, special tokens skipped.
+        forbidden_prefix (`float`, *optional*, defaults to `-inf`):
+            Value, nats, of a prefix that would be forbidden as a completion. `-inf` is right only if all that starts
+            so is forbidden too. For evidence such as "must contain a word", pass a finite number.
 
     Source: Yang & Klein 2021 (FUDGE), arXiv 2104.05218, section 3.
     """
 
-    def __init__(self, likelihood: Likelihood, tokenizer: Any):
+    def __init__(self, likelihood: Likelihood, tokenizer: Any, forbidden_prefix: float = -math.inf):
         self.likelihood = likelihood
         self.tokenizer = tokenizer
+        self.forbidden_prefix = forbidden_prefix
 
     def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
         """(B,) fp32, nats."""
         texts = self.tokenizer.batch_decode([list(prefix) for prefix in prefixes], skip_special_tokens=True)
         completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-        return checked_log_likelihood(self.likelihood, prompts, completions, prefixes)
+        nats = checked_log_likelihood(self.likelihood, prompts, completions, prefixes)
+        return torch.where(nats == -torch.inf, self.forbidden_prefix, nats)
 
 
 @final

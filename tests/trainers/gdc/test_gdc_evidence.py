@@ -16,6 +16,8 @@ from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward
 
 from ..training import config, gdc_config, logged, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 
 def no_a(completion_ids, **kwargs):
     return [0 not in ids for ids in completion_ids]
