@@ -5,6 +5,8 @@ import torch
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 exact_posterior = load("exact_posterior")
 
 

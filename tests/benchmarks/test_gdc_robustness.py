@@ -6,6 +6,8 @@ import torch
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 load("exact_posterior")  # which the benchmark takes from its folder when it runs as a script
 robustness = load("gdc_robustness")
 

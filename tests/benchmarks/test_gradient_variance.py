@@ -9,6 +9,8 @@ from rlhf_bayes.testing import EnumerableLM
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 gradient_variance = load("gradient_variance")
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 load("speed_worker")
 memory = load("memory")
 

@@ -4,6 +4,8 @@ import pytest
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 ppo_speed = load("ppo_speed")
 speed_worker = load("speed_worker")
 

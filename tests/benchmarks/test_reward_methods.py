@@ -11,6 +11,8 @@ from rlhf_bayes import toy
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 files = load("preference_files")
 methods = load("reward_methods")
 

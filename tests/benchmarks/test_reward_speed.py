@@ -4,6 +4,8 @@ import pytest
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 load("speed_worker")  # which the worker takes from its folder when it runs as a script
 reward_speed = load("reward_speed")
 worker = load("reward_speed_worker")

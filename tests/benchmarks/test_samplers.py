@@ -8,6 +8,8 @@ from rlhf_bayes.samplers import ImportanceSampler, RejectionSampler
 
 from .scripts import load
 
+pytestmark = pytest.mark.slow
+
 load("sampler_tasks")  # as `quiet`, it lies beside
 samplers = load("samplers")
 

@@ -48,6 +48,7 @@ def forbidding(large_toy):
     return evaluation_of(large_toy, {"even": even, "brief": brief}, {"even": LAMBDA, "brief": math.inf})
 
 
+@pytest.mark.slow
 def test_feature_means_are_those_of_the_enumeration(large_toy, forbidding):
     evaluation, policy, _ = forbidding
     values = torch.tensor([even(large_toy.completion_ids), brief(large_toy.completion_ids)])  # (2, N)

@@ -72,6 +72,7 @@ def test_the_oldest_is_forgotten():
     assert len(first.sample([12])[0]["log_prior"].unique()) == 12  # a window that is not full yet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["uniform", "recency"])
 def test_how_often_rollouts_are_drawn(sampling):
     buffer = ReplayBuffer(3, sampling, 0)

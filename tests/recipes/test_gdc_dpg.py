@@ -16,6 +16,8 @@ from rlhf_bayes.report import read_runs
 
 from ..scripts import loaded_script, run_script
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "gdc_dpg.py"
 SHARED = ROOT.parent / "shared"
@@ -30,7 +32,6 @@ def recipe():
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_without_arguments_trains_the_bundled_model(tmp_path):
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
     flags = ["--fit_samples", 64, "--report_samples", 16]
@@ -107,7 +108,6 @@ def test_conditions_alone_need_no_draws(recipe, run_in_process, monkeypatch, cap
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
 def test_stories_with_animals(tmp_path):
     output = run_script(

@@ -17,6 +17,8 @@ from rlhf_bayes.toy.rewards import sentiment_reward
 
 from ..scripts import loaded_script, run_script
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ppo_klrl.py"
 SHARED = ROOT.parent / "shared"
@@ -31,7 +33,6 @@ def recipe():
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_without_arguments_trains_the_bundled_model(tmp_path):
     accelerate = (sys.executable, "-m", "accelerate.commands.launch")
     output = run_script(RECIPE, *FEW, "--report_samples", 32, cwd=tmp_path, launcher=accelerate)
@@ -189,7 +190,6 @@ def test_rules_that_do_not_fit(recipe, run_in_process, reward_models, monkeypatc
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the model stories260K and its prompts are not beside the project")
 def test_stories_with_vader(tmp_path):
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed (extra `recipes`)")

@@ -10,6 +10,8 @@ from rlhf_bayes.toy.rewards import sentiment
 
 from ..scripts import loaded_script, run_script
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "rlhf.py"
 FEW = ["--num_pairs", "12", "--reward_epochs", "1", "--max_steps", "2", "--batch_size", "8", "--logging_steps", "1"]
 
@@ -21,7 +23,6 @@ def recipe():
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_from_preferences_to_policies(tmp_path):
     output = run_script(RECIPE, "--num_seeds", "2", "--num_members", "2", *FEW, cwd=tmp_path, columns=80)
     # a row a seed, then two for their mean

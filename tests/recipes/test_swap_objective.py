@@ -6,6 +6,8 @@ import pytest
 
 from ..scripts import loaded_script
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "swap_objective.py"
 FEW = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--num_generations", "4", "--report_prompts", "2"]
 SMALL = [*FEW, "--report_samples", "32", "--max_completion_length", "24"]

@@ -14,6 +14,8 @@ from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_
 
 from .conftest import HOSTILE, elbo
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "img", "br", "link"}
 
 

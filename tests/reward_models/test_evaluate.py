@@ -59,6 +59,7 @@ def test_two_models_on_the_toy(models, tmp_path):
         assert (tmp_path / "runs" / "evaluate" / plot).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_own_pairs_without_a_gold_reward(script, models, tmp_path, capsys):
     rows = [{"better": "The hotel was good.", "worse": f"The hotel was {bad}."} for bad in ("bad", "poor", "dull")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -38,6 +38,7 @@ def test_the_density_sums_to_one_and_is_not_the_priors(toy):
     assert (log_probs - toy.log_prior).abs().max() > 0.3
 
 
+@pytest.mark.slow
 def test_draws_come_from_the_density(toy):
     proposal = guided(toy, num_steps=1)
     drawn = proposal.sample(toy.prompts, 500, seeded(1))

@@ -111,6 +111,7 @@ def test_what_is_told_of_the_chains(toy):
     assert len(set(map(tuple, draws.completion_ids))) > 5
 
 
+@pytest.mark.slow
 def test_conditions_are_kept_and_their_evidence_says_nothing(toy):
     posterior = prior_of(toy).condition(few_a)
     log_p, log_z = conditioned(toy)

@@ -101,6 +101,7 @@ def test_guard_is_closer_by_the_logarithm_of_its_acceptance(toy):
     assert_close(curve.log_z, log_z)
 
 
+@pytest.mark.slow
 def test_quasi_rejection_says_how_far_it_is(toy):
     """With a bound that weights exceed, the draws follow min(P, B·q), and TV and KL to the posterior are told."""
     log_bound = max_evidence(toy) - 3.0

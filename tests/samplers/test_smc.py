@@ -179,6 +179,7 @@ def test_the_cache_follows_the_particles(large_toy):
     assert len({tuple(row) for row in run.ancestor.tolist()}) == 3
 
 
+@pytest.mark.slow
 def test_a_conditional_run_has_an_unbiased_inverse(toy):
     posterior, runs = posterior_of(toy), 300
     exact = RejectionSampler(log_bound=float(toy.log_likelihood.max())).sample(posterior, toy.prompts, runs, seeded(3))
@@ -191,6 +192,7 @@ def test_a_conditional_run_has_an_unbiased_inverse(toy):
             assert_within(inverse[p].mean(), inverse[p].std() / math.sqrt(runs), 1.0, f"Z/Ẑ of prompt {p}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 16])
 def test_the_sandwich_holds_whatever_the_value(toy, n):
     posterior = posterior_of(toy)

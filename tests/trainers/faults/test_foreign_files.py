@@ -21,7 +21,7 @@ class Hostile:
 
 def state(folder):
     process = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    return read_rollout_state(folder, process)
+    return read_rollout_state(folder, process, {})
 
 
 @pytest.mark.parametrize(("name", "read"), [("rollout_state_0.pt", state), ("pytorch_model.bin", LanguageModel)])

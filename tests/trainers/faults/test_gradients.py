@@ -12,6 +12,8 @@ from rlhf_bayes.trainers.faults.step_watch import StepWatch, all_finite
 from ..training import weights
 from .test_resumed_runs import assert_same_weights, make
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("ppo", "gdc", "reward")
 
 

@@ -16,6 +16,8 @@ from ...children import run as run_child
 from ..reward.test_reward_checkpoints import make as make_reward
 from ..training import QUIET, config, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 

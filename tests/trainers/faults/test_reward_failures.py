@@ -14,6 +14,8 @@ from rlhf_bayes.trainers.faults.reward_retries import in_time, retried
 from ...children import STALLED_AFTER
 from .test_resumed_runs import assert_same_weights, make
 
+pytestmark = pytest.mark.slow
+
 
 class Unreliable:
     """The toy's reward, failing at some of its calls."""

@@ -10,6 +10,8 @@ from rlhf_bayes.likelihoods import Constraint, MomentLikelihood
 from ..rollout.test_rollout_checkpoint import LORA, assert_same_run
 from ..training import gdc_config, prompts_of, trainer
 
+pytestmark = pytest.mark.slow
+
 
 def no_aa(completion_ids, **kwargs):
     return [ids[:2] != [0, 0] for ids in completion_ids]
@@ -54,7 +56,6 @@ RUNS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "peft"), [*((name, False) for name in RUNS), ("adaptive", True), ("log_variance", True)]
 )
@@ -77,7 +78,6 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
             assert torch.equal(resumed.proposal.weights[parameter], weight)
 
 
-@pytest.mark.slow
 def test_another_target_is_not_gone_on_with(toy, tmp_path):
     make(toy, tmp_path / "reward", max_steps=5).train()
     with pytest.raises(ValueError, match=r"`beta` must be that of the checkpoint, 0\.5, got 0\.4: .*`ref_model`"):

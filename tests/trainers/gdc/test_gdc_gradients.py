@@ -12,6 +12,8 @@ from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 
 from ..training import Recorder, assert_mean_gradient, gdc_config, keep_log_z, table_reward, trainer
 
+pytestmark = pytest.mark.slow
+
 DIVERGENCES = {name: {} if alpha is None else {"alpha": alpha} for name, alpha in divergence_cases()}
 DIVERGENCES |= {LOG_VARIANCE: {}}
 
@@ -60,7 +62,6 @@ def check(toy, tmp_path, policy, log_likelihood, divergence, prior=None, **chang
     assert_mean_gradient(gradient_samples(toy, tmp_path, policy, prior, log_likelihood, **options), expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_on_policy(toy, tmp_path, divergence):
     check(toy, tmp_path, toy.random_policy(noise=0.05, seed=2), toy.log_likelihood, divergence)

@@ -12,6 +12,8 @@ from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 
 from ..training import gdc_config, largest_change, logged, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-2}
 

@@ -188,6 +188,7 @@ def test_draws_from_the_prior_come_before_the_first_step(toy, tmp_path, proposal
     assert largest_change(before, weights(trained.model)) > 0
 
 
+@pytest.mark.slow
 def test_draws_from_the_prior_tell_the_log_variance_loss_of_a_condition_z(toy, tmp_path):
     def allowed(completion_ids, **kwargs):
         return [0 not in ids for ids in completion_ids]

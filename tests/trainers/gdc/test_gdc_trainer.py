@@ -76,6 +76,7 @@ def exact_kl(toy, model, log_likelihood):
         return toy.forward_kl(model, log_likelihood).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, REPLAY])
 def test_it_learns_a_condition(toy, tmp_path, options):
     allowed = torch.tensor(no_a(toy.completion_ids)).expand_as(toy.log_prior)
@@ -93,6 +94,7 @@ def test_it_learns_a_condition(toy, tmp_path, options):
     assert logged(trained, "posterior/moments/no_a") == pytest.approx(logged(trained, "posterior/satisfaction"))
 
 
+@pytest.mark.slow
 def test_it_learns_moments(toy, tmp_path):
     def has_a(completion_ids, **kwargs):
         return [float(0 in ids) for ids in completion_ids]
@@ -115,6 +117,7 @@ def test_it_learns_moments(toy, tmp_path):
     assert isinstance(posterior.likelihood, MomentLikelihood)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"divergence": "alpha", "alpha": 0.5}, REPLAY])
 def test_it_learns_the_posterior_of_a_reward(toy, tmp_path, options):
     trained = trainer(toy, gdc_config(tmp_path, **LEARNS | options))
@@ -126,6 +129,7 @@ def test_it_learns_the_posterior_of_a_reward(toy, tmp_path, options):
     assert logged(trained, "posterior/elbo")[-1] > logged(trained, "posterior/elbo")[0] + 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "log_variance"])
 def test_micro_batches_do_not_matter(toy, tmp_path, divergence):
     """1 × 24, 8 × 3 and 24 × 1 rows an optimizer step, of different lengths, some without a reward."""
@@ -186,6 +190,7 @@ def test_lora_at_zero_is_full_fine_tuning(toy, tmp_path):
     assert_close(batches[1], batches[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_lora_learns_and_its_prior_stays(toy, tmp_path):
     lora = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     trained = trainer(toy, gdc_config(tmp_path, **LEARNS | {"learning_rate": 2e-2}), peft_config=lora)
@@ -213,6 +218,7 @@ def test_a_ref_model_of_its_own_is_the_prior(toy, tmp_path):
     assert max(near) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposal", ["policy", "prior"])
 def test_one_completion_a_prompt_is_enough_for_the_forward_kl(toy, tmp_path, proposal):
     changes = {"num_generations": 1, "num_iterations": 1, "proposal": proposal}

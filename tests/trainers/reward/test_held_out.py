@@ -25,6 +25,7 @@ def classifier(num_labels):
     return AutoModelForSequenceClassification.from_pretrained(toy.model_path(), num_labels=num_labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_members", [1, 3])
 def test_a_saved_and_normalised_model_gives_the_rewards_of_the_trainers_evaluation(tmp_path, num_members):
     pairs = toy.preferences("test").select(range(24))

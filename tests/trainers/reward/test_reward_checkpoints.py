@@ -14,6 +14,8 @@ from rlhf_bayes.rewards import RewardIndex, load_reward
 
 from ..preferring import LORA, hard_pairs, quiet, trained, weights
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("single", "heads", "lora")
 
 

@@ -26,6 +26,7 @@ def assert_same_weights(ours, theirs, **tolerance):
             assert torch.equal(ours[name], weight), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [False, True])
 @pytest.mark.parametrize("option", [{}, {"center_rewards_coefficient": 0.1}, {"max_length": 3}])
 @pytest.mark.parametrize("margin", [False, True])

@@ -13,6 +13,8 @@ from rlhf_bayes import RewardTrainer
 
 from ..preferring import LORA, VOTES, classifier, expanded, hard_pairs, quiet, trained, weights
 
+pytestmark = pytest.mark.slow
+
 
 def head_step_alone(toy, folder, rows, start):
     """The step that TRL's trainer takes from these weights of the head, on all rows at once."""

@@ -11,6 +11,8 @@ from rlhf_bayes.trainers._trl.engines import without_critic
 
 from ..training import Recorder, config, gdc_config, largest_change, logged, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 

@@ -7,6 +7,8 @@ from torch.testing import assert_close
 
 from ..training import config, gdc_config, largest_change, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 STEPS = {"max_steps": 3, "learning_rate": 0.2}
 RUNS = {

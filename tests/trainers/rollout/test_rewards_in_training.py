@@ -16,6 +16,8 @@ from rlhf_bayes.trainers.rollout import reward_funcs
 from ..ppo.test_attach_critic import letter_tokenizer, reward_model, words
 from ..training import Recorder, config, logged, prompts_of, trainer
 
+pytestmark = pytest.mark.slow
+
 
 def first_step(toy, tmp_path, reward_funcs=toy_reward, arguments=None, **changes):
     """Gradients of a first optimizer step, and the trainer."""

@@ -10,6 +10,8 @@ from rlhf_bayes.lm import Critic
 
 from ..training import config, largest_change, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 

@@ -16,6 +16,8 @@ from rlhf_bayes.trainers.rollout.shared_rewards import SharedReward
 from ..ppo.test_attach_critic import words
 from ..training import QUIET, config, prompts_of, trainer, weights
 
+pytestmark = pytest.mark.slow
+
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
