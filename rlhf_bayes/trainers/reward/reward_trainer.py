@@ -368,6 +368,8 @@ class RewardTrainer(PreferenceTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # ZeRO-3 calls this in every process, and one of them writes the config
+            return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         write_index(folder, self.index)
         if self.reliability is not None:
