@@ -1,4 +1,4 @@
-"""What PEFT adapters do to the base that they sit on."""
+"""How PEFT adapters change the base that they are added to."""
 
 import copy
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-# Prefixes of `init_lora_weights` under which PEFT subtracts what the new adapter adds from the base's own weights
+# prefixes of `init_lora_weights` for which PEFT subtracts the new adapter's contribution from the base's own weights
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Those of which PEFT cannot find the same subtraction again when it reads the saved adapter: it depends on the random
-# state (a randomised SVD), or on statistics of data (covariances, gradients) that are not saved
+# those for which PEFT cannot repeat the subtraction when it reads the saved adapter: it depends on the random state (a
+# randomised SVD), or on statistics of data (covariances, gradients) that are not saved
 _NOT_REPEATABLE = ("pissa_niter", "corda", "lora_ga")
 
 
@@ -22,18 +22,18 @@ def base_causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def initialisation(config: PeftConfig | None) -> str:
-    """`init_lora_weights` of an adapter's configuration where it is a name, in lower case; else empty."""
+    """The name in `init_lora_weights` of an adapter's configuration, in lower case; empty if it is not a name."""
     value = getattr(config, "init_lora_weights", None)
     return value.lower() if isinstance(value, str) else ""
 
 
 def rewrites_base(config: PeftConfig | None) -> bool:
-    """Whether making the adapter changes the base's own weights, so that the base is not the model as loaded."""
+    """Whether creating the adapter changes the base's own weights, so that the base differs from the loaded model."""
     return initialisation(config).startswith(_REWRITES_BASE)
 
 
 def trains_biases(config: PeftConfig | None) -> bool:
-    """Whether biases of the base are trained in place: switching the adapter off does not take this back."""
+    """Whether biases of the base are trained in place, which switching the adapter off does not undo."""
     return getattr(config, "bias", "none") != "none"
 
 
@@ -43,7 +43,7 @@ def is_prompt_learning(model: Any) -> bool:
 
 
 def described(model: nn.Module) -> str:
-    """A model by its class, and the kind of its adapter."""
+    """A description of a model: its class, and the kind of its adapter."""
     kind = getattr(model, "peft_type", None) if hasattr(model, "peft_config") else None
     name = type(base_causal_lm(model)).__name__
     return name if kind is None else f"{name} with a {getattr(kind, 'value', kind)} adapter"
@@ -51,16 +51,16 @@ def described(model: nn.Module) -> str:
 
 def check_can_be_read_again(config: PeftConfig, name: str) -> None:
     """
-    Refuse adapters whose saved weights do not say what was trained.
+    Refuse adapters that cannot be restored from their saved weights.
 
     Args:
         config (`PeftConfig`):
-            Of the adapter.
+            Configuration of the adapter.
         name (`str`):
-            What to call it in the error.
+            Name of the adapter in the error.
 
     Raises:
-        ValueError: if making the adapter changes the base in a way that reading it cannot repeat.
+        ValueError: if creating the adapter changes the base in a way that reading it cannot repeat.
     """
     if initialisation(config).startswith(_NOT_REPEATABLE):
         raise ValueError(
@@ -73,13 +73,13 @@ def check_can_be_read_again(config: PeftConfig, name: str) -> None:
 
 def check_leaves_base(config: Any, name: str) -> None:
     """
-    Refuse adapters that share a base with others, and change it when they are made.
+    Refuse adapters that share a base with others and change it when they are created.
 
     Args:
         config (`PeftConfig`):
-            Of one of the adapters.
+            Configuration of one of the adapters.
         name (`str`):
-            What to call them in the error.
+            Name of the adapters in the error.
 
     Raises:
         ValueError: if the initialisation rewrites the base.
@@ -92,7 +92,7 @@ def check_leaves_base(config: Any, name: str) -> None:
 
 
 def plain_copy(config: Any) -> Any:
-    """A configuration for a second adapter on the same base: it starts from zero and leaves the base as it is."""
+    """A configuration for a second adapter on the same base: it starts from zero and does not change the base."""
     config = copy.deepcopy(config)
     for name, value in _PLAIN.items():
         if hasattr(config, name):
@@ -103,10 +103,10 @@ def plain_copy(config: Any) -> Any:
 @contextmanager
 def plainly_initialised(model: Any) -> Iterator[None]:
     """
-    Within: an adapter that is made from a configuration of the model starts from zero and leaves the base as it is.
+    A context in which a new adapter with a configuration of the model starts from zero and does not change the base.
 
-    Making a second adapter by `init_lora_weights="pissa"` would change the base under the first. What is trainable of
-    the model stays so.
+    With `init_lora_weights="pissa"`, creating a second adapter would change the base of the first. The context keeps
+    which parameters of the model are trainable.
     """
     configs: dict[str, Any] = model.peft_config if isinstance(model, PeftModel) else {}
     if not any(rewrites_base(config) or trains_biases(config) for config in configs.values()):
@@ -117,7 +117,7 @@ def plainly_initialised(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        # the new adapters were made of the plain copies, which they keep
+        # the new adapters were created from the plain copies, and keep them
         configs.update(kept)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable.get(name, parameter.requires_grad))

@@ -19,7 +19,7 @@ from rlhf_bayes.lm.trunk import trunk_of
 
 
 def cache_name(trunk: Callable[..., Any]) -> str:
-    """What a trunk calls the cache that it takes and returns: `cache`, or in older transformers `past_key_values`."""
+    """The name of a trunk's cache argument: `cache`, or in older transformers `past_key_values`."""
     forward = trunk.forward if isinstance(trunk, nn.Module) else trunk
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
@@ -44,25 +44,25 @@ def check_keeps_cache(lm: LanguageModel) -> None:
 @final
 class CachedTrunk:
     """
-    Last hidden states of B token sequences that grow by a token at a time.
+    Last hidden states of B token sequences that grow one token at a time.
 
     Args:
         trunk (`Callable`):
-            A transformer without its head: `input_ids`, `attention_mask`, `position_ids`, a cache by its
-            [`cache_name`] and `use_cache` to `last_hidden_state` and the cache.
+            A transformer without its head. It takes `input_ids`, `attention_mask`, `position_ids`, `use_cache` and a
+            cache named [`cache_name`], and returns `last_hidden_state` and the cache.
         token_ids (`Sequence[Sequence[int]]`):
-            B sequences of at least one token; padded left here.
+            B sequences of at least one token, which are padded on the left.
         device (`torch.device`):
-            Of the trunk.
+            The device of the trunk.
 
     Raises:
-        ValueError: if the trunk keeps no cache whose rows can be chosen.
+        ValueError: if the trunk has no cache whose rows can be selected.
     """
 
     hidden: Tensor
     """(B, H): the last hidden state of each sequence."""
     tokens_evaluated: int
-    """Tokens run so far, padding left out."""
+    """Number of tokens run so far, without padding."""
 
     def __init__(self, trunk: Callable[..., Any], token_ids: Sequence[Sequence[int]], device: torch.device):
         self._trunk = trunk
@@ -91,7 +91,7 @@ class CachedTrunk:
 
     @torch.no_grad()
     def _run(self, input_ids: Tensor) -> None:
-        # positions count attended tokens, so left padding changes nothing
+        # positions count only attended tokens, so left padding changes nothing
         positions = (self._mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.size(1) :]  # (B, S)
         outputs = self._trunk(
             input_ids=input_ids,
@@ -151,14 +151,14 @@ def _no_steps(trunk: Callable[..., Any], problem: str) -> str:
 @final
 class Decoding:
     """
-    P · n completions, half written.
+    P · n completions that are being decoded.
 
         decoding = Decoding(lm, prompts, n)
         while decoding.rows.numel():
             decoding.append(draw_tokens(decoding.log_probs, generator))
 
-    A completion is written until its first EOS or `max_completion_length`; then its row leaves the forward pass. The
-    prompts are read once each, not n times.
+    A completion ends with its first EOS or at `max_completion_length`; then its row leaves the forward pass. Each
+    prompt is read once, not n times.
 
     Args:
         lm ([`LanguageModel`]):
@@ -166,13 +166,13 @@ class Decoding:
         prompts (`Sequence` of `str` or of chats):
             P prompts.
         n (`int`):
-            Completions a prompt, grouped by prompt.
+            Completions for each prompt. Rows are grouped by prompt.
     """
 
     rows: Tensor
-    """(A,): the rows that are not finished, ascending. What is (A, …) below is in their order."""
+    """(A,): the unfinished rows, ascending. Tensors (A, …) below are in their order."""
     length: int
-    """Tokens that each of these has."""
+    """Number of tokens that each unfinished row has."""
 
     def __init__(self, lm: LanguageModel, prompts: Sequence[Prompt], n: int = 1):
         check_keeps_cache(lm)
@@ -188,19 +188,19 @@ class Decoding:
         self.rows = torch.arange(len(self.prompts), device=lm.device)
         self._ids = self.rows.new_zeros(len(self.prompts), lm.max_completion_length)  # (B, T)
         self._lengths = torch.zeros_like(self.rows)  # (B,)
-        self._slots = self.rows // n  # (B,): where in the trunk a row's past is
+        self._slots = self.rows // n  # (B,): the row of the trunk that holds each row's past
         self._log_probs: Tensor | None = None
 
     @property
     def tokens_evaluated(self) -> int:
-        """Tokens that the model was run on."""
+        """Number of tokens that the model was run on."""
         return self._trunk.tokens_evaluated
 
     @property
     def log_probs(self) -> Tensor:
         """(A, V) fp32, nats: log π of each next token."""
         if self._log_probs is None:
-            # here, not in `append`: what was dropped or reordered since then is not run
+            # the model is run here, not in `append`, so that rows dropped since then are not run
             slots = self._slots[self.rows]  # (A,)
             own = torch.arange(len(slots), device=slots.device)
             if len(slots) != len(self._trunk) or not torch.equal(slots, own):
@@ -217,9 +217,9 @@ class Decoding:
         Add a token (A,) to each unfinished row.
 
         Returns:
-            `Tensor` (A,) bool: which of them it finished.
+            `Tensor` (A,) bool: which of them the token finished.
         """
-        self.log_probs  # noqa: B018  the step before must have been run
+        self.log_probs  # noqa: B018  runs the model on the last token, if that was not done yet
         self._ids[self.rows, self.length] = tokens
         self.length += 1
         self._lengths[self.rows] = self.length
@@ -228,20 +228,20 @@ class Decoding:
         return finished
 
     def reorder(self, index: Tensor) -> None:
-        """Row i becomes a copy of row `index[i]`, finished or not: (B,). Between prompts, no row may go."""
+        """Make row i a copy of row `index[i]`, finished or not: (B,). Both must belong to the same prompt."""
         unfinished = torch.zeros_like(self._lengths, dtype=torch.bool)
         unfinished[self.rows] = True
         self._ids, self._lengths, self._slots = self._ids[index], self._lengths[index], self._slots[index]
         self.rows, self._log_probs = unfinished[index].nonzero().flatten(), None
 
     def token_ids(self, rows: Tensor | None = None) -> list[list[int]]:
-        """The tokens so far, of all rows or of these."""
+        """The tokens so far, of all rows or of the given ones."""
         ids, lengths = (self._ids, self._lengths) if rows is None else (self._ids[rows], self._lengths[rows])
         width = int(lengths.max()) if lengths.numel() else 0
         return [row[:length] for row, length in zip(ids[:, :width].tolist(), lengths.tolist(), strict=True)]
 
     def completions(self, token_log_probs: Tensor) -> Completions:
-        """What was written, with the log-probabilities (B, T) that its tokens were drawn with."""
+        """The finished completions, with the log-probabilities (B, T) that their tokens were drawn with."""
         ids = self.token_ids()
         width = max(len(row) for row in ids)
         mask = torch.arange(width, device=self._ids.device) < self._lengths[:, None]  # (B, T)
@@ -260,7 +260,7 @@ class Decoding:
 
 
 class PrefixStates(NamedTuple):
-    """A language model at B prefixes."""
+    """States and log-probabilities of a language model at B prefixes."""
 
     hidden: Tensor
     """(B, H): last hidden state."""
@@ -274,22 +274,22 @@ class Past(NamedTuple):
     layers: list[tuple[Tensor, Tensor]]
     """A pair (B, heads, C − 1, size) for each layer."""
     mask: Tensor
-    """(B, C) bool: the tokens, the last included."""
+    """(B, C) bool: mask of the tokens, including the last one."""
 
 
 @final
 class PrefixReader:
     """
-    A language model's states at any prefixes, cheap where each is a token longer than one of the last call.
+    A language model's states at any prefixes; it is fast if each is one token longer than a prefix of the last call.
 
-    It remembers the prefixes of the last call with their cache and finds parents by their tokens, so that no one has
-    to tell it of reordering. Equal prefixes are read once.
+    It keeps the prefixes of the last call with their cache, and finds parents by their tokens, so that callers need
+    not report how they reorder rows. Equal prefixes are read once.
 
     Args:
         lm ([`LanguageModel`]):
             The model.
         trunk (`Callable`, *optional*):
-            Hidden states from another trunk over the same tokens; then `log_prob` is 0.
+            Another trunk for the same tokens, which gives the hidden states; `log_prob` is then 0.
     """
 
     def __init__(self, lm: LanguageModel, trunk: Callable[..., Any] | None = None):
@@ -304,12 +304,12 @@ class PrefixReader:
         self._trunk: Any = None  # CachedTrunk, from the first call on
 
     def next_log_probs(self, hidden: Tensor) -> Tensor:
-        """(B, H) to (B, V): log π of the next token, nats."""
+        """log π of each next token, nats: (B, H) -> (B, V)."""
         with torch.no_grad():
             return LMHead.of(base_causal_lm(self.lm.model), self.lm.temperature).log_softmax(hidden)
 
     def read(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> PrefixStates:
-        """States after each prefix, perhaps empty, of its prompt."""
+        """States after each prefix, which may be empty, of its prompt."""
         lengths = [len(prefix) for prefix in prefixes]
         order, parts = [], []
         for length in sorted(set(lengths)):
@@ -324,10 +324,12 @@ class PrefixReader:
 
     def past(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> "Past":
         """
-        What the last token of each prompt + prefix sees, for those who run it anew: prefixes of one length.
+        The keys and values that the last token of each prompt + prefix attends to, to run that token again.
+
+        The prefixes must have the same length.
 
         Raises:
-            ValueError: if the cache is not one of keys and values over all positions.
+            ValueError: if the cache does not hold keys and values of all positions.
         """
         self.read(prompts, prefixes)
         index = [self._row_of[repr(prompt), tuple(ids)] for prompt, ids in zip(prompts, prefixes, strict=True)]
@@ -369,7 +371,7 @@ class PrefixReader:
 
 
 def joined(parts: Sequence[Completions]) -> Completions:
-    """The rows of several, in order."""
+    """One [`Completions`] with the rows of several, in order."""
     width = max(part.mask.size(1) for part in parts)
 
     def padded(columns: list[Tensor]) -> Tensor:
@@ -387,12 +389,12 @@ def joined(parts: Sequence[Completions]) -> Completions:
 
 
 def draw_tokens(log_probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token of each distribution: (A, V), nats, to (A,)."""
+    """Draw one token from each distribution: (A, V), nats -> (A,)."""
     return torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
 
 
 def generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator | None:
-    """The generator, or one on the device that it seeds."""
+    """The generator if it is on the device, otherwise a new one there that it seeds."""
     if generator is None or generator.device.type == device.type:
         return generator
     seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))

@@ -19,11 +19,11 @@ from rlhf_bayes.lm.pretrained import check_decoder_only, has_whole_weights
 from rlhf_bayes.lm.probe import disagreement, evaluating, plain_logits, rounding
 from rlhf_bayes.lm.trunk import trunk_of
 
-_AGREEMENT = 1e-4  # of log-probs of the same tokens in two batches, in fp32, relative to their size
+_AGREEMENT = 1e-4  # relative difference allowed between log-probs of the same tokens in two batches, in fp32
 
 
 class CompletionScores(NamedTuple):
-    """What one forward says of the completion tokens: (B, T), fp32, 0 on padding; None where not asked for."""
+    """The results of one forward for completion tokens: (B, T), fp32, 0 on padding; None where not asked for."""
 
     log_probs: Tensor | None
     """log π(token | prefix), nats."""
@@ -60,7 +60,7 @@ def enable_completion_scoring(model: nn.Module) -> None:
     if "_checked_scores" not in vars(model):
         if is_prompt_learning(model):
             lm._runs_plainly = True
-        # sharded or not yet materialised weights cannot be run here
+        # weights that are sharded or not yet materialised cannot be run here
         if has_whole_weights(model):
             _check_scores(model)
         model._checked_scores = True  # of the wrapper too, whose adapters may do what the base does not
@@ -87,7 +87,8 @@ def _check_is_causal_lm(lm: nn.Module) -> None:
 
 
 def _patch_forward(lm: PreTrainedModel) -> None:
-    # an earlier patch (accelerate's hooks, TRL's fused head) stays; else the class's own, which a deep copy keeps too
+    # an earlier patch (accelerate's hooks, TRL's fused head) is kept; otherwise the class's own forward is called,
+    # which is right in a deep copy too
     earlier_patch = vars(lm).get("forward")
 
     # Keep the original signature: `generate` validates its keyword arguments against it
@@ -104,7 +105,7 @@ def _patch_forward(lm: PreTrainedModel) -> None:
         **kwargs,
     ):
         if trunk_only:
-            # in the precision of the weights, as a model of its own would run
+            # autocast is off, so that the trunk runs in the precision of its weights, like a separate model
             with torch.autocast(self.device.type, enabled=False):
                 return trunk_of(self)(*args, **kwargs)
         if completion_ids is None:
@@ -138,9 +139,9 @@ def score_completions(
     """
     Score completions by one teacher-forced pass of a model prepared by [`enable_completion_scoring`].
 
-    Positions count attended tokens, so left padding changes nothing, learnt position embeddings included. A model of
-    which this is not true ([`runs_plainly`]) takes a pass for each length of prompts, without left padding.
-    Columns that are padding in every row do not reach the model.
+    Positions count only attended tokens, so left padding changes nothing, not even with learnt position embeddings. A
+    model for which this is not true ([`runs_plainly`]) is run once for each length of prompts, without left padding.
+    Columns that are padding in every row are cut off.
 
     Args:
         model (`torch.nn.Module`):
@@ -188,7 +189,9 @@ def _score_batch(
     stop = int(completion_mask.any(dim=0).cumsum(0).argmax()) + 1
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
     completion_ids, completion_mask = completion_ids[:, :stop], completion_mask[:, :stop]
-    attention_mask = torch.cat([prompt_mask.long(), completion_mask.long()], dim=1)  # (B, P + T), of those left
+    attention_mask = torch.cat(
+        [prompt_mask.long(), completion_mask.long()], dim=1
+    )  # (B, P + T), without the columns that were cut off
     # without left padding, positions are those that any model counts by itself; some take no others
     positions = {} if unpadded else {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
     scores = model(
@@ -209,7 +212,7 @@ def _score_batch(
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """(N,) values of the valid positions to (B, T), 0 elsewhere; keeps the gradient."""
+    """Values of the valid positions in their places: (N,) -> (B, T), 0 elsewhere. It keeps the gradient."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
@@ -294,8 +297,8 @@ def _agree(model: nn.Module, first: Tensor, second: Tensor) -> bool:
 
 
 def _check_against_logits(lm: PreTrainedModel, scores: Tensor, expected: Tensor) -> None:
-    # a family that scales, caps or shifts its logits in a way LMHead does not know would be trained towards a wrong
-    # distribution in silence
+    # a model that scales, caps or shifts its logits in a way that LMHead does not know would silently be trained
+    # towards a wrong distribution
     error = (scores - expected).abs().max().item()
     if not error <= rounding(lm):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sampling from the raw model: temperature and nothing else."""
+"""Sampling from the raw model, with a temperature and no truncation."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,10 +14,10 @@ from rlhf_bayes.lm.probe import disagreement, plain_logits
 @contextmanager
 def raw_generation_config(model: nn.Module) -> Iterator[None]:
     """
-    Give the model an empty generation config for a while.
+    A context in which the model has an empty generation config.
 
-    `generate` fills every field that a call leaves unset from the model's own generation config, where many published
-    models carry top_k, top_p or a repetition penalty; completions would then come from another distribution than the
+    `generate` takes every field that a call leaves unset from the model's own generation config. Many published models
+    set top_k, top_p or a repetition penalty there, and completions would then come from another distribution than the
     one whose log-probabilities are computed.
     """
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def sampling_config(
 
 
 def first_eos_mask(completion_ids: Tensor, eos_token_ids: list[int]) -> Tensor:
-    """(B, T) token ids to a bool mask (B, T) of the tokens up to and including the first EOS."""
+    """Mask of the tokens up to and including the first EOS: token ids (B, T) -> bool (B, T)."""
     is_eos = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=completion_ids.device))
     return (is_eos.cumsum(-1) - is_eos.long()) == 0
 

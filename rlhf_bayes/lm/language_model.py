@@ -1,4 +1,4 @@
-"""A causal LM as a distribution over completions: draw from it, score with it, tilt it into a posterior."""
+"""A causal LM as a distribution over completions, which draws, scores, and is tilted into a posterior."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,13 +33,13 @@ class Completions:
     completion_ids: list[list[int]]
     """Token ids up to and including the first EOS."""
     texts: list[str]
-    """Decoded, special tokens skipped."""
+    """The decoded completions, without special tokens."""
     completions: list[Completion]
-    """As reward functions take them: a text, or one assistant message for a chat prompt."""
+    """The completions as reward functions take them: a text, or one assistant message for a chat prompt."""
     mask: Tensor
     """(B, T) bool: the tokens of each completion."""
     token_log_probs: Tensor
-    """(B, T) fp32, nats, 0 on padding."""
+    """(B, T) fp32, nats, 0 on padding: log π of each token."""
     ended: Tensor
     """(B,) bool: whether EOS was drawn; false for completions cut at `max_completion_length`."""
 
@@ -58,23 +58,24 @@ class LanguageModel:
 
         log π(x | prompt) = Σ_t log π(x_t | prompt, x_<t),   x ends with the first EOS or at `max_completion_length`
 
-    Completions that are cut are ordinary members of the support. The model is put in evaluation mode: dropout would
-    make the density random.
+    Completions that are cut are ordinary members of the support. The model is put in evaluation mode, since dropout
+    would make the density random.
 
     Args:
         model_or_path (`str`, `Path` or `PreTrainedModel` or `PeftModel`):
-            The model, or where to load it from (in fp32): a folder of a model or of a PEFT adapter, or a repository.
+            The model, or the path to load it from in fp32: a folder of a model or of a PEFT adapter, or a repository.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Default: the one saved beside the model. Its padding side is not changed; prompts are padded left here.
+            The tokenizer. Default: the one saved beside the model. Its padding side is not changed: prompts are padded
+            on the left here.
         max_completion_length (`int`):
             Longest completion, in tokens, EOS included.
         temperature (`float`):
-            Divides the logits at each token; part of the distribution.
+            Divides the logits at each token. It is part of the distribution.
         batch_size (`int`):
             Sequences in one forward pass; changes memory, not results.
         chat_template_kwargs (`Mapping[str, Any]`, *optional*):
-            What the chat template gets beside the messages, `{"enable_thinking": False}` for instance, as in TRL's
-            configurations. Part of the prompt.
+            Further arguments of the chat template, for instance `{"enable_thinking": False}`, as in TRL's
+            configurations. They are part of the prompt.
 
     Raises:
         ValueError: if the tokenizer has no EOS, a number is out of range, or the model is no causal LM or cannot be
@@ -115,7 +116,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and where results are returned."""
+        """The device of the model, on which results are returned."""
         return base_causal_lm(self.model).device
 
     @torch.no_grad()
@@ -123,16 +124,16 @@ class LanguageModel:
         """
         Draw n completions for each prompt.
 
-        The log-probabilities come from the same teacher-forced pass as [`LanguageModel.log_prob`], since those of
-        cached generation differ from it by more than rounding of one kernel.
+        The log-probabilities come from a teacher-forced pass, like those of [`LanguageModel.log_prob`]. Cached
+        generation uses other kernels, whose log-probabilities differ by more than rounding.
 
         Args:
             prompts (`Sequence` of `str` or of chat messages):
                 P prompts.
             n (`int`):
-                Completions a prompt.
+                Completions for each prompt.
             generator (`torch.Generator`, *optional*):
-                Makes the draw reproducible and leaves the global random state alone. Default: the global state.
+                Makes the draws reproducible, and leaves the global random state unchanged. Default: the global state.
 
         Returns:
             [`Completions`] with B = P · n rows.
@@ -165,7 +166,7 @@ class LanguageModel:
 
         Args:
             prompts (`Sequence` of `str` or of chat messages):
-                B prompts, one a completion.
+                B prompts, one for each completion.
             completion_ids (`Sequence[Sequence[int]]`):
                 B completions: token ids up to and including the first EOS, or `max_completion_length` tokens.
 
@@ -193,7 +194,7 @@ class LanguageModel:
 
     def tilt(self, reward_funcs: Any, beta: float, **options: Any) -> "Posterior":
         """π*(x | c) ∝ π(x | c)·exp(r(c, x)/β): see [`~rlhf_bayes.posterior.tilt`], which takes the options."""
-        # upwards on purpose, and only when called: a prior is where a user starts
+        # an import from a higher layer, made only when called: users start from the prior
         from rlhf_bayes.posterior import tilt
 
         return tilt(self, reward_funcs, beta, **options)
@@ -301,15 +302,15 @@ class LanguageModel:
 
 def pad_ids(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """
-    Token ids in one tensor, and which of them are real: two of (B, T).
+    Pad token ids into one tensor; returns it with the mask of real tokens, (B, T) each.
 
     Args:
         sequences (`Sequence[Sequence[int]]`):
             B sequences.
         side (`str`):
-            Where padding goes, `"left"` or `"right"`. What stands there is masked: any id of the vocabulary will do.
+            The side that is padded, `"left"` or `"right"`. Padding is masked, so it may be any id of the vocabulary.
         device (`torch.device`):
-            Of the result.
+            The device of the results.
     """
     rows = [torch.tensor(ids, dtype=torch.long) for ids in sequences]
     mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]

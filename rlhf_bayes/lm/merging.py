@@ -1,4 +1,4 @@
-"""Adapters merged into their base: the same distribution as before, or an error."""
+"""Merges adapters into their base, which keeps the distribution, or raises an error."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from rlhf_bayes.lm.adapters import described
 
 def merged(model: PeftModel) -> Any:
     """
-    The base with its adapter added to its own weights. The model that is passed is used up.
+    The base with its adapter added to its own weights. The given model must not be used afterwards.
 
-    Where the output head is tied to the input embeddings and the adapter changes one of them, they are untied first:
-    else the change of one would be made to both.
+    If the output head is tied to the input embeddings and the adapter changes one of them, they are untied first,
+    since otherwise both would change.
 
     Raises:
-        ValueError: if the adapter cannot be added to weights: a prompt of virtual tokens, for instance.
+        ValueError: if the adapter cannot be added to weights, for instance a prompt of virtual tokens.
     """
     if model.active_peft_config.is_prompt_learning or not hasattr(model.base_model, "merge_and_unload"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Causal LMs from disk or the hub: every weight comes from the checkpoint, or the model is refused."""
+"""Loads causal LMs from disk or the hub, and refuses models whose checkpoint does not hold all weights."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +23,12 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def task_of(path: str | Path) -> str | None:
-    """What the adapter in a folder is for: "CAUSAL_LM", "SEQ_CLS", …"""
+    """The task of the adapter in a folder: "CAUSAL_LM", "SEQ_CLS", …"""
     return PeftConfig.from_pretrained(str(path)).task_type
 
 
 def tokenizer_folder(path: str | Path) -> str:
-    """Where the tokenizer of a model or an adapter is: an adapter may be saved without, and then has its base's."""
+    """The folder of the tokenizer of a model or an adapter; an adapter saved without one uses its base's."""
     if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
         return str(PeftConfig.from_pretrained(str(path)).base_model_name_or_path)
     return str(path)
@@ -38,17 +38,17 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **init_kwargs: 
     """
     The causal LM in a folder or a repository of the hub, with all of its weights.
 
-    A folder with a PEFT adapter gives the base that the adapter names, under that adapter, as
-    `peft.PeftModel.from_pretrained` reads it. `AutoModelForCausalLM` reads such folders too, but initialises what it
-    does not know anew (the magnitudes of DoRA).
+    A folder with a PEFT adapter gives the base that the adapter names, with that adapter, as read by
+    `peft.PeftModel.from_pretrained`. `AutoModelForCausalLM` reads such folders too, but initialises weights that it
+    does not know again (the magnitudes of DoRA).
 
     Args:
         path (`str` or `Path`):
             A folder, or a repository of the hub.
         is_trainable (`bool`):
-            Whether an adapter learns. A whole model always can.
+            Whether an adapter is trainable. A whole model always is.
         init_kwargs:
-            For `from_pretrained` of the model, or of the adapter's base: `dtype`, `revision`, `device_map`, …
+            Arguments of `from_pretrained` for the model or the adapter's base: `dtype`, `revision`, `device_map`, …
 
     Returns:
         `PreTrainedModel` or `PeftModel`.
@@ -74,19 +74,19 @@ def load_trunk(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
         ValueError: if the checkpoint lacks weights of the transformer.
     """
     model, info = AutoModel.from_pretrained(path, output_loading_info=True, dtype=dtype)
-    check_whole(path, {**info, "unexpected_keys": []})  # those of its head
+    check_whole(path, {**info, "unexpected_keys": []})  # weights of its head are expected to be left over
     return model
 
 
 def check_whole(path: str | Path, loading_info: Mapping[str, Iterable[Any]]) -> None:
     """
-    Refuse a model of which the checkpoint does not hold all weights: transformers draws those at random.
+    Refuse a model whose checkpoint does not hold all weights: transformers would draw the missing ones at random.
 
     Args:
         path (`str` or `Path`):
-            Where the model was loaded from.
+            The path that the model was loaded from.
         loading_info (`Mapping[str, Iterable]`):
-            What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+            The loading information of `from_pretrained(..., output_loading_info=True)`.
 
     Raises:
         ValueError: if keys are missing or unexpected.
@@ -108,7 +108,7 @@ def check_whole(path: str | Path, loading_info: Mapping[str, Iterable[Any]]) -> 
 
 def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
     """
-    Refuse encoder-decoder models: their encoder would read the completion that it should predict.
+    Refuse encoder-decoder models, whose encoder would read the completion that must be predicted.
 
     Raises:
         ValueError: if the configuration is that of an encoder-decoder model.
@@ -121,7 +121,7 @@ def check_decoder_only(config: PreTrainedConfig, name: str) -> None:
 
 
 def key_names(keys: Iterable[Any]) -> list[str]:
-    """Names of weights, sorted, from what transformers returns: names, or tuples that start with one."""
+    """Sorted names of weights, from the keys that transformers returns: names, or tuples that start with one."""
     return sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)
 
 
@@ -132,7 +132,7 @@ def shown(keys: list[str]) -> str:
 
 @contextmanager
 def whole_weights() -> Iterator[None]:
-    """Load models whole under ZeRO-3, which shards what is loaded: a model that runs by itself on each process."""
+    """A context that loads models whole, so that they run on each process alone: ZeRO-3 would shard them."""
     config = deepspeed._hf_deepspeed_config_weak_ref and deepspeed._hf_deepspeed_config_weak_ref()
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -160,12 +160,12 @@ def _load_adapter(path: str, is_trainable: bool, init_kwargs: dict[str, Any]) ->
     weights = load_peft_weights(path, device="cpu")
     _resize_as_trained(base, weights)
     with warnings.catch_warnings():
-        # PEFT warns of missing weights only; they are refused below
+        # PEFT only warns of missing weights; they are refused below
         warnings.filterwarnings("ignore", message=".*missing adapter keys")
         model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     missing = sorted(expected.keys() - weights.keys())
-    # embeddings that were saved whole beside the adapter are no part of its own state
+    # embeddings that were saved whole with the adapter are not part of its own state
     unexpected = sorted(key for key in weights.keys() - expected.keys() if not _is_embedding(key, base))
     if missing or unexpected:
         problem = f"lacks {shown(missing)}" if missing else f"has {shown(unexpected)}, which its kind has no place for"
@@ -177,7 +177,7 @@ def _load_adapter(path: str, is_trainable: bool, init_kwargs: dict[str, Any]) ->
 
 
 def _resize_as_trained(base: Any, weights: dict[str, Tensor]) -> None:
-    # an adapter that was trained on a larger vocabulary brings its embeddings along
+    # an adapter that was trained with a larger vocabulary was saved with its embeddings
     rows = {weight.shape[0] for key, weight in weights.items() if _is_embedding(key, base)}
     if rows and max(rows) != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(max(rows))

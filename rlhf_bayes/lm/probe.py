@@ -1,4 +1,4 @@
-"""What a model computes on a few fixed rows of tokens, to tell whether two models are one distribution."""
+"""Log-probabilities of a few fixed rows of tokens, to find out whether two models are the same distribution."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ def probe_log_probs(model: nn.Module) -> Tensor:
 
     Args:
         model (`nn.Module`):
-            A causal LM, PEFT-wrapped or not, with whole weights. Its mode is left as it was.
+            A causal LM, PEFT-wrapped or not, with whole weights. Its mode is restored.
 
     Returns:
         `Tensor` (R · (L − 1),): fp32, nats, on the CPU.
     """
     lm = base_causal_lm(model)
-    # spread over the vocabulary, so that rows of the embeddings that differ are met
+    # spread over the vocabulary, so that differences in some rows of the embeddings are found
     ids = torch.arange(_ROWS * _LENGTH, device=lm.device) * 7919 % lm.config.get_text_config().vocab_size
     picked = []
     with evaluating(model):
@@ -35,7 +35,7 @@ def probe_log_probs(model: nn.Module) -> Tensor:
 
 
 def plain_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The model's own logits at each token, (B, L, V): those of a prompt of virtual tokens before them are cut off."""
+    """The model's own logits at each token, (B, L, V), without those of virtual tokens before them."""
     outputs = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
     return outputs.logits[:, -input_ids.size(1) :]
 
@@ -53,7 +53,7 @@ def rounding(model: nn.Module) -> float:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within: the module and its parts are in evaluation mode."""
+    """A context in which the module and its submodules are in evaluation mode."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False

@@ -181,6 +181,16 @@ DIVERGENCES: dict[str, Divergence | DivergenceFamily] = {
         infinite_where_forbidden=True,
         baseline="constant",
     ),
+    # Rényi's divergence is the logarithm of a mean, so no pseudo-reward of single completions has its gradient. This
+    # increases with it and is an f-divergence, Neyman's χ²: for each prompt it has the same direction and minimum.
+    "renyi_2": Divergence(
+        help="exp(R₂) − 1 for Rényi's divergence R₂ of order 2 of p from π: the variance of the weights p/π",
+        pseudo_reward=lambda s: torch.expm1(2 * s),
+        terms=lambda s: torch.expm1(s).square(),
+        exact=lambda log_p, log_q: _exact_pearson(log_q, log_p),
+        infinite_where_forbidden=False,
+        baseline="constant",
+    ),
     "alpha": DivergenceFamily(
         help="between the forward KL (`alpha` = 0) and the reverse KL (1)",
         alphas=(0.0, 1.0),
@@ -255,6 +265,7 @@ def pseudo_rewards(log_density_ratio: Tensor, divergence: str, alpha: float | No
         js           f = ½·(t·log t − (t + 1)·log ((t+1)/2))   R = ½·(log (1 + exp(s)) − log 2)        −½·log 2
         tv           f = ½·|t − 1|                             R = ½·sign(s)                           −½
         pearson      f = (t − 1)²                              R = 2 − 2·exp(−s)                      −∞, refused
+        renyi_2      f = (t − 1)²/t                            R = exp(2·s) − 1                       −1
         alpha        f = (t^α − α·t + α − 1) / (α·(α − 1))     R = (exp((1−α)·s) − 1) / (1 − α)        −1 / (1 − α)
 
     The last column is the limit where the target is 0, a forbidden completion. α = 0 is the forward KL and α = 1 the

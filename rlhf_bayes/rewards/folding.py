@@ -1,4 +1,4 @@
-"""Gain and bias in the weights of the head, so that plain transformers gives the normalised reward."""
+"""Folds gain and bias into the weights of the head, so that plain transformers gives the normalised reward."""
 
 import json
 import os
@@ -20,20 +20,20 @@ from rlhf_bayes.rewards.loading import is_head
 
 def write_index(folder: str | Path, index: RewardIndex, before: RewardIndex | None = None) -> RewardIndex:
     """
-    Write `reward_model.json` beside weights that were just saved, and make these as readable without it as can be.
+    Write `reward_model.json` beside saved weights, and change these so that they can be read without it if possible.
 
-    Gain and bias go into the head: w ← gain·w, b ← gain·b + bias. A head without a bias, as decoders have, takes the
-    gain only, and plain transformers then gives the reward minus a constant. Adapters, and heads in half precision,
-    which the product would round, stay as they are. Labels in the config say what each number is, and its
-    `problem_type` that it is no class.
+    Gain and bias are folded into the head: w ← gain·w, b ← gain·b + bias. A head without a bias, as in decoders, gets
+    only the gain, and plain transformers then gives the reward minus a constant. Adapters are not changed, nor heads
+    in half precision, which the product would round. Labels in the config describe each number, and its `problem_type`
+    says that they are not classes.
 
     Args:
-        folder (`str` or `Path`): Where weights were saved.
-        index ([`RewardIndex`]): How they are to be read.
-        before ([`RewardIndex`], *optional*): How the weights that were saved hold a scale already.
+        folder (`str` or `Path`): Folder of the saved weights.
+        index ([`RewardIndex`]): How to read the weights.
+        before ([`RewardIndex`], *optional*): The index of the weights, if they contain a scale already.
 
     Returns:
-        [`RewardIndex`]: as written, with what was folded.
+        [`RewardIndex`]: the index that was written, which says what was folded.
     """
     folder = Path(folder)
     if is_adapter(folder) or not (folder / CONFIG_NAME).is_file():
@@ -46,7 +46,7 @@ def write_index(folder: str | Path, index: RewardIndex, before: RewardIndex | No
 
 
 def scale_in_weights(index: RewardIndex | None) -> tuple[Tensor, Tensor] | None:
-    """Gain and bias (L,) that the weights hold already, by their index; None where they hold none."""
+    """Gain and bias (L,) that the weights contain already, by their index; None if they contain none."""
     if index is None or index.normalization is None or index.folded == "nothing":
         return None
     gain = torch.tensor(index.normalization.gain)
@@ -57,7 +57,7 @@ def scale_in_weights(index: RewardIndex | None) -> tuple[Tensor, Tensor] | None:
 def head_keys(keys: Iterable[str]) -> tuple[str | None, str | None]:
     """Names of the weight and the bias of the layer that gives the labels, among the names of a model's weights."""
     heads = sorted(key for key in keys if is_head(key))
-    # the last layer of a head of several comes last in the order of the names: dense, out_proj
+    # in a head of several layers the last one is last in alphabetical order: dense, out_proj
     weight = next((key for key in reversed(heads) if key.endswith(".weight")), None)
     bias = None if weight is None else weight.removesuffix("weight") + "bias"
     return weight, bias if bias in heads else None
@@ -88,7 +88,7 @@ def _fold(folder: Path, index: RewardIndex, before: RewardIndex | None) -> str:
         metadata = opened.metadata()
     part = file.with_suffix(".part")
     save_file(tensors, part, metadata)
-    os.replace(part, file)  # whole or not at all
+    os.replace(part, file)  # replaced at once, so that the file is never half-written
     if index.normalization is None:
         return "nothing"
     return "gain" if bias is None else "gain_and_bias"
@@ -115,12 +115,12 @@ def _name_labels(folder: Path, index: RewardIndex) -> None:
     names = label_names(index)
     config["id2label"] = {str(label): name for label, name in enumerate(names)}
     config["label2id"] = {name: label for label, name in enumerate(names)}
-    config["problem_type"] = "regression"  # pipelines then show the numbers, and no probabilities of classes
+    config["problem_type"] = "regression"  # pipelines then show the numbers rather than probabilities of classes
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def label_names(index: RewardIndex) -> list[str]:
-    """What plain transformers gives for each label: the reward, the reward up to a constant, or the raw logit."""
+    """Names of what plain transformers gives: the reward, the reward up to a constant, or the raw logit."""
     if index.normalization is None or index.folded == "gain_and_bias":
         what = "reward"
     else:

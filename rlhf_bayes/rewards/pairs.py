@@ -136,14 +136,14 @@ class _RowReader:
         if self.repeats_prompt:
             length = len(texts["prompt"])
             texts |= {column: texts[column][length:] for column in ("chosen", "rejected")}
-        elif _repeats(texts) and _is_telling(texts["prompt"]):
+        elif _repeats(texts) == 2 and _is_telling(texts["prompt"]):
             raise _repeated_prompt(where)
         return {column: text for column, text in texts.items() if text != row[column]}
 
 
 def _read(name: str, dataset: Dataset) -> Dataset:
     rows: Any = dataset.select_columns([column for column in TEXT_COLUMNS if column in dataset.column_names])
-    changed, repeating, telling = False, 0, None
+    changed, repeating, telling, echoes = False, 0, None, []
     form = str
     for index, row in enumerate(rows):
         where = f"`{name}` row {index}"
@@ -158,11 +158,16 @@ def _read(name: str, dataset: Dataset) -> Dataset:
         changed = changed or any(text != row[column] for column, text in texts.items())
         repeated = _repeats(texts)
         repeating += repeated == 2
-        if repeated and telling is None and _is_telling(texts["prompt"]):
-            telling = where
+        if repeated and _is_telling(texts["prompt"]):
+            if repeated == 2:
+                telling = telling or where
+            else:
+                echoes.append(where)
     repeats = 0 < repeating == len(rows)
     if telling is not None and not repeats:
         raise _repeated_prompt(telling)
+    if 2 * len(echoes) > len(rows):  # fewer are answers that say the question again
+        raise _repeated_prompt(echoes[0])
     if not (changed or repeats):
         return dataset
     read = dataset.map(

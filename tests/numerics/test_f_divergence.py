@@ -23,6 +23,7 @@ GENERATORS = {
     "js": lambda t, alpha: 0.5 * (t * t.log() - (t + 1) * ((t + 1) / 2).log()),
     "tv": lambda t, alpha: 0.5 * (t - 1).abs(),
     "pearson": lambda t, alpha: (t - 1) ** 2,
+    "renyi_2": lambda t, alpha: (t - 1) ** 2 / t,
     "alpha": lambda t, alpha: (t**alpha - alpha * t + alpha - 1) / (alpha * (alpha - 1)),
 }
 
@@ -34,10 +35,11 @@ DISJOINT = {
     "js": math.log(2),
     "tv": 1.0,
     "pearson": math.inf,
+    "renyi_2": math.inf,
     "alpha": 4.0,
 }
 # pseudo-reward of a forbidden completion
-FORBIDDEN = {"forward_kl": 0.0, "js": -0.5 * math.log(2), "tv": -0.5, "alpha": -2.0}
+FORBIDDEN = {"forward_kl": 0.0, "js": -0.5 * math.log(2), "tv": -0.5, "renyi_2": -1.0, "alpha": -2.0}
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -150,6 +152,18 @@ def test_js_and_tv_are_those_of_the_package(logits, log_target):
     assert f_divergence(log_target, log_q, "tv") == tv(log_target, log_q)
 
 
+@pytest.mark.parametrize("forbid", [False, True])
+def test_renyis_divergence_of_order_2_is_a_function_of_its_record(logits, log_target, forbid):
+    """By its definition, log Σ p²/π, which has the same direction: the gradients differ by the factor exp(R₂)."""
+    target = conditioned(log_target) if forbid else log_target
+    log_policy = logits.log_softmax(-1)
+    renyi = (2 * target - log_policy).logsumexp(-1)
+    value = f_divergence(target, log_policy, "renyi_2")
+    assert_close(value.log1p(), renyi)
+    (of_renyi,) = torch.autograd.grad(renyi, logits, retain_graph=True)
+    assert_close(torch.autograd.grad(value, logits)[0], renyi.exp() * of_renyi)
+
+
 @pytest.mark.parametrize(("divergence", "alpha"), CASES)
 def test_divergence_at_equality_and_without_common_support(log_target, divergence, alpha):
     assert_close(f_divergence(log_target, log_target, divergence, alpha).abs().item(), 0.0)
@@ -233,6 +247,7 @@ def test_terms_of_huge_ratios_are_the_generator(divergence, alpha):
         "js": lambda t: (t * t.ln() - (t + 1) * ((t + 1) / 2).ln()) / 2,
         "tv": lambda t: abs(t - 1) / 2,
         "pearson": lambda t: (t - 1) ** 2,
+        "renyi_2": lambda t: (t - 1) ** 2 / t,
         "alpha": lambda t: (t ** Decimal(alpha) - Decimal(alpha) * (t - 1) - 1) / Decimal(alpha * (alpha - 1)),
     }
     for s in (-200, 200):

@@ -1,4 +1,4 @@
-"""Contact with TRL's model loading: a policy from a path, with all of its weights."""
+"""Contact with TRL's model loading: loads a policy from a path with all of its weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,18 +24,18 @@ def loaded_policy(path: str, args: RLOOConfig, quantization_config: Any = None) 
     """
     The policy in a folder or a repository of the hub, loaded as `RLOOTrainer` loads it.
 
-    A folder with an adapter gives its base under the adapter, which learns.
+    A folder with an adapter gives its base with the adapter, which is trainable.
 
     Args:
         path (`str`):
-            Of a model or an adapter.
+            The folder or name of a model or an adapter.
         args ([`~trl.RLOOConfig`]):
-            Gives `model_init_kwargs` and `trust_remote_code`.
+            The configuration, whose `model_init_kwargs` and `trust_remote_code` are used.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             As in [`~trl.RLOOTrainer`].
 
     Raises:
-        ValueError: if the checkpoint is no causal LM, or lacks weights.
+        ValueError: if the checkpoint is not a causal LM, or lacks weights.
     """
     init_kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
@@ -73,20 +73,20 @@ def policy_to_train(
     model: Any, args: RLOOConfig, trl_arguments: dict[str, Any], quantization_config: Any
 ) -> Iterator[tuple[Any, Callable[[], Any] | None]]:
     """
-    Within: the policy as an instance, and what loads it once more where it was given as a path.
+    A context that yields the policy as an instance, and a function that loads it again if it was given as a path.
 
-    RLOO would load it with what its checkpoint lacks drawn at random. An adapter that RLOO makes from a configuration
-    of the policy leaves the base as it is.
+    RLOO would draw weights that the checkpoint lacks at random. An adapter that RLOO creates from a configuration of
+    the policy does not change the base.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
-            As the trainer was given it.
+            The argument `model` of the trainer.
         args ([`~trl.RLOOConfig`]):
-            Of the trainer; its `model_init_kwargs` are away, since they are for a path.
+            The trainer's configuration. Within the context it has no `model_init_kwargs`, which are for a path.
         trl_arguments (`dict[str, Any]`):
-            Further arguments of RLOO: completed by the processor at the path, or by `quantization_config`.
+            Further arguments of RLOO. The processor at the path, or `quantization_config`, is added to them.
         quantization_config (`BitsAndBytesConfig`, *optional*):
-            For a path.
+            Quantization of a model that is loaded from a path.
     """
     reload, init_kwargs = None, args.model_init_kwargs
     if isinstance(model, str):
@@ -94,7 +94,7 @@ def policy_to_train(
             trl_arguments["processing_class"] = _loaded_processor(model, args)
         reload = partial(loaded_policy, model, args, quantization_config)
         model = reload()
-    elif quantization_config is not None:  # the oldest releases have no such argument
+    elif quantization_config is not None:  # the oldest supported TRL has no such argument
         trl_arguments["quantization_config"] = quantization_config
     args.model_init_kwargs = None if reload is not None else init_kwargs
     try:

@@ -1,4 +1,4 @@
-"""Bad input, refused before a model is loaded."""
+"""Checks of a trainer's input before a model is loaded."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 def config_of(args: Any, config_class: type[T], model: Any, name: str) -> T:
     """
-    A trainer's configuration: as it was given, or with its defaults in a folder named after the model, as TRL has it.
+    A trainer's configuration: the given one, or the default with a folder named after the model, as in TRL.
 
     Args:
         args:
-            What the trainer was given as `args`.
+            The argument `args` of the trainer.
         config_class (`type`):
-            The trainer's own.
+            The trainer's class of configurations.
         model (`str` or `PreTrainedModel`):
             The policy.
         name (`str`):
-            Of the objective, for the folder.
+            Name of the objective, for the folder.
 
     Raises:
         TypeError: if `args` is of another class.
@@ -48,7 +48,7 @@ def check_datasets(**datasets: Any) -> None:
 
     Args:
         **datasets:
-            By the name of the trainer's argument: a dataset, a mapping of them, or None.
+            Datasets by the name of the trainer's argument: a dataset, a mapping of several, or None.
 
     Raises:
         TypeError: if one is not of the `datasets` library.
@@ -64,13 +64,13 @@ def check_datasets(**datasets: Any) -> None:
 
 def check_enough_prompts(args: RLOOConfig, train_dataset: Any) -> None:
     """
-    Refuse a dataset of which no rollout can be made: TRL leaves out what does not fill one, and would train 0 steps.
+    Refuse a dataset that is too small for one rollout: TRL would drop the incomplete rollout and train 0 steps.
 
     Args:
         args ([`~trl.RLOOConfig`]):
-            Of the trainer.
+            The trainer's configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Anything else, a stream for instance, passes.
+            The dataset. Others, for instance streams, are not checked.
 
     Raises:
         ValueError: if it holds fewer rows than a rollout has prompts.
@@ -191,7 +191,7 @@ def _check_dataset(name: str, dataset: Any) -> None:
     columns = dataset.column_names
     if columns is not None and "prompt" not in columns:
         raise ValueError(f"`{name}` must have a column `prompt`, got {list(columns)}. {_advice(columns)}")
-    if isinstance(dataset, IterableDataset):  # its rows are checked as they come
+    if isinstance(dataset, IterableDataset):  # its rows are checked when they are read
         return
     if len(dataset) == 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether the policy without its adapters is the prior, before and during training, and what is if it is not."""
+"""Checks whether the policy without its adapters is the prior, before and during training."""
 
 import logging
 from collections.abc import Iterator
@@ -24,9 +24,9 @@ def check_adapters(model: Any, peft_config: Any) -> None:
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
-            The policy, as the trainer was given it.
+            The argument `model` of the trainer.
         peft_config (`PeftConfig`, *optional*):
-            Of the adapter that the trainer makes.
+            Configuration of the adapter that the trainer creates.
 
     Raises:
         ValueError: if there is such an adapter.
@@ -37,7 +37,7 @@ def check_adapters(model: Any, peft_config: Any) -> None:
 
 
 def probe_if_whole(model: nn.Module) -> Tensor | None:
-    """What the model computes on a few rows (see [`probe_log_probs`]); None where its weights are sharded."""
+    """The model's log-probs of a few rows (see [`probe_log_probs`]); None if its weights are sharded."""
     return probe_log_probs(model) if has_whole_weights(model) else None
 
 
@@ -47,11 +47,11 @@ def check_not_moved(policy: nn.Module, passed: Tensor | None, by: str) -> None:
 
     Args:
         policy (`nn.Module`):
-            As it is now.
+            The policy now.
         passed (`Tensor`, *optional*):
-            [`probe_if_whole`] of the policy as it was passed. None: nothing is checked.
+            [`probe_if_whole`] of the policy when it was passed. None: nothing is checked.
         by (`str`):
-            What was done to it.
+            The operation that may have changed it, for the error.
 
     Raises:
         ValueError: if its log-probs have changed.
@@ -69,27 +69,27 @@ def check_not_moved(policy: nn.Module, passed: Tensor | None, by: str) -> None:
 
 def prior_within(policy: Any, switched: Any, passed: Tensor | None) -> str:
     """
-    Which part of a PEFT policy is the prior, as it was built and for as long as it is trained.
+    Which state of a PEFT policy is the prior, now and throughout training.
 
     Args:
         policy (`PeftModel`):
-            As the trainer has built it.
+            The policy that the trainer has built.
         switched:
-            A context manager's function; within `switched(policy)`, the policy is what is taken for the prior.
+            Makes a context `switched(policy)` in which the policy is in the state that is assumed to be the prior.
         passed (`Tensor`, *optional*):
-            [`probe_if_whole`] of the model as it was passed: the prior. None where weights are sharded, which cannot
-            be run here: then the adapter's configuration decides.
+            [`probe_if_whole`] of the model when it was passed, which is the prior. None if weights are sharded, so
+            that they cannot be run here; then the adapter's configuration decides.
 
     Returns:
-        `"switched"`: what `switched` gives is the prior and stays it. `"copy"`: the policy as built is, and must be
-        copied. `"switched copy"`: what `switched` gives is, and must be copied. `"none"`: neither.
+        `"switched"`: the switched state is the prior and remains so. `"copy"`: the policy as built is the prior, and
+        must be copied. `"switched copy"`: the switched state is the prior, but must be copied. `"none"`: neither is.
     """
     if passed is None:
         configs = policy.peft_config.values()
         answer = "none" if any(rewrites_base(config) or trains_biases(config) for config in configs) else "switched"
     else:
         answer = _by_probes(policy, switched, passed)
-    # processes must agree, and only the first has weights where FSDP loads them once
+    # all processes must agree, and if FSDP loads weights once, only the first process has them
     return broadcast_object_list([answer])[0] if PartialState().num_processes > 1 else answer
 
 
@@ -113,7 +113,7 @@ def _by_probes(policy: Any, switched: Any, passed: Tensor) -> str:
 
 @contextmanager
 def _perturbed(policy: nn.Module) -> Iterator[None]:
-    """Within: every weight that is trained has moved, by about its own size."""
+    """A context in which every trainable weight is changed by about its own size."""
     trained = [p for p in policy.parameters() if p.requires_grad and p.is_floating_point()]
     kept = [parameter.detach().clone() for parameter in trained]
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The module that holds the prior: a frozen copy of the policy as passed, or the policy with its adapters off."""
+"""The module that computes log π0: a frozen copy of the initial policy, or the policy without its adapters."""
 
 import copy
 import logging
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 
 class Reference:
     """
-    Where log π0 comes from.
+    The source of log π0.
 
     Args:
         module (`nn.Module`, *optional*):
-            A frozen model of its own.
+            A separate frozen model.
         adapter (`str`, *optional*):
-            Without a module: the policy's adapter that holds the prior; None switches all adapters off.
+            Without a module, the policy's adapter that holds the prior; None switches all adapters off.
     """
 
     def __init__(self, module: nn.Module | None, adapter: str | None = None):
@@ -64,7 +64,7 @@ class Reference:
                 ref_model = load_causal_lm(ref_model, dtype=policy.dtype)
             _check_ref_model(policy, ref_model)
         elif hasattr(policy, "peft_config"):
-            # TRL keeps the initial state of an adapter passed ready-made as "ref"
+            # TRL keeps the initial state of a PeftModel's adapter as the adapter "ref"
             within = cls(None, "ref" if "ref" in policy.peft_config else None)
             ref_model = within._copied_where_needed(policy, reload, passed)
             if ref_model is None:
@@ -112,7 +112,7 @@ class Reference:
 
     @contextmanager
     def active(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """Within: the module to score with. Run without gradient."""
+        """A context in which the yielded module computes log π0. Run it without gradient."""
         with torch.no_grad():
             if self.module is not None:
                 yield self.module
@@ -125,7 +125,7 @@ class Reference:
 
 
 def _copy(model: Any) -> Any:
-    # a patched forward is bound to the original: the copy gets its class's own
+    # a patched forward is bound to the original model, so the copy gets that of its class
     lm = base_causal_lm(model)
     patches = {name: vars(lm).pop(name) for name in ("forward", "_scores_completions") if name in vars(lm)}
     try:

@@ -1,4 +1,4 @@
-"""What a trainer is given as evidence, in the form in which TRL calls it."""
+"""The reward functions of a trainer, in the form in which TRL calls them."""
 
 from pathlib import Path
 from typing import Any, final
@@ -30,7 +30,7 @@ def checked_reward_funcs(
         reward_funcs, tokenizers:
             `reward_funcs` and `reward_processing_classes` of the trainer.
         device (`torch.device`):
-            Of the models that are loaded.
+            The device of models that are loaded.
         base ([`PolicyBase`], *optional*):
             The base of a policy with LoRA.
 
@@ -61,14 +61,14 @@ def checked_reward_funcs(
 @final
 class LikelihoodReward:
     """
-    A likelihood as TRL calls reward functions: nats for units of reward, `-inf` where a completion is forbidden.
+    A likelihood as a reward function that TRL calls. Rewards are nats, `-inf` where a completion is forbidden.
 
     Args:
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`]):
             The evidence.
 
     Attributes:
-        features (`dict[str, Tensor]`): of the last completions, name -> (B,).
+        features (`dict[str, Tensor]`): features of the last completions, name -> (B,).
     """
 
     __name__ = "log_likelihood"

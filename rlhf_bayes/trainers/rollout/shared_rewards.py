@@ -1,4 +1,4 @@
-"""Reward models by path that are adapters on the policy's base: they wait for the policy, and then live in it."""
+"""Reward models given by a path that are adapters on the policy's base: they are loaded into the policy."""
 
 import logging
 from collections.abc import Callable
@@ -28,11 +28,11 @@ class PolicyBase:
 
     Args:
         path (`str`):
-            Where it was loaded from.
+            The path that the base was loaded from.
         revision (`str`, *optional*):
-            Of a repository of the hub.
+            The revision, for a repository of the hub.
         as_stored (`bool`):
-            Whether its weights are those at `path` for sure: an instance may have been changed in memory, and some
+            Whether its weights are certainly those at `path`: an instance may have been changed in memory, and some
             initialisations of LoRA change the base.
     """
 
@@ -42,7 +42,7 @@ class PolicyBase:
 
     @classmethod
     def of(cls, model: Any, peft_config: Any, model_init_kwargs: dict[str, Any] | None) -> "PolicyBase | None":
-        """That of a trainer's arguments; None where the policy is trained without LoRA, or its base has no path."""
+        """The base in a trainer's arguments; None if the policy is trained without LoRA, or its base has no path."""
         if isinstance(model, PeftModel):
             peft_config = model.peft_config[model.active_adapter]
         # biases that learn would move under the reward models too
@@ -62,22 +62,22 @@ class PolicyBase:
 @final
 class SharedReward:
     """
-    A reward model or an ensemble of adapters on the policy's base: no second base is loaded.
+    A reward model, or an ensemble, of adapters on the policy's base, so that no second base is loaded.
 
     Args:
         folder (`str` or `Path`):
-            Where it was saved.
+            The folder in which it was saved.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             Its tokenizer. Default: the one saved beside it.
         device (`torch.device`):
-            Of a base of its own, should the policy's have other weights after all.
+            The device of a separate base, which is loaded if the policy's base turns out to have other weights.
         number (`int`):
-            Among the trainer's reward functions.
+            Index among the trainer's reward functions.
         base ([`PolicyBase`]):
-            Of the policy.
+            The base of the policy.
 
     Attributes:
-        reward ([`RewardModel`] or [`RewardEnsemble`]): what scores, once `attach` was called.
+        reward ([`RewardModel`] or [`RewardEnsemble`]): the reward, after `attach` was called.
 
     Raises:
         ValueError: as [`RewardModel`] and [`RewardEnsemble.from_pretrained`].
@@ -101,7 +101,7 @@ class SharedReward:
         self.reward: RewardModel | RewardEnsemble | None = None
 
     def attach(self, policy: Callable[[], nn.Module]) -> None:
-        """Put the adapters into the policy, which `policy` gives as it is at any time, or load a base for them."""
+        """Put the adapters into the policy that `policy` returns, or load a separate base for them."""
         try:
             if not (self.base.as_stored or holds_weights_of(policy(), self.base.path)):
                 raise CannotShareError("the policy's base has other weights than those it was loaded from")
@@ -126,7 +126,7 @@ def share_base(reward_funcs: list, policy: Callable[[], nn.Module]) -> None:
         reward_funcs (`list`):
             As [`checked_reward_funcs`] returns them.
         policy (`Callable[[], nn.Module]`):
-            Gives the policy as it is at any time, to score with.
+            Returns the current policy; it is called at each scoring, since an engine may wrap the policy later.
     """
     with whole_weights():
         for func in reward_funcs:
@@ -141,7 +141,7 @@ def _reward(
     if index.kind == "single":
         reward = RewardModel(classifier, tokenizer, index=index)
     else:
-        # members go by the names of their adapters in the policy
+        # members have the names of their adapters in the policy
         members = list(classifier.peft_config) if index.kind == "lora" else index.members
         index = RewardIndex(index.kind, members, index.append_eos, index.normalization)
         reward = RewardEnsemble(classifier, tokenizer, index=index)

@@ -96,6 +96,12 @@ def test_a_short_prompt_may_be_repeated_by_chance(toy, tmp_path):
     assert trained_tokens(toy, tmp_path, rows)[0] == expected
 
 
+def test_one_answer_may_say_the_question_again(toy, tmp_path):
+    rows = [PLAIN, PLAIN, PLAIN | {"prompt": "a b c ", "rejected": "a b c e"}]
+    expected = toy.tokenizer("a b c a b c e" + toy.tokenizer.eos_token)["input_ids"]
+    assert trained_tokens(toy, tmp_path, rows)[1][2] == expected
+
+
 def test_a_csv_file_with_chats_and_votes(toy, tmp_path):
     rows = [
         {"chosen": json.dumps([ASKED, GOOD]), "rejected": json.dumps([ASKED, BAD]), "votes": votes}

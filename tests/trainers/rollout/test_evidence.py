@@ -1,6 +1,7 @@
 """Evidence as both trainers take it: what is refused before the model loads, and what stops a run that can go on."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -132,10 +133,8 @@ def test_evidence_that_does_not_say_is_taken_at_its_word_until_it_forbids(toy, t
         return
     with pytest.raises(ValueError, match=r"of Own must be finite .*attribute `forbids` to True") as caught:
         run.train()
-    assert (
-        "`GDCTrainer` can take it, with `divergence` 'forward_kl', 'js', 'tv', 'alpha' below 1, or 'log_variance'"
-        in str(caught.value)
-    )
+    finite = r"`GDCTrainer` can take it, with `divergence` 'forward_kl', .*'alpha' below 1, or 'log_variance'"
+    assert re.search(finite, str(caught.value))
     assert "Training stopped at step 3." in "\n".join(caught.value.__notes__)
     # with evidence that is finite it goes on as if nothing had been
     whole = trainer(toy, nats_config(objective, tmp_path / "whole", **changes), likelihood=Own(math.inf))
