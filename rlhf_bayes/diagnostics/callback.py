@@ -1,4 +1,4 @@
-"""The distance to the posterior at each evaluation of any trainer."""
+"""A callback that estimates the distance to the posterior at each evaluation of any trainer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,46 +21,45 @@ PREFIX = "eval_posterior_fit/"
 @final
 class PosteriorCallback(TrainerCallback):
     """
-    [`evaluate`] during the evaluations of a TRL trainer, RLOO and GRPO too, logged wherever `report_to` says.
+    Runs [`evaluate`] at the evaluations of a TRL trainer, also RLOO's and GRPO's, and logs to `report_to`.
 
         posterior = LanguageModel(model_id, max_completion_length=64).tilt(reward_func, beta=0.05)
         trainer.add_callback(PosteriorCallback(posterior, trainer))
 
     Metrics are `eval_posterior_fit/…`, the fields of [`PosteriorFit`] (nats per sequence), most with a
-    `…_standard_error`. Those that are not trustworthy, or infinite, are left out; `eval_posterior_fit/trustworthy` is
-    1 where log Z is to be believed, else 0. They are also in what `trainer.evaluate()` returns, for
-    `metric_for_best_model`. Every evaluation uses the same seed, and the prior's completions are drawn once. Training
-    is left as it is, random state included. Of several processes the main one draws and scores, with the figures that
-    one process would have, and the others wait for them.
+    `…_standard_error`. Those that cannot be trusted, or are infinite, are left out; `eval_posterior_fit/trustworthy`
+    is 1 if log Z can be trusted, else 0. `trainer.evaluate()` returns them too, for `metric_for_best_model`. Every
+    evaluation uses the same seed, and the prior's completions are drawn once. Training is not influenced: the random
+    state is restored. With several processes, the main one draws and scores like a single process, and the others
+    wait.
 
-    PPOTrainer's `eval_posterior/…` are of the same quantities, from the few completions of its own evaluation.
+    PPOTrainer's `eval_posterior/…` estimate the same quantities from the few completions of its own evaluation.
 
     Args:
         posterior ([`~rlhf_bayes.Posterior`]):
-            What to measure the distance to: its prior with the trainer's `max_completion_length`,
-            `temperature` and `chat_template_kwargs`.
-            Nothing says that the trainer aims at it; that is up to you.
+            The posterior to which the distance is measured. Its prior must have the trainer's `max_completion_length`,
+            `temperature` and `chat_template_kwargs`. It is not checked that the trainer trains towards it.
         trainer ([`~transformers.Trainer`]):
             The trainer, whose model is the policy.
         prompts (`Sequence` of `str` or of chat messages, *optional*):
             P prompts. Default: the first `max_prompts` of the trainer's `eval_dataset`, with its other columns.
         n (`int`, *optional*, defaults to `64`):
-            Completions a prompt.
+            Completions for each prompt.
         columns (`Mapping[str, Sequence]`, *optional*):
-            Columns that reward functions ask for, P entries each; with `prompts`.
+            Columns that reward functions ask for, P entries each; only together with `prompts`.
         max_prompts (`int`, *optional*, defaults to `16`):
-            How many of the `eval_dataset`.
+            Number of prompts of the `eval_dataset` that are used.
         seed (`int`, *optional*, defaults to `0`):
-            Of the draws.
+            Seed of the draws.
 
     Attributes:
         last ([`Evaluation`], *optional*):
-            The latest, on the main process.
+            The latest evaluation, on the main process.
 
     Raises:
         ValueError: if there are no prompts, the prior draws other completions than the trainer, or the weights are
-            sharded (FSDP, ZeRO-3): then evaluate what was saved.
-        RuntimeError: during an evaluation that fails on the main process, on the others.
+            sharded (FSDP, ZeRO-3): then evaluate the saved model.
+        RuntimeError: on the other processes, if an evaluation fails on the main process.
     """
 
     def __init__(
@@ -85,11 +84,11 @@ class PosteriorCallback(TrainerCallback):
         found = self._on_one_of(args.world_size, state.is_world_process_zero)
         if metrics is not None:
             metrics.update(found)
-        # Trainer's own: TRL's would log its completions a second time
+        # the log of transformers' Trainer, since TRL's would log its completions a second time
         Trainer.log(self.trainer, dict(found))
 
     def _on_one_of(self, num_processes: int, is_main: bool) -> dict[str, float]:
-        """The metrics by the main process, on all of them: they choose the same best model."""
+        """The metrics that the main process computes, returned on all, so that all choose the same best model."""
         if num_processes == 1:
             return self._evaluate()
         outcome: list[dict[str, float] | str | None] = [None]
@@ -97,7 +96,7 @@ class PosteriorCallback(TrainerCallback):
         if is_main:
             try:
                 outcome[0] = self._evaluate()
-            except Exception as raised:  # whatever a reward raises: the others must not wait for what never comes
+            except Exception as raised:  # any error, since the other processes wait for the outcome
                 error, outcome[0] = raised, f"{type(raised).__name__}: {raised}"
         broadcast_object_list(outcome)
         if error is not None:
@@ -136,7 +135,7 @@ def _metrics(fit: PosteriorFit) -> dict[str, float]:
     metrics = {}
     for name, quantity in shown_in("callback").items():
         estimate: Estimate | None = getattr(fit, name)
-        # json has no infinity: of a forbidden completion, `forbidden` tells
+        # JSON has no infinity; forbidden completions, which cause it, are reported by `forbidden`
         if estimate is None or not estimate.trustworthy or not math.isfinite(estimate.mean):
             continue
         metrics[f"{PREFIX}{name}"] = estimate.mean
@@ -174,7 +173,7 @@ def _check(posterior: Posterior, trainer: Trainer, n: int) -> None:
 
 def _first_rows(trainer: Any, max_prompts: int) -> tuple[list[Prompt], dict[str, list]]:
     dataset = trainer.eval_dataset
-    columns = getattr(dataset, "column_names", None) or []  # of one dataset; by name, for a dictionary of them
+    columns = getattr(dataset, "column_names", None) or []  # a list for one dataset, a dictionary for several
     if "prompt" not in columns or isinstance(columns, dict):
         raise ValueError(
             "`prompts` must be given unless the trainer's `eval_dataset` is one dataset with a column `prompt`, got "

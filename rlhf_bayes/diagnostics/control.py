@@ -107,7 +107,7 @@ def plot_control(
         kl_to_prior (`Estimate`, *optional*):
             KL(π*‖π0), at which the policy should end; drawn if it is trustworthy.
         path (`str` or `Path`):
-            Where the image goes; the suffix gives its format.
+            The file of the image; its suffix determines the format.
     """
     # Figure rather than pyplot, which would need a display and could change the caller's backend
     from matplotlib.figure import Figure

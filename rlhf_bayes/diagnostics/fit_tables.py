@@ -1,4 +1,4 @@
-"""Fits, samples and training curves as tables and images."""
+"""Shows fits, samples and training curves as tables and images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 
 
 def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Table:
-    """A column per distribution, a row per quantity, each with its standard error over prompts."""
+    """A table with a column for each distribution and a row for each quantity, with standard errors over prompts."""
     table = Table(title=title)
     table.add_column("")
     for name in fits:
         table.add_column(name, justify="right")
     for name, quantity in shown_in("terminal").items():
         cells = [getattr(fit, name) for fit in fits.values()]
-        # rows that say nothing of any of them are left out
+        # rows without a number for any distribution are left out, and some where all are 0
         if quantity.hidden_at_zero and all(cell is not None and cell.mean == 0 for cell in cells):
             continue
         table.add_row(quantity.title, *("–" if cell is None else str(cell) for cell in cells))
@@ -28,7 +28,7 @@ def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Tab
 
 
 def samples_table(prompts: Sequence[Any], draws: Mapping[str, ScoredDraws], title: str | None = None) -> Table:
-    """A row per prompt, a column per set of draws: the first completion of each."""
+    """A table with a row for each prompt and a column for each set of draws, which shows the first completions."""
     table = Table("prompt", *draws, title=title, show_lines=True)
     for row, prompt in enumerate(prompts):
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -38,17 +38,17 @@ def samples_table(prompts: Sequence[Any], draws: Mapping[str, ScoredDraws], titl
 
 def plot_history(log_history: Sequence[Mapping[str, float]], log_z: Estimate | None, path: str | Path) -> None:
     """
-    Curves of a training run as an image: reward, KL to the prior, ELBO below log Z, entropy.
+    Curves of a training run as an image: reward, KL to the prior, ELBO and log Z, entropy.
 
     Args:
         log_history (`Sequence[Mapping[str, float]]`):
-            `trainer.state.log_history`; keys as PPOTrainer logs them. Panels without data stay empty.
+            `trainer.state.log_history`, with the keys of PPOTrainer. Panels without data stay empty.
         log_z (`Estimate`, *optional*):
-            Best possible ELBO; drawn where trustworthy.
+            The best possible ELBO; drawn if it is trustworthy.
         path (`str` or `Path`):
-            Where the image goes; the suffix gives its format.
+            The file of the image; its suffix determines the format.
     """
-    # Figure, not pyplot: no display is asked for, and the caller's backend is left alone
+    # Figure rather than pyplot, which would need a display and could change the caller's backend
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")

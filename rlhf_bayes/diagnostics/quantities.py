@@ -1,4 +1,4 @@
-"""What is reported of a distribution against a posterior, a record each: label, unit, and where it is shown."""
+"""The quantities that are reported for a distribution, one record each: label, unit, and where it is shown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ Place = Literal["terminal", "page", "callback"]
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that is reported of a [`~rlhf_bayes.diagnostics.PosteriorFit`], by the name that it has there."""
+    """A number of a [`~rlhf_bayes.diagnostics.PosteriorFit`] that is reported; its name is the field's."""
 
     label: str
-    """In words, without the unit."""
+    """The name in words, without the unit."""
     unit: str = ""
-    """Such as "nats"; empty for a plain number."""
+    """The unit, such as "nats"; empty for a plain number."""
     places: tuple[Place, ...] = ("terminal", "page", "callback")
-    """Where it is shown."""
+    """The places where it is shown."""
     error_logged: bool = True
     """Whether the callback logs its standard error too."""
     hidden_at_zero: bool = False
-    """Whether the terminal's table leaves it out where it is 0 for all."""
+    """Whether the terminal's table leaves it out if it is 0 for all distributions."""
     of_texts: Callable[[Sequence[str]], float] | None = None
     """Completions of a prompt -> the number for that prompt, where texts are all that it needs."""
 
@@ -44,7 +44,7 @@ def _of_words(label: str, measure: Callable[[list[Tokens]], float], unit: str = 
 
 QUANTITIES: dict[str, Quantity] = {
     "reward": Quantity("reward"),
-    "length": Quantity("length", "tokens", places=("page",)),  # of samplers only
+    "length": Quantity("length", "tokens", places=("page",)),  # reported by samplers only
     "posterior_reward": Quantity("reward of the posterior"),
     "kl_to_prior": Quantity("KL to prior", "nats"),
     "posterior_kl_to_prior": Quantity("KL of the posterior to prior", "nats"),
@@ -63,14 +63,14 @@ QUANTITIES: dict[str, Quantity] = {
     "repeated_4grams": _of_words("repeated 4-grams", repeated_ngrams, "share"),
     "duplicates": _of_words("duplicates", duplicates, "share"),
 }
-"""Name -> record, in the order in which they are shown. One with `of_texts` needs no more than its record here."""
+"""Name -> record, in the order in which they are shown. A quantity with `of_texts` needs nothing but its record."""
 
 
 def shown_in(place: Place) -> dict[str, Quantity]:
-    """Those that are shown there."""
+    """The quantities that are shown in a place."""
     return {name: quantity for name, quantity in QUANTITIES.items() if place in quantity.places}
 
 
 def title_of(name: str) -> str:
-    """Label and unit on the page; the name itself for what a file holds besides, such as a later version's numbers."""
+    """Label and unit on the page; for an unknown name, for instance of a later version, the name itself."""
     return QUANTITIES[name].title if name in shown_in("page") else name

@@ -1,4 +1,4 @@
-"""The tables of a report, as HTML. Every cell is escaped."""
+"""Makes the tables of a report, as HTML. Every cell is escaped."""
 
 import math
 import random
@@ -22,7 +22,7 @@ _LOGGED = {
     "completions/mean_length": "length (tokens)",
 }
 _NO_QUANTITIES = {"beta", "prompts", "num_draws"}
-# what most often tells runs apart; the rest is folded away
+# the settings in which runs differ most often; the others are folded away
 _MAIN_SETTINGS = (
     "class", "model_name_or_path", "sampler", "beta", "learning_rate", "max_steps", "num_train_epochs",
     "per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations",
@@ -32,20 +32,20 @@ _MAIN_SETTINGS = (
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
-    """Cells that are texts are escaped; an [`Estimate`] that is not trustworthy says why. Empty without rows."""
+    """An HTML table. Texts are escaped; an [`Estimate`] that is not trustworthy shows why. Empty without rows."""
     lines = ["".join(_cell(cell, first=index == 0) for index, cell in enumerate(row)) for row in rows]
     if not lines:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    # texts want room: where there is none, one scrolls
+    # columns of texts have a least width; on narrow screens the table scrolls
     style = f' style="min-width:{150 * len(header)}px"' if kind == "texts" else ""
     opening = f'<table class="{kind}"{style}>' if kind else "<table>"
     return f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def summary_table(runs: Sequence[Run]) -> str:
-    """What the log says of the end of each training run, and how far that is from the ceiling."""
+    """The logged metrics at the end of each training run, and the distance of the ELBO to its bound log Z."""
     runs, others = [run for run in runs if run.history], runs
     rows: list[list[Any]] = []
     if any(run.beta for run in runs):
@@ -86,7 +86,7 @@ def evaluation_table(runs: Sequence[Run]) -> str:
             if name not in _NO_QUANTITIES:
                 parts.setdefault(part, {})[name] = estimate
         for part, column in parts.items():
-            # runs of one seed have drawn the same from the prior
+            # runs of the same seed drew the same completions from the prior, so only the first is shown
             if part == "prior" and any(_same_draws(column, other) for other in judged.values()):
                 continue
             title = " ".join(filter(None, (run.name if len(runs) > 1 else "", part))) or run.name
@@ -96,10 +96,10 @@ def evaluation_table(runs: Sequence[Run]) -> str:
 
 
 def what_if_tables(runs: Sequence[Run]) -> str:
-    """Of each sampled run: the posteriors of other β, from the same draws of the prior."""
+    """For each sampled run, estimates of the posteriors of other β, from the same draws of the prior."""
     parts, shown = [], []
     for run in runs:
-        if run.sampling.get("what_if") in shown:  # runs of one seed have drawn the same
+        if run.sampling.get("what_if") in shown:  # runs of the same seed have the same draws
             continue
         shown.append(run.sampling.get("what_if"))
         rows = [
@@ -136,20 +136,20 @@ def samples_tables(runs: Sequence[Run]) -> str:
     columns: list[tuple[str, dict[str, list[Sample]]]] = []
     shown: list[list[Sample]] = []
     for run in runs:
-        if run.before and run.before not in shown:  # runs of one seed have drawn the same
+        if run.before and run.before not in shown:  # runs of the same seed have the same draws
             shown.append(run.before)
             columns.append(("prior" if len(runs) == 1 else f"prior of {run.name}", _by_prompt(run.before)))
         if run.samples:
             columns.append((run.name, _by_prompt(run.samples)))
     prompts = dict.fromkeys(prompt for _, of in columns for prompt in of)
-    # those that most runs answered first; sorted() keeps the order among equals
+    # prompts with completions of the most runs come first; sorted() keeps the order among equals
     chosen = sorted(prompts, key=lambda prompt: -sum(prompt in of for _, of in columns))[:MAX_PROMPTS]
     rows = [[prompt, *(_Texts(_drawn(of.get(prompt, []))) for _, of in columns)] for prompt in chosen]
     return table(["prompt", *(name for name, _ in columns)], rows, kind="texts")
 
 
 def settings_tables(runs: Sequence[Run]) -> str:
-    """The main settings, those in which runs differ, and the others folded away."""
+    """A table of the main settings and of those in which runs differ; the others are folded away."""
     known = [run for run in runs if run.settings]
     names = list(dict.fromkeys(name for run in known for name in run.settings))
     main = [name for name in _MAIN_SETTINGS if name in names]
@@ -173,13 +173,13 @@ def _quantities(columns: Mapping[str, Mapping[str, Estimate]]) -> str:
 
 
 def _same_draws(column: Mapping[str, Estimate], other: Mapping[str, Estimate]) -> bool:
-    """Whether two columns rest on the same completions: what needs no log Z is equal to the last digit."""
+    """Whether two columns come from the same completions: all quantities without log Z are then exactly equal."""
     names = ("reward", "entropy", "prior_perplexity")
     return all(column.get(name) == other.get(name) for name in names) and "entropy" in column
 
 
 class _Texts(list):
-    """Samples in one cell."""
+    """The samples of one cell."""
 
 
 def _cell(cell: Any, first: bool) -> str:
@@ -212,7 +212,7 @@ def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[Sample]]:
 
 
 def _drawn(samples: Sequence[Sample]) -> list[Sample]:
-    """Up to `MAX_SAMPLES` of them, in proportion to their weights; the same ones each time."""
+    """Up to `MAX_SAMPLES` samples, chosen in proportion to their weights, and the same ones each time."""
     left = [sample for sample in samples if sample.weight > 0]
     generator, drawn = random.Random(0), []
     if len({sample.weight for sample in left}) <= 1:

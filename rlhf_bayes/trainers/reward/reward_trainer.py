@@ -17,7 +17,6 @@ from rlhf_bayes.numerics.bradley_terry import noisy_vote_loss, preference_metric
 from rlhf_bayes.rewards import JUDGEMENT_COLUMNS, Normalization, RewardEnsemble, RewardIndex, RewardModel
 from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.lengths import num_positions
-from rlhf_bayes.rewards.loading import load_config
 from rlhf_bayes.rewards.pairs import read_pairs
 from rlhf_bayes.trainers._trl.preference_trainer import PairRewards, PreferenceTrainer
 from rlhf_bayes.trainers.faults.resuming import load_device
@@ -29,6 +28,7 @@ from rlhf_bayes.trainers.reward.trained_members import (
     add_adapters,
     check_adapter_config,
     check_saved_head,
+    config_of,
     widen_head,
 )
 
@@ -121,7 +121,7 @@ class RewardTrainer(PreferenceTrainer):
         super().__init__(
             model,
             args,
-            positions=num_positions(_config_of(model, args)),
+            positions=num_positions(config_of(model, args)),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -368,6 +368,8 @@ class RewardTrainer(PreferenceTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # ZeRO-3 calls this in every process, and one of them writes the config
+            return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         write_index(folder, self.index)
         if self.reliability is not None:
@@ -398,10 +400,3 @@ class RewardTrainer(PreferenceTrainer):
     def load_objective_state(self, state: dict[str, Any]) -> None:
         if self.reliability is not None:
             self.reliability.load_state_dict(state)
-
-
-def _config_of(model: Any, args: RewardConfig) -> Any:
-    if not isinstance(model, str):
-        return model.config
-    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    return load_config(model, **{name: options[name] for name in ("revision", "trust_remote_code") if name in options})

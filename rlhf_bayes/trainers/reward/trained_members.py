@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType
@@ -10,7 +11,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rlhf_bayes.lm.adapters import check_can_be_read_again, check_leaves_base
-from rlhf_bayes.rewards.loading import is_head
+from rlhf_bayes.rewards.loading import is_head, load_config
+from rlhf_bayes.trainers.reward.reward_config import RewardConfig
 
 HEADS = ("score", "classifier")
 
@@ -18,6 +20,14 @@ HEADS = ("score", "classifier")
 def member_names(num_members: int) -> list[str]:
     """Names of LoRA members: PEFT saves "default" at the root of a folder, and the others in subfolders."""
     return ["default", *(f"member_{index}" for index in range(1, num_members))]
+
+
+def config_of(model: str | nn.Module, args: RewardConfig) -> Any:
+    """The config of a model, or of the path that one will be loaded from."""
+    if not isinstance(model, str):
+        return model.config
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    return load_config(model, **{name: options[name] for name in ("revision", "trust_remote_code") if name in options})
 
 
 def check_adapter_config(name: str, config: PeftConfig) -> None:
