@@ -68,7 +68,10 @@ def test_a_run_ends_in_a_table_and_rows(tmp_path, capsys, monkeypatch):
     # without what is infinite where completions are forbidden, and off policy without the log-variance
     finite = [case for case in divergence_cases() if not divergence_of(*case).infinite_where_forbidden]
     assert len(rows) == 3 * 3 * (len(DIVERGENCES) + len(finite)) + 2
-    assert all(abs(row["errors"]) < 8 and row["noise"] > 0 for row in rows)
+    assert all(row["noise"] > 0 for row in rows)
+    # few draws miss the rare completions that hold most of (p/π)², and the standard error with them; that renyi_2 has no
+    # bias is enumerated in test_dpg.py
+    assert all(abs(row["errors"]) < 8 for row in rows if row["divergence"] != "renyi_2")
 
 
 def test_bad_arguments_are_refused_before_any_run(capsys):
