@@ -13,7 +13,7 @@ from rlhf_bayes.numerics import importance_ess
 from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
 from rlhf_bayes.objectives.objective import LossSums, Step, scored
 from rlhf_bayes.objectives.posterior_metrics import (
-    feature_moments,
+    moments_of_all,
     posterior_metrics,
     satisfaction,
     target_metrics,
@@ -188,9 +188,7 @@ class GDCObjective(ABC, Generic[B]):
             kls = log_ratios  # exact KLs of tokens belong to prefixes that the policy drew
         evidence = power * everyone.log_likelihood
         metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs, weights)
-        if rollout.features:
-            local = torch.stack([x.to(rollout.rewards.device) for x in rollout.features.values()], dim=-1)  # (B, F)
-            metrics |= feature_moments(self.world.gather(local).double(), rollout.features, weights)
+        metrics |= moments_of_all(self.world, rollout, weights)
         if self.target.forbids:
             metrics["posterior/satisfaction"] = satisfaction(everyone.log_likelihood, weights)
         for name, value in metrics.items():

@@ -8,6 +8,8 @@ from torch import Tensor
 from rlhf_bayes.numerics import importance_ess, khat, log_z
 from rlhf_bayes.numerics.f_divergence import f_divergence_terms
 from rlhf_bayes.numerics.groups import grouped
+from rlhf_bayes.objectives.rollout import Rollout
+from rlhf_bayes.objectives.world import World
 
 
 def posterior_metrics(
@@ -149,6 +151,24 @@ def feature_moments(features: Tensor, names: Iterable[str], weights: Tensor | No
     return {
         f"posterior/moments/{name}": _mean(column, weights) for name, column in zip(names, features.T, strict=True)
     }
+
+
+def moments_of_all(world: World, rollout: Rollout, weights: Tensor | None = None) -> dict[str, float]:
+    """
+    [`feature_moments`] of the completions of all processes, where the evidence tells its features; else empty.
+
+    Args:
+        world ([`World`]):
+            Of the objective.
+        rollout ([`Rollout`]):
+            Of this process.
+        weights (`Tensor` (B_global,), *optional*):
+            π/q, where the completions were drawn from q.
+    """
+    if not rollout.features:
+        return {}
+    local = torch.stack([values.to(rollout.rewards.device) for values in rollout.features.values()], dim=-1)  # (B, F)
+    return feature_moments(world.gather(local).double(), rollout.features, weights)
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

@@ -100,12 +100,7 @@ class PosteriorTarget:
         Raises:
             ValueError: if its β or the bound of its evidence differs: then these are the Z of another target.
         """
-        if self.beta != state["beta"]:
-            raise ValueError(
-                f"`beta` must be that of the checkpoint, {state['beta']}, got {self.beta}: Z and what was drawn "
-                "belong to the target of before. Resume with it, or start from the checkpoint's weights: pass the "
-                "folder as the model, and the prior as `ref_model`."
-            )
+        check_same_beta(self.beta, state["beta"])
         self.normalizers.load_state_dict(state["normalizers"])
         self.forbids = state["forbidden_seen"]
 
@@ -114,3 +109,24 @@ class PosteriorTarget:
             return 1.0
         steps = self.beta_init_steps or max(1, self.world.max_steps // 2)
         return (self.beta / self.beta_init) ** (1.0 - min(1.0, self.world.step / steps))
+
+
+def check_same_beta(beta: float, saved: float) -> None:
+    """
+    Refuse to go on from a checkpoint of another target.
+
+    Args:
+        beta (`float`):
+            β of this run.
+        saved (`float`):
+            β of the checkpoint.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if beta != saved:
+        raise ValueError(
+            f"`beta` must be that of the checkpoint, {saved}, got {beta}: what was learnt and drawn belongs to the "
+            "target of before. Resume with it, or start from the weights of the checkpoint: pass the folder as the "
+            "model, and the prior as `ref_model`."
+        )

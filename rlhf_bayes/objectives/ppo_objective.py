@@ -20,7 +20,8 @@ from rlhf_bayes.numerics.ppo import (
 )
 from rlhf_bayes.objectives.batch import Batch
 from rlhf_bayes.objectives.objective import LossSums, Step, scored
-from rlhf_bayes.objectives.posterior_metrics import posterior_metrics
+from rlhf_bayes.objectives.posterior_metrics import moments_of_all, posterior_metrics
+from rlhf_bayes.objectives.posterior_target import check_same_beta
 from rlhf_bayes.objectives.rollout import Rollout
 from rlhf_bayes.objectives.world import World, own_rows
 
@@ -183,7 +184,9 @@ class PPOObjective:
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `state_dict` returned. Raises ValueError if β is another and is not adapted."""
+        if self.target_kl is None:
+            check_same_beta(self.beta, state["beta"])
         self.beta = state["beta"]
 
     def _advantages(self, log_probs: Tensor, values: Tensor, batch: PPOBatch) -> tuple[Tensor, Tensor]:
@@ -214,7 +217,8 @@ class PPOObjective:
         kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
         local = torch.stack([rollout.rewards, log_ratios.sum(-1), kls.sum(-1)], dim=-1)  # (B, 3)
         rewards, log_ratios, kls = self.world.gather(local).unbind(-1)  # (B_global,)
-        for name, value in posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations).items():
+        metrics = posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations)
+        for name, value in (metrics | moments_of_all(self.world, rollout)).items():
             self.world.log(name, value)
         self.world.log("ppo/beta", self.beta)
         if self.world.training and self.target_kl is not None:
