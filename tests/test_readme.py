@@ -1,42 +1,22 @@
-"""The README stays true: its tree names the files that exist, and its Python runs."""
+"""The README and the layout stay true: every file is named, and the Python runs."""
 
 import re
 from pathlib import Path
 
-import pytest
+from .scripts import loaded_script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def tree_paths() -> set[str]:
-    """Paths of the files in the tree: `├── name` hangs four columns right of its folder."""
-    (tree,) = re.findall(r"^```\n(recipes/.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    paths, folders = set(), []
-    for line in tree.splitlines():
-        prefix, name = re.match(r"^((?:[│ ]   )*(?:[├└]── )?)(\S+)", line).groups()
-        path = "/".join([*folders[: len(prefix) // 4], name.rstrip("/")])
-        if name.endswith("/"):
-            folders = [*folders[: len(prefix) // 4], name.rstrip("/")]
-        paths.add(path)
-    return paths
+def test_the_layout_is_that_of_the_files():
+    with loaded_script(ROOT / "docs" / "layout.py") as script:
+        written = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+        assert written == script.layout(), "write it anew: python docs/layout.py"
+        silent = [line for line in written.splitlines() if line.lstrip().startswith("- ") and ": " not in line]
+    assert silent == [], "begin these modules with a docstring"
 
 
-def test_the_tree_names_nothing_that_does_not_exist():
-    assert [path for path in sorted(tree_paths()) if not (ROOT / path).exists()] == []
-
-
-def test_the_tree_names_every_module():
-    modules = {
-        path.relative_to(ROOT).as_posix()
-        for folder in ("rlhf_bayes", "recipes", "benchmarks")
-        for path in (ROOT / folder).rglob("*.py")
-        if path.name != "__init__.py" and "site-packages" not in path.parts  # a benchmark builds an environment there
-    }
-    assert sorted(modules - tree_paths()) == [], "add a line to the README's tree"
-
-
-@pytest.mark.slow
 def test_the_python_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     scope = {}

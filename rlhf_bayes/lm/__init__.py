@@ -1,12 +1,13 @@
 """Layer 1: a causal LM as a distribution over completions."""
 
 from rlhf_bayes.lm.critic import Critic
-from rlhf_bayes.lm.forward import enable_completion_scoring, score_completions
+from rlhf_bayes.lm.forward import CompletionScores, enable_completion_scoring, score_completions
 from rlhf_bayes.lm.language_model import Completion, Completions, LanguageModel, Prompt
 from rlhf_bayes.lm.vllm_model import VLLMLanguageModel
 
 __all__ = [
     "Completion",
+    "CompletionScores",
     "Completions",
     "Critic",
     "LanguageModel",

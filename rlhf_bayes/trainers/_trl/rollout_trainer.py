@@ -2,9 +2,9 @@
 Contact with `RLOOTrainer`: a trainer that generates and scores as `RLOOTrainer` does, and keeps what it saw.
 
 `RLOOTrainer` prepares data, generates and calls the reward functions; per-token log-probabilities and raw rewards stay
-local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], gives the two hooks that
-an objective needs (`rollout_batch`, `rollout_loss`), and adds what RLOO lacks: a reference copied from the weights as
-passed, exact KLs, means over the global token count, and a resume that continues in the middle of a rollout.
+local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], which an
+[`~rlhf_bayes.objectives.Objective`] turns into a batch and a loss. It adds what RLOO lacks: a reference copied from
+the weights as passed, exact KLs, means over the global token count, and a resume in the middle of a rollout.
 
 `PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rollout_trainer.py` fails by name when a TRL
 release moves one.
@@ -20,6 +20,7 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 
+from rlhf_bayes.likelihoods import combine_rewards
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
 from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.critic import kept_trainable
@@ -28,7 +29,8 @@ from rlhf_bayes.lm.generation import draw_plainly, raw_generation_config, remove
 from rlhf_bayes.lm.head import LMHead
 from rlhf_bayes.lm.language_model import check_prompt_fits
 from rlhf_bayes.lm.probe import evaluating
-from rlhf_bayes.objectives.micro_batches import by_length, scored_by_length
+from rlhf_bayes.objectives import Batch, Objective, Rollout
+from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
 from rlhf_bayes.trainers._trl.engines import graph_kept, is_sharded, plain, prepare_frozen, whole_heads, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
@@ -37,10 +39,12 @@ from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
+from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
 from rlhf_bayes.trainers.rollout.reference_head import ReferenceHead, switches_head
+from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward
 from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
     read_apart,
     read_rollout_state,
@@ -48,7 +52,7 @@ from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
     save_rollout_state,
     saved_apart,
 )
-from rlhf_bayes.trainers.rollout.scored_rollout import Rollout, prompt_key, score_under_both
+from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, score_under_both, scored_by_length
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
 
 PRIVATE_NAMES = {
@@ -67,6 +71,11 @@ PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "be
 
 class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
+
+    objective: Objective
+    """What a step minimises. Subclasses make it when they have been constructed."""
+    evidence: LikelihoodReward | None = None
+    """The evidence, where it is a likelihood and no reward."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
         # RLOO reloads the reference from the hub path, which forgets what was done to an instance: with β = 0 it loads
@@ -100,79 +109,29 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
         self.proposal: str | Snapshot = "policy"
         """What completions are drawn from in training: "policy", "prior", or the policy as it once was."""
-        self._step_batches: list[dict[str, Tensor]] = []
-        self._count_in_step = torch.tensor(1.0)
-        self._sums_in_step: Tensor | None = None
-        self._scored: dict[str, Tensor] | None = None
-        self._with_graph: CompletionScores | None = None
-        self._rewards_per_func: Tensor | None = None
-        self._ended: Tensor | None = None
+        self._in_flight: RolloutInFlight | None = None
+        self._step_in_progress: OptimizerStep | None = None
         share_base(self.reward_funcs, lambda: self.model)
 
-    # Hooks
+    # The objective
 
-    def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Tensors (B, …) or () to add to the batch; rows are shuffled and split along. Defined by the objective."""
-        raise NotImplementedError(f"{type(self).__name__} must define `rollout_batch`.")
-
-    def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
-        """
-        Sum of the loss over this micro-batch's tokens or completions: (). Defined by the objective.
-
-        `scores` is None in evaluation: the policy is then that of the rollout, whose batch holds its scores.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define `rollout_loss`.")
-
-    def loss_count(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many tokens or completions `rollout_loss` sums over: (). Defined by the objective."""
-        raise NotImplementedError(f"{type(self).__name__} must define `loss_count`.")
-
-    def step_batches(
-        self, batches: list[dict[str, Tensor]], new_rollout: list[dict[str, Tensor]] | None
-    ) -> list[dict[str, Tensor]]:
-        """
-        What an optimizer step learns from: by default, the rollout's own micro-batches.
-
-        Args:
-            batches (`list[dict[str, Tensor]]`):
-                Micro-batches of the step, one for each accumulation step, with the tensors of `rollout_batch`.
-            new_rollout (`list[dict[str, Tensor]]`, *optional*):
-                All micro-batches of a rollout, at its first step.
-        """
-        return batches
+    def after_rollout(self) -> None:
+        """Called when the objective has seen a rollout."""
 
     def rollout_state(self) -> dict[str, Any]:
         """What a checkpoint must hold for the objective to continue where it was."""
-        return {"beta": self.beta}
+        return self.objective.state_dict()
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
         """Take back what `rollout_state` returned."""
-        self.beta = state["beta"]
-
-    def step_totals(self, sums: Tensor) -> Tensor | None:
-        """
-        Sums over an optimizer step: a ratio of two says the same however the step is cut into micro-batches.
-
-        Args:
-            sums (`Tensor` (N,)):
-                Over this micro-batch.
-
-        Returns:
-            `Tensor` (N,): over all micro-batches and processes, at the last of them; before, `None`.
-        """
-        sums = sums.detach()
-        if self.mode == "train":
-            self._sums_in_step = sums if self._sums_in_step is None else self._sums_in_step + sums
-            if not self.accelerator.sync_gradients:
-                return None
-            sums, self._sums_in_step = self._sums_in_step, None
-        return self.accelerator.reduce(sums, reduction="sum")
+        self.objective.load_state_dict(state)
+        self.beta = self.objective.beta
 
     def draw(self, rows: list[dict[str, Any]]) -> None:
         """A rollout of these rows of the data, one completion each, that nothing is learnt from and nothing logged."""
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._generate_and_score_completions(rows)
-        self._metrics["train"], self._with_graph = metrics, None
+        self._metrics["train"], self._in_flight = metrics, None
 
     # Rollouts
 
@@ -217,13 +176,14 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     ):
         # RLOO asks for the policy first, then, if β > 0, for the reference: both are scored at the first call, so that
         # the exact KL costs no pass of its own
-        if self._scored is None:
-            prompt_ids, completion_ids = input_ids.split((input_ids.size(1) - logits_to_keep, logits_to_keep), dim=1)
-            prompt_mask, mask = attention_mask.bool().split((prompt_ids.size(1), logits_to_keep), dim=1)
-            sequences = (prompt_ids, prompt_mask, completion_ids, mask)
-            self._scored = scored_by_length(self._score_rows, sequences, batch_size or len(input_ids))
-            return self._scored["token_log_probs"], None, None
-        return self._scored["ref_token_log_probs"], None, None
+        rollout = self._in_flight
+        if rollout.scored is not None:
+            return rollout.scored["ref_token_log_probs"], None, None
+        prompt_ids, completion_ids = input_ids.split((input_ids.size(1) - logits_to_keep, logits_to_keep), dim=1)
+        prompt_mask, mask = attention_mask.bool().split((prompt_ids.size(1), logits_to_keep), dim=1)
+        sequences = (prompt_ids, prompt_mask, completion_ids, mask)
+        rollout.scored = scored_by_length(self._score_rows, sequences, batch_size or len(input_ids))
+        return rollout.scored["token_log_probs"], None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self._failures.errors.clear()
@@ -233,11 +193,11 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         )
         self._failures.stop_all(self.accelerator.num_processes)
         first = self.accelerator.process_index * len(prompts)
-        self._rewards_per_func = rewards[first : first + len(prompts)]
+        self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
         # RLOO's own statistics are means: over what is not forbidden
         rewards = torch.where(rewards == -torch.inf, torch.nan, rewards)
         eos = set(self._eos_ids)
-        self._ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
+        self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
 
     @property
@@ -248,31 +208,51 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         Then the forward that scores the rollout serves the step too.
         """
         alone = self.accelerator.distributed_type == DistributedType.NO  # an engine wants its forward next to the loss
-        return alone and self.args.steps_per_generation == 1 and self.proposal == "policy"
+        whole = self.args.steps_per_generation == 1 and not self.objective.replays
+        return alone and whole and self.proposal == "policy"
 
     def _generate_and_score_completions(self, inputs):
-        self._scored, self._with_graph = None, None
+        in_flight = self._in_flight = RolloutInFlight()
         # both the reference pass and RLOO switch adapters, which would leave the critic's frozen
         with kept_trainable(self.model):
             output = super()._generate_and_score_completions(inputs)
-        rollout = Rollout(
-            mask=output["completion_mask"].bool(),
-            ended=self._ended,
-            prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=self._ended.device),
-            rewards_per_func=self._rewards_per_func,
+        batch = self.objective.batch(self._rollout(inputs, output, in_flight))
+        self.beta = self.objective.beta
+        self.after_rollout()
+        columns = output | batch.columns()
+        if in_flight.graph is not None:
+            columns["row"] = torch.arange(len(batch), device=batch.completion_mask.device)
+        return columns
+
+    def _rollout(self, inputs: list[dict[str, Any]], output: dict[str, Tensor], in_flight: RolloutInFlight) -> Rollout:
+        rewards = combine_rewards(
+            in_flight.rewards_per_func,
+            self.reward_weights,
+            self.args.reward_clip_range,
+            self.args.missing_eos_penalty,
+            in_flight.ended,
+        )  # (B,), nan where no reward function applies
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        return Rollout(
+            **{name: output[name] for name in names},
+            **in_flight.scored,
+            prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
+            rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
-            **self._scored,
+            drawn_from=self._drawn_from,
+            features={} if self.evidence is None else self.evidence.features,
         )
-        self._scored = None
-        batch = output | self.rollout_batch(rollout)
-        if self._with_graph is not None:
-            batch["row"] = torch.arange(len(rollout.mask), device=rollout.mask.device)
-        return batch
+
+    @property
+    def _drawn_from(self) -> str:
+        if self.mode == "eval":
+            return "policy"
+        return self.proposal if isinstance(self.proposal, str) else "snapshot"
 
     def _log_proposal(self, sequences: tuple, scored: dict[str, Tensor | None]) -> Tensor:
-        if self.mode == "train" and self.proposal == "prior":
+        if self._drawn_from == "prior":
             return scored["ref_token_log_probs"].sum(-1)
-        if self.mode == "train" and isinstance(self.proposal, Snapshot):
+        if self._drawn_from == "snapshot":
             with self._drawing():
                 return score_completions(self.model, *sequences, with_values=False).log_probs.sum(-1)
         return scored["token_log_probs"].sum(-1)
@@ -294,7 +274,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
                 graph=graph_kept(self.model, self.args) if learns else None,
             )
             if learns:
-                self._with_graph = policy
+                self._in_flight.graph = policy
             scored = {
                 "token_log_probs": policy.log_probs.detach(),
                 "ref_token_log_probs": ref_token_log_probs,
@@ -319,39 +299,62 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     def _prepare_inputs(self, generation_batch):
         generated = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
+        in_flight, self._in_flight = self._in_flight, None
         if self.mode == "eval":
-            return inputs
-        if self._with_graph is not None:
-            rows = inputs.pop("row")  # RLOO has shuffled them
-            self._with_graph = CompletionScores(*(x if x is None else x[rows] for x in self._with_graph))
-        accumulation = self.args.gradient_accumulation_steps
-        if self._step % accumulation == 0:
-            first = self._step % self.args.steps_per_generation
-            batches = by_length(self._buffered_inputs[first : first + accumulation])
-            new_rollout = None if self._buffered_inputs is generated else self._buffered_inputs
-            self._step_batches = self.step_batches(batches, new_rollout)
-            # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
-            count = torch.stack([self.loss_count(batch).float() for batch in self._step_batches]).sum()
-            self._count_in_step = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
-            self._sums_in_step = None
-        return self._step_batches[self._step % accumulation]
+            return self.objective.batch_type.from_columns(inputs)
+        index = self._step % self.args.gradient_accumulation_steps
+        if index == 0:
+            new_rollout = None if self._buffered_inputs is generated else in_flight
+            self._step_in_progress = self._next_step(new_rollout)
+        return self._step_in_progress.batches[index]
+
+    def _next_step(self, new_rollout: RolloutInFlight | None) -> OptimizerStep:
+        first = self._step % self.args.steps_per_generation
+        micro_batches = self._buffered_inputs[first : first + self.args.gradient_accumulation_steps]
+        graph = None if new_rollout is None else new_rollout.graph
+        if graph is not None:
+            rows = micro_batches[0].pop("row")  # RLOO has shuffled them
+            graph = CompletionScores(*(x if x is None else x[rows] for x in graph))
+        batch_type = self.objective.batch_type
+        step = self.objective.step(
+            by_length([batch_type.from_columns(batch) for batch in micro_batches]),
+            None if new_rollout is None else [batch_type.from_columns(batch) for batch in self._buffered_inputs],
+        )
+        # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
+        count = torch.stack([self.objective.count(batch).float() for batch in step.batches]).sum()
+        count = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
+        return OptimizerStep(list(step.batches), step.skipped, count, graph)
 
     def _compute_loss(self, model, inputs):
         if self.mode == "eval":
-            sums = torch.stack([self.rollout_loss(None, inputs), self.loss_count(inputs).float()])
-            loss, count = self.accelerator.reduce(sums, reduction="sum")  # as one process would see it
+            loss, sums = self.objective.evaluation_loss(inputs)
+            totals = torch.stack([loss, self.objective.count(inputs).float()])
+            self._report(sums)
+            loss, count = self.accelerator.reduce(totals, reduction="sum")  # as one process would see it
             return loss / count.clamp(min=1)
-        scores, self._with_graph = self._with_graph, None
-        if scores is None:
-            scores = self.score(model, inputs)
-        loss = self.rollout_loss(scores, inputs) / self._count_in_step
+        step = self._step_in_progress
+        scores, step.graph = step.graph, None
+        loss, sums = self.objective.loss(self.score(model, inputs) if scores is None else scores, inputs)
+        step.add(sums)
+        if self.accelerator.sync_gradients:
+            self._report(step.sums)
+        loss = loss * (0.0 if step.skipped else 1.0) / step.count
         # Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over processes
         return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
-    def score(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionScores:
+    def _report(self, sums: dict[str, Tensor]) -> None:
+        if sums:
+            totals = self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum")
+            self.objective.report(dict(zip(sums, totals.tolist(), strict=True)))
+
+    @property
+    def step_is_skipped(self) -> bool:
+        """Whether the optimizer step in progress must not move any weight."""
+        return self._step_in_progress is not None and self._step_in_progress.skipped
+
+    def score(self, model: nn.Module, batch: Batch) -> CompletionScores:
         """The batch's completions under a model, with gradient where it is enabled."""
-        sequences = (batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"))
-        return score_completions(model, *sequences, self.temperature)
+        return score_completions(model, *batch.sequences, self.temperature)
 
     @property
     def _eos_ids(self) -> list[int]:

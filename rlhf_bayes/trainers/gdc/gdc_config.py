@@ -218,3 +218,17 @@ class GDCConfig(RolloutConfig):
                     f"`{name}` belongs to `divergence`='log_variance', got {getattr(self, name)} with "
                     f"{self.divergence!r}. Leave it out."
                 )
+
+
+def check_annealing(args: GDCConfig, beta: float) -> None:
+    """
+    Refuse an annealing that does not come from a posterior nearer to the prior.
+
+    Raises:
+        ValueError: if `beta_init` is not above β.
+    """
+    if args.beta_init is not None and args.beta_init <= beta:
+        raise ValueError(
+            f"`beta_init` must be above `beta` = {beta}, got {args.beta_init}: annealing goes from a posterior nearer "
+            "to the prior to the one asked for. Raise it, or leave it out."
+        )

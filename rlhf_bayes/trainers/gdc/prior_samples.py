@@ -16,7 +16,7 @@ class PriorSamples(TrainerCallback):
 
     Args:
         trainer (`RolloutTrainer`):
-            Scores them in `rollout_batch`, as it does its own rollouts.
+            Scores them as it does its own rollouts, and shows them to its objective.
     """
 
     def __init__(self, trainer: RolloutTrainer):

@@ -4,32 +4,20 @@ import logging
 import textwrap
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_bayes.likelihoods import Likelihood, combine_rewards
+from rlhf_bayes.likelihoods import Likelihood
 from rlhf_bayes.lm.critic import CRITIC
-from rlhf_bayes.lm.forward import CompletionScores
-from rlhf_bayes.numerics import k1
-from rlhf_bayes.numerics.masked import masked_sum
-from rlhf_bayes.numerics.ppo import (
-    adapted_beta,
-    clipped_policy_loss,
-    clipped_value_loss,
-    explained_variance,
-    kl_penalised_advantages,
-    prompt_baseline,
-)
-from rlhf_bayes.objectives.posterior_metrics import posterior_metrics
+from rlhf_bayes.objectives import PPOObjective
 from rlhf_bayes.rewards import RewardModel
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
-from rlhf_bayes.trainers.rollout.scored_rollout import Rollout
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
+from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +146,21 @@ class PPOTrainer(RolloutTrainer):
         self.critic = attach_critic(
             self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
         )
+        self.objective = PPOObjective(
+            TrainerWorld(self),
+            beta=self.beta,
+            lam=args.lam,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            cliprange_value=args.cliprange_value,
+            vf_coef=args.vf_coef,
+            normalize_advantages=args.normalize_advantages,
+            critic_warmup_steps=args.critic_warmup_steps,
+            target_kl=args.target_kl,
+            kl_horizon=args.kl_horizon,
+        )
         if optimizers[0] is not None:
-            # into a group that is there: a scheduler made before knows no other
+            # the last group takes them in, since a scheduler that was made before has no rate for a new group
             self.optimizer.param_groups[-1]["params"].extend(
                 parameter for parameter in self._critic_parameters() if parameter.requires_grad
             )
@@ -175,74 +176,11 @@ class PPOTrainer(RolloutTrainer):
                 models.append((loaded.model, loaded.tokenizer))
         return models
 
-    def rollout_batch(self, rollout: Rollout) -> dict[str, Tensor]:
-        rewards = combine_rewards(
-            rollout.rewards_per_func,
-            self.reward_weights,
-            self.args.reward_clip_range,
-            self.args.missing_eos_penalty,
-            rollout.ended,
-        )  # (B,), nan where no reward function applies
-        batch = {
-            "loss_mask": rollout.mask & ~rewards.isnan()[:, None],
-            "rewards": rewards.nan_to_num(0.0),
-            "old_token_log_probs": rollout.token_log_probs,
-            "ref_token_log_probs": rollout.ref_token_log_probs,
-            "old_values": rollout.values,
-            "token_entropy": rollout.token_entropy,
-            "beta": torch.tensor(self.beta, device=rewards.device),
-        }
-        batch["value_shift"] = self._value_shift(rollout, rewards)
-        advantages, targets = self._advantages(rollout.token_log_probs, rollout.values, batch)
-        batch["advantage_shift"], batch["advantage_scale"] = self._whitening(advantages, batch["loss_mask"])
-        columns = torch.stack([rollout.values, targets, batch["loss_mask"].float()])  # (3, B, T)
-        columns = self.accelerator.pad_across_processes(columns, dim=2).transpose(0, 1)
-        everyones_values, everyones_targets, mask = self.accelerator.gather(columns.contiguous()).unbind(1)
-        self.log_metric("ppo/explained_variance", explained_variance(everyones_values, everyones_targets, mask.bool()))
-        self._report_rollout(rollout, rewards)
-        return batch
-
-    def rollout_loss(self, scores: CompletionScores | None, batch: dict[str, Tensor]) -> Tensor:
-        mask, old_log_probs = batch["loss_mask"], batch["old_token_log_probs"]  # (B, T)
-        if scores is None:
-            scores = CompletionScores(old_log_probs, batch["token_entropy"], batch["old_values"], None)
-        # with the policy and the critic of now: the target does not depend on who drew the completions
-        advantages, targets = self._advantages(scores.log_probs.detach(), scores.values.detach(), batch)
-        advantages = (advantages - batch["advantage_shift"]) / batch["advantage_scale"]
-        # where before exp: padding is no token of the policy
-        log_ratio = torch.where(mask, scores.log_probs - old_log_probs, 0.0)
-        policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
-        value_loss = clipped_value_loss(scores.values, batch["old_values"], targets, self.args.cliprange_value)
-        self._report_update(scores, log_ratio, advantages, policy_loss, value_loss, batch)
-        policy_weight = 0.0 if self._critic_warms_up() else 1.0
-        return policy_weight * masked_sum(policy_loss, mask) + self.args.vf_coef * masked_sum(value_loss, mask)
-
-    def loss_count(self, batch: dict[str, Tensor]) -> Tensor:
-        return batch["loss_mask"].sum()
-
-    def _advantages(self, log_probs: Tensor, values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        log_ratios = k1(log_probs, batch["ref_token_log_probs"])  # (B, T)
-        values = values + batch["value_shift"][:, None]
-        return kl_penalised_advantages(
-            batch["rewards"], log_ratios, values, batch["loss_mask"], batch["beta"], self.args.lam
-        )
-
-    def _value_shift(self, rollout: Rollout, rewards: Tensor) -> Tensor:
-        # how much a completion's siblings say that the critic misjudges the prompt (B,)
-        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs).sum(-1)  # (B,)
-        forecasts = rollout.values[:, 0]  # (B,): before the first token, a function of the prompt
-        returns, everyones = self.accelerator.gather(
-            torch.stack([rewards - self.beta * log_ratios, forecasts], dim=-1)
-        ).unbind(-1)  # (B_global,)
-        baselines = prompt_baseline(returns, everyones, rollout.num_generations)
-        first = self.accelerator.process_index * len(rewards)
-        return baselines[first : first + len(rewards)] - forecasts
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
-        self.critic.detach_trunk = self._critic_warms_up() and self.args.critic == "shared"
+        self.critic.detach_trunk = self.objective.critic_warms_up and self.args.critic == "shared"
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._critic_warms_up():
+        if self.objective.critic_warms_up:
             # weight decay moves weights whose gradient is 0
             critic = {id(parameter) for parameter in self._critic_parameters()}
             for parameter in self.model.parameters():
@@ -253,51 +191,3 @@ class PPOTrainer(RolloutTrainer):
     def _critic_parameters(self) -> list[nn.Parameter]:
         # the critic's own, and its adapter's in the policy
         return [parameter for name, parameter in self.model.named_parameters() if f".{CRITIC}." in f".{name}"]
-
-    def _critic_warms_up(self) -> bool:
-        return self.mode == "train" and self.state.global_step < self.args.critic_warmup_steps
-
-    def _whitening(self, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.args.normalize_advantages:
-            return advantages.new_tensor(0.0), advantages.new_tensor(1.0)
-        # over the tokens of all processes; the constant is that of RLOO
-        local = torch.stack([masked_sum(x, mask) for x in (torch.ones_like(advantages), advantages, advantages**2)])
-        count, total, squares = self.accelerator.reduce(local, reduction="sum")
-        mean = total / count.clamp(min=1.0)
-        return mean, (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4
-
-    def _report_rollout(self, rollout: Rollout, rewards: Tensor) -> None:
-        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
-        kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
-        local = torch.stack([rewards, log_ratios.sum(-1), kls.sum(-1)], dim=-1)  # (B, 3)
-        rewards, log_ratios, kls = self.accelerator.gather(local).unbind(-1)  # (B_global,)
-        for name, value in posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations).items():
-            self.log_metric(name, value)
-        self.log_metric("ppo/beta", self.beta)
-        if self.mode == "train" and self.args.target_kl is not None:
-            self.beta = adapted_beta(self.beta, kls.mean().item(), self.args.target_kl, len(kls), self.args.kl_horizon)
-
-    def _report_update(self, scores, log_ratio, advantages, policy_loss, value_loss, batch) -> None:
-        mask = batch["loss_mask"]
-        ratio = log_ratio.detach().exp()
-        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        moved = (scores.values.detach() - batch["old_values"]).abs()
-        clip = self.args.cliprange_value
-        columns = {
-            "entropy": scores.entropy,
-            "ppo/policy_loss": policy_loss,
-            "ppo/value_loss": value_loss,
-            "ppo/approx_kl": ratio - 1 - log_ratio,
-            "ppo/value_clip_fraction": torch.zeros_like(moved) if clip is None else (moved > clip).float(),
-            "clip_ratio/low_mean": low.float(),
-            "clip_ratio/high_mean": high.float(),
-            "clip_ratio/region_mean": (low | high).float(),
-        }
-        sums = [masked_sum(column.detach(), mask) for column in columns.values()] + [mask.sum().float()]
-        totals = self.step_totals(torch.stack(sums))
-        if totals is None:
-            return
-        *totals, tokens = totals.tolist()
-        for name, total in zip(columns, totals, strict=True):
-            self.log_metric(name, total / max(tokens, 1.0))

@@ -1,10 +1,9 @@
-"""What a rollout leaves for an objective to learn from, and how it is scored."""
+"""How the completions of a rollout are scored, and by what their prompts are told apart."""
 
 import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,38 +13,6 @@ from rlhf_bayes.lm import score_completions
 from rlhf_bayes.lm.forward import CompletionScores, scatter
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_exact_kl
 from rlhf_bayes.trainers.rollout.reference import Reference
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """
-    One process's completions as they were drawn and scored, before anything is learnt from them.
-
-    Log-probabilities are those of the policy and of the prior at the training temperature, in nats; padding is 0.
-    """
-
-    mask: Tensor
-    """(B, T) bool: completion tokens, the first EOS included."""
-    ended: Tensor
-    """(B,) bool: whether EOS was drawn."""
-    prompt_keys: Tensor
-    """(B,) int64: equal for rows of the data that are equal in every column, and the same in every process and run."""
-    token_log_probs: Tensor
-    """(B, T): log π(x_t | prefix) under the policy as it is."""
-    ref_token_log_probs: Tensor
-    """(B, T): log π0(x_t | prefix)."""
-    token_entropy: Tensor
-    """(B, T): entropy of π(· | prefix)."""
-    token_kl: Tensor | None
-    """(B, T): exact KL(π(· | prefix) ‖ π0(· | prefix)); None where FSDP shards the weights."""
-    values: Tensor | None
-    """(B, T): the critic's value of each prefix, where the policy has a critic."""
-    log_proposal: Tensor
-    """(B,): log q(x | prompt) under what drew it; that of the policy, if it did."""
-    rewards_per_func: Tensor
-    """(B, F): what each reward function returned; nan for None, -inf where a completion is forbidden."""
-    num_generations: int
-    """Completions a prompt; rows of a prompt are neighbours in the batch of all processes."""
 
 
 def prompt_key(row: dict[str, Any]) -> int:
@@ -93,3 +60,28 @@ def score_under_both(
         columns = token_log_probs_and_exact_kl(policy.hidden, head, ref.hidden, ref_head, completion_ids[mask])
         log_probs, ref_log_probs, entropy, token_kl = (scatter(column, mask) for column in columns)
     return CompletionScores(log_probs, entropy, policy.values, None), ref_log_probs, token_kl
+
+
+def scored_by_length(
+    score_rows: Callable[..., dict[str, Tensor | None]], sequences: tuple[Tensor, ...], batch_size: int
+) -> dict[str, Tensor | None]:
+    """
+    What `score_rows` says of all rows, `batch_size` at a time, in the order in which they came.
+
+    Args:
+        score_rows (`Callable`):
+            Given prompt_ids, prompt_mask, completion_ids and completion_mask of some rows, columns of as many rows.
+        sequences (`tuple[Tensor, ...]`):
+            The four of all rows: (B, P), (B, P), (B, T), (B, T).
+        batch_size (`int`):
+            Rows at a time.
+    """
+    _, prompt_mask, _, completion_mask = sequences
+    order = torch.arange(len(prompt_mask), device=prompt_mask.device)
+    if batch_size < len(order):
+        order = (prompt_mask.sum(-1) + completion_mask.sum(-1)).argsort(stable=True)
+    parts = [score_rows(*(tensor[rows] for tensor in sequences)) for rows in order.split(batch_size)]
+    back = order.argsort()
+    return {
+        name: None if parts[0][name] is None else torch.cat([part[name] for part in parts])[back] for name in parts[0]
+    }

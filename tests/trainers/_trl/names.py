@@ -23,7 +23,8 @@ def names_used(module: ModuleType, trainer: str) -> set[str]:
     """Attributes of the trainer that a module uses and does not define."""
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == trainer]
-    used, own = set(), set()
+    used = set()
+    own = {item.target.id for item in classes[0].body if isinstance(item, ast.AnnAssign)}
     for node in ast.walk(classes[0]):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()"):
             used.add(node.attr)

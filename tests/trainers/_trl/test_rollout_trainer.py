@@ -12,7 +12,7 @@ from trl import RLOOConfig, RLOOTrainer
 from rlhf_bayes.testing import toy_reward
 from rlhf_bayes.trainers._trl import fault_tolerance, rloo_repairs, rollout_trainer
 
-from ..training import config, prompts_of
+from ..training import prompts_of
 from .names import lost, moved, names_used
 
 HELPERS = {
@@ -144,14 +144,3 @@ def test_a_moved_method_is_named(name, monkeypatch):
 def test_a_moved_attribute_is_named(name, rloo, monkeypatch):
     monkeypatch.delattr(rloo, name)
     assert lost(rloo, rollout_trainer.PRIVATE_ATTRIBUTES) == [f"RLOOTrainer has no `{name}`"]
-
-
-def test_an_objective_must_define_both_hooks(toy, tmp_path):
-    args = config(tmp_path)
-    base = rollout_trainer.RolloutTrainer(
-        toy.random_policy(0.0), [toy_reward], args, train_dataset=prompts_of(toy), processing_class=toy.tokenizer
-    )
-    with pytest.raises(NotImplementedError, match="RolloutTrainer must define `rollout_batch`"):
-        base.rollout_batch(None)
-    with pytest.raises(NotImplementedError, match="RolloutTrainer must define `rollout_loss`"):
-        base.rollout_loss(None, {})

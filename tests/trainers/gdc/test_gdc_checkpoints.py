@@ -64,15 +64,18 @@ def test_a_resumed_run_continues_bit_for_bit_in_the_middle_of_a_rollout(toy, tmp
     whole.train()
     resumed = make(toy, tmp_path / "resumed", peft, **RUNS[name])
     # nothing may depend on how the new trainer starts
-    resumed.normalizers.power = 0.123
+    resumed.objective.target.normalizers.power = 0.123
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert_same_run(resumed, whole)
     # steps 6 to 8 go on with the rollout that the checkpoint holds: of the three, one is drawn after it
     trained = [run.modes.count("train") for run in (whole, resumed)]
     assert trained == [3 + (name == "forward_kl"), 1]
-    assert resumed.normalizers.state_dict()["pool"] == whole.normalizers.state_dict()["pool"]
-    assert torch.equal(resumed.comparison.sums, whole.comparison.sums)
+    assert (
+        resumed.objective.target.normalizers.state_dict()["pool"]
+        == whole.objective.target.normalizers.state_dict()["pool"]
+    )
     if name == "adaptive":
+        assert torch.equal(resumed.objective.comparison.sums, whole.objective.comparison.sums)
         assert sum(entry.get("gdc/proposal_replaced", 0) for entry in whole.state.log_history) > 0
         for parameter, weight in whole.proposal.weights.items():
             assert torch.equal(resumed.proposal.weights[parameter], weight)
@@ -111,13 +114,15 @@ def test_a_checkpoint_of_another_number_of_processes(toy, tmp_path, caplog):
     torch.save(state | {"num_processes": 2}, file)
     resumed = make(toy, tmp_path / "resumed", replay_batches=2)
     taken = []
-    rollout_batch = resumed.rollout_batch
+    make_batch = resumed.objective.batch
 
     def recorded(rollout):
-        taken.append((resumed.mode, len(resumed.normalizers.pool), len(resumed.replay.rollouts)))
-        return rollout_batch(rollout)
+        taken.append(
+            (resumed.mode, len(resumed.objective.target.normalizers.pool), len(resumed.objective.replay.rollouts))
+        )
+        return make_batch(rollout)
 
-    resumed.rollout_batch = recorded
+    resumed.objective.batch = recorded
     resumed.train(resume_from_checkpoint=str(file.parent))
     assert "The checkpoint was written by 2 processes, this run has 1" in caplog.text
     assert taken[0] == ("train", 3, 2)

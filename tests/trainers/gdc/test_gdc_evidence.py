@@ -5,12 +5,10 @@ import math
 import pytest
 import torch
 from datasets import Dataset
-from transformers import TrainerState
 
 from rlhf_bayes import GDCTrainer, PPOConfig
 from rlhf_bayes.likelihoods import Constraint, MomentLikelihood, ProductLikelihood, RewardLikelihood
 from rlhf_bayes.testing import toy_reward
-from rlhf_bayes.trainers.gdc.gdc_evidence import power_of_evidence
 from rlhf_bayes.trainers.rollout.evidence import beta_of
 from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward
 
@@ -103,7 +101,7 @@ def test_a_reward_that_forbids_is_refused_by_the_reverse_kl_as_it_comes(toy, tmp
         trainer(toy, gdc_config(tmp_path, divergence="reverse_kl"), None, reward).train()
     trained = trainer(toy, gdc_config(tmp_path, max_steps=2), None, reward)
     trained.train()
-    drawn = trained.rollouts[0].rewards_per_func[:, 0]
+    drawn = trained.rollouts[0].rewards
     assert logged(trained, "posterior/satisfaction")[0] == pytest.approx((drawn > -math.inf).float().mean().item())
     assert trained.state.log_history[0]["reward"] == pytest.approx(drawn[drawn > -math.inf].mean().item(), rel=1e-5)
     assert "posterior/elbo" not in trained.state.log_history[0]
@@ -179,7 +177,7 @@ def test_columns_reach_the_likelihood_and_separate_z(toy, tmp_path, is_async):
     trained = trainer(toy, args, likelihood=likelihood, train_dataset=Dataset.from_dict(rows))
     trained.train()
     assert set(seen) == {("a", 0), ("a", 1), ("b", 0)}
-    assert len(trained.normalizers.pool) == 3
+    assert len(trained.objective.target.normalizers.pool) == 3
     with torch.no_grad():
         log_prior = toy.log_probs(toy.model, ["a", "a", "b"])
     chosen = torch.tensor([[ids[0] == token for ids in toy.completion_ids] for token in rows["first"]])
@@ -187,7 +185,7 @@ def test_columns_reach_the_likelihood_and_separate_z(toy, tmp_path, is_async):
     keys = trained.rollouts[0].prompt_keys.unique()
     p = expected.exp()
     se = ((1 - p) / p / 128).sqrt()  # of log Z
-    found = trained.normalizers.log_z(keys).sort().values
+    found = trained.objective.target.normalizers.log_z(keys).sort().values
     errors = (found - expected.double().sort().values) / se[expected.argsort()]
     assert errors.abs().max() < 4.5, errors
     assert (expected[0] - expected[1]).abs() > 0.2
@@ -201,15 +199,6 @@ def test_the_features_are_those_of_the_last_call():
     assert {name: column.tolist() for name, column in reward.features.items()}["no_a"] == [0.0, 1.0]
 
 
-def test_the_path_of_the_power(tmp_path):
-    state = TrainerState(max_steps=10)
-    args = gdc_config(tmp_path, beta=0.5, beta_init=8.0)
-    path = []
-    for state.global_step in range(8):
-        path.append(0.5 / power_of_evidence(args, beta_of(args, None), state))
-    assert path == pytest.approx([8.0 * (0.5 / 8.0) ** (min(step, 5) / 5) for step in range(8)])
-    state.global_step = 1
-    args = gdc_config(tmp_path, beta=None, beta_init=4.0, beta_init_steps=2)
-    assert power_of_evidence(args, beta_of(args, Constraint(no_a)), state) == pytest.approx(0.5)
-    assert power_of_evidence(gdc_config(tmp_path), 0.5, state) == 1.0
-    assert beta_of(args, None) == 0.05
+def test_the_default_beta(tmp_path):
+    assert beta_of(gdc_config(tmp_path, beta=None), None) == 0.05
+    assert beta_of(gdc_config(tmp_path, beta=None), Constraint(no_a)) == 1.0

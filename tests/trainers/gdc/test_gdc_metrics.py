@@ -223,15 +223,15 @@ def test_an_evaluation_leaves_everything_as_it_was(toy, tmp_path):
     trained.train()
     states = []
     for _ in range(2):
-        pool = trained.normalizers.state_dict()
+        pool = trained.objective.target.normalizers.state_dict()
         states.append(
             (
                 pool["pool"],
                 len(pool["recent"]),
                 pool["power"],
-                [rollout["prompt_keys"].tolist() for rollout in trained.replay.rollouts],
-                trained.replay.generator.get_state().tolist(),
-                trained.comparison.sums.tolist(),
+                [rollout.prompt_keys.tolist() for rollout in trained.objective.replay.rollouts],
+                trained.objective.replay.generator.get_state().tolist(),
+                trained.objective.comparison.sums.tolist(),
                 {name: weight.sum().item() for name, weight in trained.proposal.weights.items()},
             )
         )

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 
+from rlhf_bayes.objectives import LossSums
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 
@@ -109,14 +110,14 @@ def test_the_adaptive_proposal_is_replaced_when_the_policy_is_better(toy, tmp_pa
     trained = trainer(toy, args, peft_config=LORA if peft else None)
     start = Snapshot(trained._plain_policy).weights
     recorded = []
-    compare = trained._compare
+    compare = trained.after_rollout
 
-    def compared(*arguments):
+    def compared():
         proposal = trained.proposal
-        compare(*arguments)
+        compare()
         recorded.append(trained.proposal is not proposal)
 
-    trained._compare = compared
+    trained.after_rollout = compared
     trained.train()
     replaced = logged(trained, "gdc/proposal_replaced")
     assert recorded == [value == 1.0 for value in replaced]
@@ -139,8 +140,13 @@ def test_a_policy_that_gets_worse_never_draws(toy, tmp_path):
     sizes = {"per_device_train_batch_size": 96, "num_generations": 32}
     args = gdc_config(tmp_path, proposal="adaptive", max_steps=8, learning_rate=3e-3, **sizes)
     trained = trainer(toy, args)
-    loss = trained.rollout_loss
-    trained.rollout_loss = lambda scores, batch: -loss(scores, batch)
+    descent = trained.objective.loss
+
+    def ascent(scores, batch):
+        loss, sums = descent(scores, batch)
+        return LossSums(-loss, sums)
+
+    trained.objective.loss = ascent
     first = trained.proposal
     trained.train()
     assert trained.proposal is first

@@ -25,11 +25,11 @@ class Weights(TrainerCallback):
 class SkipsFrom(TrainerCallback):
     """Asks for more effective completions than there can be, from a step on."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, objective):
+        self.step, self.objective = step, objective
 
     def on_step_begin(self, args, state, control, **kwargs):
-        args.ess_min = 1e9 if state.global_step >= self.step else 0.0
+        self.objective.ess_min = 1e9 if state.global_step >= self.step else 0.0
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -39,7 +39,8 @@ def test_a_skipped_step_does_not_move_the_weights_at_all(toy, tmp_path, accumula
     changes = {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 1e-2, "max_steps": 5}
     sizes = {"per_device_train_batch_size": 24 // accumulation, "gradient_accumulation_steps": accumulation}
     args = gdc_config(tmp_path, **changes, **sizes)
-    trained = trainer(toy, args, callbacks=[recorder, SkipsFrom(3)])
+    trained = trainer(toy, args, callbacks=[recorder])
+    trained.add_callback(SkipsFrom(3, trained.objective))
     trained.train()
     moved = [largest_change(before, after) for before, after in zip(recorder.steps, recorder.steps[1:], strict=False)]
     assert min(moved[:2]) > 1e-4
@@ -125,15 +126,15 @@ def test_replay_takes_the_z_that_is_known_now(toy, tmp_path):
     seen = []
     args = gdc_config(tmp_path, replay_batches=4, max_steps=4, beta_init=2.0, beta_init_steps=3, learning_rate=0.0)
     trained = trainer(toy, args)
-    step_batches = trained.step_batches
+    next_step = trained.objective.step
 
     def recorded(batches, new_rollout):
-        result = step_batches(batches, new_rollout)
-        known = trained.normalizers.log_z(result[0]["prompt_keys"]).float()
-        seen.append((len(trained.replay.rollouts), torch.equal(result[0]["log_z"], known)))
-        return result
+        step = next_step(batches, new_rollout)
+        known = trained.objective.target.log_z(step.batches[0].prompt_keys)
+        seen.append((len(trained.objective.replay.rollouts), torch.equal(step.batches[0].log_z, known)))
+        return step
 
-    trained.step_batches = recorded
+    trained.objective.step = recorded
     trained.train()
     assert seen == [(1, True), (2, True), (3, True), (4, True)]
 
@@ -151,7 +152,7 @@ def test_draws_from_the_prior_come_before_the_first_step(toy, tmp_path, proposal
 
     class Known(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            known.append(trained.normalizers.log_z(trained.rollouts[0].prompt_keys.unique()))
+            known.append(trained.objective.target.normalizers.log_z(trained.rollouts[0].prompt_keys.unique()))
 
     changes = {"prior_samples": 128, "max_steps": 2, "learning_rate": 0.01, "proposal": proposal}
     trained = trainer(
@@ -182,7 +183,7 @@ def test_draws_from_the_prior_come_before_the_first_step(toy, tmp_path, proposal
     torch.testing.assert_close(drew.log_proposal, drawn_by[proposal].sum(-1))
     for name in ("reward", "posterior/forward_kl", "gdc/beta", "num_tokens"):
         assert len(logged(trained, name)) == 2, name
-    rewards = drew.rewards_per_func[:, 0]
+    rewards = drew.rewards
     assert logged(trained, "reward")[0] == pytest.approx(rewards.mean().item(), rel=1e-4)
     assert all(len(values) <= 2 * 24 for values in (trained._logs["prompt"], trained._logs["completion"]))
     assert largest_change(before, weights(trained.model)) > 0

@@ -144,7 +144,7 @@ def test_micro_batches_do_not_matter(toy, tmp_path, divergence):
         args = gdc_config(tmp_path, max_steps=4, num_iterations=2, divergence=divergence, **changes)
         trained = trainer(toy, args, reward_funcs=reward)
         trained.train()
-        assert len({int(length) for length in trained.rollouts[0].mask.sum(-1)}) > 1
+        assert len({int(length) for length in trained.rollouts[0].completion_mask.sum(-1)}) > 1
         after.append((weights(trained.model), trained.state.log_history))
     for other, logs in after[1:]:
         assert_close(other, after[0][0], rtol=1e-4, atol=1e-6)
@@ -165,15 +165,15 @@ def test_completions_without_a_reward_have_no_influence(toy, tmp_path, divergenc
     trained = trainer(toy, gdc_config(tmp_path, divergence=divergence), None, reward)
     trained.train()
     rollout, batch = trained.rollouts[0], trained.batches[0]
-    kept = rollout.mask.sum(-1) == 3
+    kept = rollout.completion_mask.sum(-1) == 3
     assert 0 < kept.sum() < len(kept)
     assert torch.equal(batch["log_likelihood"].isnan(), ~kept)
-    weights_of_kept = (rollout.rewards_per_func[:, 0] / 0.5).exp()  # policy = prior
+    weights_of_kept = (rollout.rewards / 0.5).exp()  # policy = prior
     pooled = [
         weights_of_kept[kept & (rollout.prompt_keys == key)].mean().log() for key in rollout.prompt_keys.unique()
     ]
     for key, log_z in zip(rollout.prompt_keys.unique(), pooled, strict=True):
-        assert trained.normalizers.log_z(key[None]).item() == pytest.approx(log_z.item(), abs=1e-5)
+        assert trained.objective.target.normalizers.log_z(key[None]).item() == pytest.approx(log_z.item(), abs=1e-5)
     nothing = trainer(toy, gdc_config(tmp_path, divergence=divergence), None, lambda prompts, **kwargs: [None] * 24)
     before = weights(nothing.model)
     nothing.train()
@@ -226,7 +226,7 @@ def test_one_completion_a_prompt_is_enough_for_the_forward_kl(toy, tmp_path, pro
     before = exact_kl(toy, trained.model, None)
     trained.train()
     assert exact_kl(toy, trained.model, None) < 0.4 * before
-    assert len(trained.normalizers.pool) == 3
+    assert len(trained.objective.target.normalizers.pool) == 3
 
 
 def test_chats_are_the_prompts_they_spell(toy, tmp_path):
@@ -247,8 +247,10 @@ def test_chats_are_the_prompts_they_spell(toy, tmp_path):
     plain, chat = runs
     assert seen[0][0]["role"] == "assistant"
     assert_close(weights(chat.model), weights(plain.model))
-    assert len(chat.normalizers.pool) == 3
-    pools = [sorted(run.normalizers.log_z(run.rollouts[0].prompt_keys.unique()).tolist()) for run in runs]
+    assert len(chat.objective.target.normalizers.pool) == 3
+    pools = [
+        sorted(run.objective.target.normalizers.log_z(run.rollouts[0].prompt_keys.unique()).tolist()) for run in runs
+    ]
     assert_close(*map(torch.tensor, pools))
 
 

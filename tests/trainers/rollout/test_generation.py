@@ -41,12 +41,13 @@ def test_a_tokenizer_without_pad_pads_with_eos_and_eos_still_counts(tmp_path):
         drawn.extend(zip(prompts, completion_ids, strict=True))
         return [0.0] * len(prompts)
 
-    trained = trainer(toy, config(tmp_path), None, reward, processing_class=tokenizer)
+    args = config(tmp_path, missing_eos_penalty=1.0)
+    trained = trainer(toy, args, None, reward, processing_class=tokenizer)
     trained.train()
     rollout = trained.rollouts[0]
-    assert rollout.ended.tolist() == [ids[-1] == tokenizer.eos_token_id for _, ids in drawn]
-    assert 0 < rollout.ended.sum() < len(drawn)
-    assert rollout.mask.sum(-1).tolist() == [len(ids) for _, ids in drawn]
+    assert rollout.rewards.tolist() == [-float(ids[-1] != tokenizer.eos_token_id) for _, ids in drawn]
+    assert 0 < -rollout.rewards.sum() < len(drawn)
+    assert rollout.completion_mask.sum(-1).tolist() == [len(ids) for _, ids in drawn]
     expected = [toy.log_prior[toy.prompts.index(p), toy.completion_ids.index(ids)] for p, ids in drawn]
     assert_close(rollout.token_log_probs.sum(-1), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -62,7 +63,7 @@ def test_the_models_own_generation_config_does_not_change_the_rollouts(toy, tmp_
         masks.append(trained.rollouts[0])
         for name, value in changes.items():
             assert getattr(model.generation_config, name) == value  # and it is the user's again
-    assert torch.equal(masks[0].mask, masks[1].mask)
+    assert torch.equal(masks[0].completion_mask, masks[1].completion_mask)
     assert torch.equal(masks[0].token_log_probs, masks[1].token_log_probs)
 
 

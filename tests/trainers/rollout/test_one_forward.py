@@ -58,7 +58,7 @@ def test_a_rollout_of_several_micro_batches_is_scored_before(toy, tmp_path):
     trained = trainer(toy, config(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=12))
     assert not trained.step_is_rollout
     trained.train()
-    assert trained._with_graph is None
+    assert trained._step_in_progress.graph is None
 
 
 def test_replay_learns_from_other_rollouts(toy, tmp_path):

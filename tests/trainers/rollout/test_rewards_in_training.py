@@ -55,11 +55,11 @@ def test_completions_without_a_reward_have_no_influence(toy, tmp_path):
     several = {"train_dataset": prompts_of(toy, 8)}
     gradients, trained = first_step(toy, tmp_path, reward, several, lam=1.0, num_generations=1)
     rollout, batch = trained.rollouts[0], trained.batches[0]
-    kept = rollout.mask.sum(-1) == 3
+    kept = rollout.completion_mask.sum(-1) == 3
     assert 0 < kept.sum() < len(kept)
-    assert_close(batch["loss_mask"], rollout.mask & kept[:, None])
-    tokens = rollout.mask.sum() - rollout.mask[~kept].sum()
-    advantages = rollout.rewards_per_func.expand(-1, 3)[kept]  # zero critic, policy = prior
+    assert_close(batch["loss_mask"], rollout.completion_mask.bool() & kept[:, None])
+    tokens = rollout.completion_mask.sum() - rollout.completion_mask.bool()[~kept].sum()
+    advantages = rollout.rewards[:, None].expand(-1, 3)[kept]  # zero critic, policy = prior
     assert logged(trained, "ppo/policy_loss")[0] == pytest.approx(-advantages.sum().item() / tokens.item(), rel=1e-5)
 
     def other(prompts, completions, completion_ids, **kwargs):
@@ -165,7 +165,7 @@ def test_chat_prompts_train_as_their_template_says(toy, tmp_path):
     gradients, trained = first_step(toy, tmp_path, reward, {"train_dataset": chats})
     assert all(reply[0]["role"] == "assistant" for reply in replies)
     plain, plain_trained = first_step(toy, tmp_path)
-    assert torch.equal(trained.rollouts[0].mask, plain_trained.rollouts[0].mask)
+    assert torch.equal(trained.rollouts[0].completion_mask, plain_trained.rollouts[0].completion_mask)
     assert_close(gradients, plain)
 
 
@@ -191,8 +191,8 @@ def test_a_reward_model_reads_the_text_with_its_own_tokenizer(toy, tmp_path, as_
     model.config.pad_token_id = tokenizer.pad_token_id
     with torch.no_grad():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
-    assert_close(trained.rollouts[0].rewards_per_func[:, 0], torch.tensor(expected), rtol=1e-4, atol=1e-5)
-    assert trained.rollouts[0].rewards_per_func[:, 0].std() > 0.01
+    assert_close(trained.rollouts[0].rewards, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    assert trained.rollouts[0].rewards.std() > 0.01
 
 
 def test_a_broken_reward_model_is_named(toy, tmp_path):
@@ -225,7 +225,7 @@ def test_a_path_brings_the_normalization_beside_its_weights(toy, tmp_path):
     prompts, completions = zip(*seen, strict=True)
     raw = reward.classifier.logits(prompts, completions)[:, 0]
     expected = raw * reward.normalization.gain[0] + reward.normalization.bias[0]
-    assert_close(trained.rollouts[0].rewards_per_func[:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert_close(trained.rollouts[0].rewards, expected, rtol=1e-4, atol=1e-5)
     assert (expected - raw).abs().max() > 0.1
     assert "rewards/good-reward/mean" in trained.state.log_history[0]
 
@@ -236,9 +236,9 @@ def test_an_ensemble_trains_and_logs_its_spread(toy, tmp_path):
     ensemble = RewardEnsemble.from_pretrained([tmp_path / "a", tmp_path / "b"])
     ensemble.save_pretrained(tmp_path / "both")
     _, trained = first_step(toy, tmp_path, str(tmp_path / "both"))
-    from_path = trained.rollouts[0].rewards_per_func
+    from_path = trained.rollouts[0].rewards
     _, trained_on_instance = first_step(toy, tmp_path, ensemble)
-    assert_close(from_path, trained_on_instance.rollouts[0].rewards_per_func)
+    assert_close(from_path, trained_on_instance.rollouts[0].rewards)
     assert from_path.std() > 0.01
     assert logged(trained, "reward_spread")[0] > 0
 

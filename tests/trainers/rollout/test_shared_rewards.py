@@ -82,7 +82,7 @@ def test_the_reward_is_that_of_a_model_of_its_own(toy, tmp_path, base, kind):
         assert_close(reward.member_rewards(prompts, completions), expected, rtol=1e-4, atol=1e-4)
         assert_close(torch.tensor(reward(prompts, completions)), expected.mean(0), rtol=1e-4, atol=1e-4)
         made.train()
-    assert made.rollouts[0].rewards_per_func.std() > 0.01
+    assert made.rollouts[0].rewards.std() > 0.01
 
 
 def test_training_is_that_with_a_model_of_its_own(toy, tmp_path, base):
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_no_role(toy, tmp_path, base):
         trained.append(made)
     assert [made.model.is_gradient_checkpointing for made in trained] == [False, True]
     for plain, ours in zip(*(made.rollouts for made in trained), strict=True):
-        for name in ("rewards_per_func", "ref_token_log_probs", "token_log_probs", "values"):
+        for name in ("rewards", "ref_token_log_probs", "token_log_probs", "values"):
             assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-4, atol=1e-5)
     moved = (plain.token_log_probs - plain.ref_token_log_probs).abs().max()
     assert moved > 1e-2  # the reference is not the policy

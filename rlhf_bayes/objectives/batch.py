@@ -1,0 +1,89 @@
+"""Completions as an objective learns from them: a typed batch, and what can be done with its rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+@dataclass(frozen=True)
+class Batch:
+    """
+    B completions, and in subclasses what an objective learns from.
+
+    A field is a tensor with a row for each completion, (B, …), or with one value for all of them, (). Along tokens,
+    (B, T), it is padded on the right.
+    """
+
+    prompt_ids: Tensor
+    """(B, P): token ids of the prompts, padded on the left."""
+    prompt_mask: Tensor
+    """(B, P): 1 for the tokens of the prompt."""
+    completion_ids: Tensor
+    """(B, T): token ids of the completions, padded on the right."""
+    completion_mask: Tensor
+    """(B, T): 1 for the tokens of the completion, the first EOS included."""
+
+    def __len__(self) -> int:
+        return len(self.completion_mask)
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What [`~rlhf_bayes.lm.score_completions`] takes."""
+        return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,): tokens of prompt and completion."""
+        return self.prompt_mask.sum(-1) + self.completion_mask.sum(-1)
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Any]) -> Self:
+        """The fields of a mapping that has others besides. A field that may be missing is None then."""
+        return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
+
+    def columns(self) -> dict[str, Tensor]:
+        """Name -> tensor, for hosts that shuffle and split dictionaries."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def take(self, rows: Tensor | slice) -> Self:
+        """These rows, (M,) indices or a slice, in this order."""
+        return type(self)(
+            **{name: tensor if tensor.dim() == 0 else tensor[rows] for name, tensor in self.columns().items()}
+        )
+
+    def split(self, sizes: Sequence[int]) -> list[Self]:
+        """Batches of so many rows each, in order."""
+        stops = torch.tensor(sizes).cumsum(0).tolist()
+        return [self.take(slice(stop - size, stop)) for size, stop in zip(sizes, stops, strict=True)]
+
+
+B = TypeVar("B", bound=Batch)
+
+
+def joined(batches: Sequence[B]) -> B:
+    """All rows of several batches, padded to the longest. Values without rows are those of the first."""
+    columns = [batch.columns() for batch in batches]
+    return type(batches[0])(**{name: _joined([part[name] for part in columns], name) for name in columns[0]})
+
+
+def by_length(batches: list[B]) -> list[B]:
+    """The same rows in batches of the same sizes, shortest first, so that little of what a model reads is padding."""
+    if len(batches) == 1:
+        return batches
+    whole = joined(batches)
+    return whole.take(whole.lengths.argsort(stable=True)).split([len(batch) for batch in batches])
+
+
+def _joined(parts: list[Tensor], name: str) -> Tensor:
+    if parts[0].dim() == 0:
+        return parts[0]
+    if parts[0].dim() == 1:
+        return torch.cat(parts)
+    width = max(part.size(1) for part in parts)
+    on_left = name in ("prompt_ids", "prompt_mask")
+    missing = [width - part.size(1) for part in parts]
+    return torch.cat([pad(part, (n, 0) if on_left else (0, n)) for part, n in zip(parts, missing, strict=True)])

@@ -1,0 +1,197 @@
+"""What the objectives of GDC share: a posterior as target, completions drawn from anything, replay, skipped steps."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf_bayes.lm import CompletionScores
+from rlhf_bayes.numerics import importance_ess
+from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
+from rlhf_bayes.objectives.objective import LossSums, Step, scored
+from rlhf_bayes.objectives.posterior_metrics import (
+    feature_moments,
+    posterior_metrics,
+    satisfaction,
+    target_metrics,
+)
+from rlhf_bayes.objectives.posterior_target import PosteriorTarget, TargetEstimate
+from rlhf_bayes.objectives.proposal import Comparison
+from rlhf_bayes.objectives.replay import ReplayBuffer
+from rlhf_bayes.objectives.rollout import Rollout
+from rlhf_bayes.objectives.world import World, own_rows
+
+# one completion alone has an importance ESS of 1 up to rounding
+_ROUNDING = 1e-6
+
+
+B = TypeVar("B", bound=GDCBatch)
+
+
+class GDCObjective(ABC, Generic[B]):
+    """
+    Moves a policy towards a posterior by completions of any proposal. Subclasses say by which loss.
+
+    Args:
+        world ([`World`]):
+            The loop around it.
+        target ([`PosteriorTarget`]):
+            The posterior.
+        replay ([`ReplayBuffer`]):
+            Rollouts that a step draws its completions from.
+        ess_min (`float`, *optional*, defaults to `1.0`):
+            Steps whose weights p/q have a smaller effective sample size are skipped.
+        comparison ([`Comparison`], *optional*):
+            Of the policy with a proposal that is an earlier policy, where there is one.
+    """
+
+    batch_type: type[B]
+
+    def __init__(
+        self,
+        world: World,
+        target: PosteriorTarget,
+        replay: ReplayBuffer[B],
+        *,
+        ess_min: float = 1.0,
+        comparison: Comparison | None = None,
+    ):
+        self.world, self.target, self.replay, self.ess_min = world, target, replay, ess_min
+        self.comparison = comparison
+
+    @property
+    def beta(self) -> float:
+        """β, units of reward per nat of evidence."""
+        return self.target.beta
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step learns from other completions than those of the last rollout."""
+        return self.replay.capacity > 1
+
+    def batch(self, rollout: Rollout) -> B:
+        """The rollout under the posterior. Its completions improve the estimate of Z, and it is logged."""
+        log_policy = rollout.token_log_probs.sum(-1)  # (B,)
+        log_prior = rollout.ref_token_log_probs.sum(-1)
+        log_likelihood = rollout.rewards / self.beta
+        kls = log_policy - log_prior if rollout.token_kl is None else rollout.token_kl.sum(-1)
+        local = torch.stack([log_policy, log_prior, rollout.log_proposal, log_likelihood, kls], dim=-1)
+        everyone = GatheredRollout(
+            self.world.gather(rollout.prompt_keys), *self.world.gather(local.double()).unbind(-1)
+        )
+        estimate = self.target.estimate(
+            everyone.prompt_keys, everyone.log_prior, everyone.log_proposal, everyone.log_likelihood
+        )
+        columns = self.columns(rollout, everyone, estimate)
+        own = {name: own_rows(self.world, column) for name, column in columns.items()}
+        batch = self.batch_type(
+            **rollout.sequences,
+            prompt_keys=rollout.prompt_keys,
+            log_policy=log_policy,
+            log_prior=log_prior,
+            log_proposal=rollout.log_proposal,
+            log_likelihood=log_likelihood,
+            log_z=own_rows(self.world, estimate.log_z).float(),
+            **own,
+        )
+        self._report_rollout(rollout, everyone, estimate)
+        if self.comparison is not None and rollout.drawn_from == "snapshot":
+            self.comparison.add(estimate.log_target, everyone.log_policy, everyone.log_proposal)
+        return batch
+
+    @abstractmethod
+    def columns(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> dict[str, Tensor]:
+        """What `batch_type` adds to [`GDCBatch`], for the completions of all processes: name -> (B_global,)."""
+
+    def step(self, batches: Sequence[B], new_rollout: Sequence[B] | None) -> Step[B]:
+        """Completions of the replayed rollouts, or the rollout's own, with Z as it is known now."""
+        if self.replays:
+            if new_rollout is not None:
+                self.replay.add(new_rollout)
+            batches = [
+                replace(batch, log_z=self.target.log_z(batch.prompt_keys))
+                for batch in self.replay.sample([len(batch) for batch in batches])
+            ]
+        ess = self._step_ess(batches)
+        skipped = ess < self.ess_min - _ROUNDING
+        self.world.log("gdc/step_ess", ess)
+        self.world.log("gdc/skipped_steps", float(skipped))
+        return Step(batches, skipped)
+
+    def count(self, batch: B) -> Tensor:
+        """Completions to which evidence applies: ()."""
+        return (~batch.log_likelihood.isnan()).sum()
+
+    @abstractmethod
+    def loss(self, scores: CompletionScores, batch: B) -> LossSums:
+        """The loss, summed over completions."""
+
+    @abstractmethod
+    def evaluation_loss(self, batch: B) -> LossSums:
+        """The loss of the policy that drew the batch."""
+
+    def report(self, totals: dict[str, float]) -> None:
+        """Entropy (nats per token) and the effective sample size of π/q (share) over a step."""
+        self.world.log("entropy", totals["entropy"] / max(totals["tokens"], 1.0))
+        ess = totals["ratios"] ** 2 / max(totals["squares"], 1e-30)
+        self.world.log("gdc/ratio_ess", ess / totals["rows"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        comparison = {} if self.comparison is None else {"comparison": self.comparison.sums}
+        return self.target.state_dict() | {"replay": self.replay.state_dict()} | comparison
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned. Raises ValueError where that was of another posterior."""
+        self.target.load_state_dict(state)
+        self.replay.load_state_dict(state["replay"], self.batch_type)
+        if self.comparison is not None:
+            self.comparison.sums = state["comparison"].cpu()
+
+    def sums_to_report(self, scores: CompletionScores, batch: B) -> dict[str, Tensor]:
+        """What `report` wants of a batch: name -> ()."""
+        mask = batch.completion_mask.bool()
+        log_probs, entropy = scored(scores)
+        ratio = (log_probs.sum(-1) - batch.log_proposal).exp()  # (B,)
+        columns = {
+            "entropy": torch.where(mask, entropy, 0.0),
+            "tokens": mask.float(),
+            "ratios": ratio,
+            "squares": ratio.square(),
+            "rows": torch.ones_like(ratio),
+        }
+        return {name: column.detach().sum() for name, column in columns.items()}
+
+    def _step_ess(self, batches: Sequence[B]) -> float:
+        """Effective sample size of the weights p/q of a step, over all processes."""
+        names = ("log_prior", "log_likelihood", "log_z", "log_proposal")
+        columns = torch.stack([torch.cat([getattr(batch, name) for batch in batches]) for name in names], dim=-1)
+        log_prior, log_likelihood, log_z, log_proposal = self.world.gather(columns.double()).unbind(-1)
+        log_weights = self.target.log_target(log_prior, log_likelihood, log_z) - log_proposal  # (M_global,)
+        return importance_ess(torch.where(log_weights.isnan(), -torch.inf, log_weights)).item()
+
+    def _report_rollout(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> None:
+        log_zs, power = estimate.pooled_log_z, self.target.power
+        metrics = {"gdc/beta": self.beta / power}
+        metrics["posterior/skipped_prompts"] = (log_zs == -torch.inf).double().mean().item()
+        if log_zs.isfinite().any():
+            metrics["posterior/log_z"] = log_zs[log_zs.isfinite()].mean().item()
+        metrics |= target_metrics(
+            estimate.log_target, everyone.log_policy, everyone.log_proposal, everyone.prompt_keys
+        )
+        log_ratios, kls, weights = everyone.log_policy - everyone.log_prior, everyone.kls, None
+        if rollout.drawn_from != "policy":
+            weights = (everyone.log_policy - everyone.log_proposal).exp()
+            kls = log_ratios  # exact KLs of tokens belong to prefixes that the policy drew
+        evidence = power * everyone.log_likelihood
+        metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs, weights)
+        if rollout.features:
+            local = torch.stack([x.to(rollout.rewards.device) for x in rollout.features.values()], dim=-1)  # (B, F)
+            metrics |= feature_moments(self.world.gather(local).double(), rollout.features, weights)
+        if self.target.forbids:
+            metrics["posterior/satisfaction"] = satisfaction(everyone.log_likelihood, weights)
+        for name, value in metrics.items():
+            self.world.log(name, value)

@@ -1,0 +1,125 @@
+"""The log-variance loss: log π − log p is the same for every completion of a prompt at the optimum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rlhf_bayes.lm import CompletionScores
+from rlhf_bayes.numerics.log_variance import LogVarianceCentres, log_variance_centres, log_variance_loss
+from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
+from rlhf_bayes.objectives.gdc_objective import GDCObjective
+from rlhf_bayes.objectives.objective import LossSums, Step, scored
+from rlhf_bayes.objectives.posterior_target import PosteriorTarget, TargetEstimate
+from rlhf_bayes.objectives.proposal import Comparison
+from rlhf_bayes.objectives.replay import ReplayBuffer
+from rlhf_bayes.objectives.rollout import Rollout
+from rlhf_bayes.objectives.world import World, own_rows
+
+
+@dataclass(frozen=True)
+class LogVarianceBatch(GDCBatch):
+    """What the log-variance loss learns from. Without a centre, the batch holds all completions of its prompts."""
+
+    centre: Tensor | None = None
+    """(B,): the mean of log π − log p over the prompt's completions, nats."""
+    scale: Tensor | None = None
+    """(B,): the factor that makes the variance unbiased."""
+
+
+@final
+class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
+    r"""
+    Half the variance of log π − log π0 − log_likelihood over a prompt's completions, drawn from anything.
+
+        loss = Σ_i scale_i·(log π(x_i) − log π0(x_i) − log_likelihood(x_i) − centre_i)²/2
+
+    Args:
+        world, target, replay, ess_min, comparison:
+            As for [`GDCObjective`].
+        huber_delta (`float`, *optional*):
+            Nats beyond which a deviation counts linearly.
+        forbidden_gap (`float`, *optional*, defaults to `1.0`):
+            A forbidden completion is pushed down until it is so many nats below its prior.
+
+    Source: Richter et al. 2020, arXiv 2010.10436; with replay: Bartoldson et al. 2025, 2503.18929.
+    """
+
+    batch_type = LogVarianceBatch
+
+    def __init__(
+        self,
+        world: World,
+        target: PosteriorTarget,
+        replay: ReplayBuffer[LogVarianceBatch],
+        *,
+        huber_delta: float | None = None,
+        forbidden_gap: float = 1.0,
+        ess_min: float = 1.0,
+        comparison: Comparison | None = None,
+    ):
+        super().__init__(world, target, replay, ess_min=ess_min, comparison=comparison)
+        self.huber_delta, self.forbidden_gap = huber_delta, forbidden_gap
+
+    def columns(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> dict[str, Tensor]:
+        """Centres in evaluation; in training they are those of the policy before each step."""
+        if self.world.training:
+            return {}
+        # rounded as the columns of a batch are
+        log_probs = everyone.log_policy.float(), everyone.log_prior.float()
+        evidence = everyone.log_likelihood.float(), estimate.log_z.float()
+        centres = self._centres(*log_probs, *evidence, everyone.prompt_keys)
+        return {"centre": centres.centre, "scale": centres.scale}
+
+    def step(
+        self, batches: Sequence[LogVarianceBatch], new_rollout: Sequence[LogVarianceBatch] | None
+    ) -> Step[LogVarianceBatch]:
+        """As of [`GDCObjective`], with the centres of the step's prompts."""
+        step = super().step(batches, new_rollout)
+        if len(step.batches) == 1 and self.world.num_processes == 1:
+            return step  # the loss finds them in its own forward
+        return replace(step, batches=self._with_centres(step.batches))
+
+    def loss(self, scores: CompletionScores, batch: LogVarianceBatch) -> LossSums:
+        """The loss, summed over completions."""
+        return LossSums(self._loss(scored(scores)[0].sum(-1), batch), self.sums_to_report(scores, batch))
+
+    def evaluation_loss(self, batch: LogVarianceBatch) -> LossSums:
+        """The loss of the policy that drew the batch."""
+        return LossSums(self._loss(batch.log_policy, batch), {})
+
+    def _loss(self, log_policy: Tensor, batch: LogVarianceBatch) -> Tensor:
+        if batch.centre is None or batch.scale is None:
+            columns = (batch.log_prior, batch.log_likelihood, batch.log_z)
+            centres = self._centres(log_policy, *columns, batch.prompt_keys)
+        else:
+            centres = LogVarianceCentres(batch.centre, batch.scale)
+        evidence = self.target.power * batch.log_likelihood
+        options = (self.huber_delta, self.forbidden_gap)
+        return log_variance_loss(log_policy, batch.log_prior, evidence, centres, *options).sum()
+
+    def _with_centres(self, batches: Sequence[LogVarianceBatch]) -> list[LogVarianceBatch]:
+        # a prompt's completions may be spread over micro-batches and processes, so their mean takes a pass of its own
+        log_policy = torch.cat([self.world.log_probs(batch) for batch in batches])
+        names = ("log_prior", "log_likelihood", "log_z")
+        local = torch.stack(
+            [log_policy, *(torch.cat([getattr(batch, name) for batch in batches]) for name in names)], dim=-1
+        )
+        log_policy, log_prior, log_likelihood, log_z = self.world.gather(local.float()).unbind(-1)  # (M_global,)
+        keys = self.world.gather(torch.cat([batch.prompt_keys for batch in batches]))
+        centres = self._centres(log_policy, log_prior, log_likelihood, log_z, keys)
+        sizes = [len(batch) for batch in batches]
+        own = zip(*(own_rows(self.world, column).split(sizes) for column in centres), strict=True)
+        return [
+            replace(batch, centre=centre, scale=scale) for batch, (centre, scale) in zip(batches, own, strict=True)
+        ]
+
+    def _centres(
+        self, log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor, log_z: Tensor, prompt_keys: Tensor
+    ) -> LogVarianceCentres:
+        evidence = self.target.power * log_likelihood
+        # where evidence forbids, the mean of what is allowed is known: it is −log Z
+        known = log_z if self.target.forbids else None
+        return log_variance_centres(log_policy, log_prior, evidence, prompt_keys, self.huber_delta, known)

@@ -1,0 +1,247 @@
+"""PPO with its critic: the clipped policy gradient of E[r] − β·KL(π‖π0), and the value loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from rlhf_bayes.lm import CompletionScores
+from rlhf_bayes.numerics import k1
+from rlhf_bayes.numerics.masked import masked_sum
+from rlhf_bayes.numerics.ppo import (
+    adapted_beta,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    kl_penalised_advantages,
+    prompt_baseline,
+)
+from rlhf_bayes.objectives.batch import Batch
+from rlhf_bayes.objectives.objective import LossSums, Step, scored
+from rlhf_bayes.objectives.posterior_metrics import posterior_metrics
+from rlhf_bayes.objectives.rollout import Rollout
+from rlhf_bayes.objectives.world import World, own_rows
+
+
+@dataclass(frozen=True)
+class PPOBatch(Batch):
+    """What PPO learns from. Log-probs in nats, rewards and values in units of the reward; padding is 0."""
+
+    loss_mask: Tensor
+    """(B, T) bool: tokens of the completions to which a reward function applies."""
+    rewards: Tensor
+    """(B,): r; 0 where no reward function applies."""
+    old_token_log_probs: Tensor
+    """(B, T): log π of each token when it was drawn."""
+    ref_token_log_probs: Tensor
+    """(B, T): log π0 of each token."""
+    old_values: Tensor
+    """(B, T): the critic's forecasts when the completions were drawn."""
+    token_entropy: Tensor
+    """(B, T): entropy of π(· | prefix) then."""
+    value_shift: Tensor
+    """(B,): by how much a completion's siblings say that the critic misjudges the prompt."""
+    advantage_shift: Tensor
+    """(): mean of the advantages of the rollout, or 0 where they are not normalised."""
+    advantage_scale: Tensor
+    """(): their spread, or 1."""
+    beta: Tensor
+    """(): β of the rollout."""
+
+
+@final
+class PPOObjective:
+    r"""
+    Proximal policy optimisation of J(θ) = E_πθ[r] − β·KL(πθ‖π0), whose optimum is the posterior.
+
+        loss = Σ_tokens max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) + vf_coef·(V − target)²/2,    ρ = π/π_old
+
+    The advantages are [`~rlhf_bayes.numerics.ppo.kl_penalised_advantages`], computed anew at each update with the
+    policy and the critic of that moment, since the posterior does not move.
+
+    Args:
+        world ([`World`]):
+            The loop around it.
+        beta (`float`):
+            β, units of reward per nat.
+        lam (`float`, *optional*, defaults to `1.0`):
+            λ of generalised advantage estimation.
+        epsilon_low, epsilon_high (`float`, *optional*, defaults to `0.2`):
+            The ratio is clipped to [1 − epsilon_low, 1 + epsilon_high].
+        cliprange_value (`float`, *optional*):
+            Bound of the value's change from the rollout, units of the reward.
+        vf_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the value loss.
+        normalize_advantages (`bool`, *optional*, defaults to `False`):
+            Whether the advantages of a rollout are given mean 0 and variance 1.
+        critic_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps at the start in which only the critic learns.
+        target_kl (`float`, *optional*):
+            KL(π‖π0), nats per sequence, to which β adapts. Default: β is fixed.
+        kl_horizon (`int`, *optional*, defaults to `10_000`):
+            Episodes over which β adapts.
+
+    Source: Schulman et al. 2017, arXiv 1707.06347; the KL penalty: Ziegler et al. 2019, 1909.08593; the optimum:
+    Korbak, Perez & Buckley 2022, 2205.11275, equations 3 to 7.
+    """
+
+    batch_type = PPOBatch
+    replays = False
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        beta: float,
+        lam: float = 1.0,
+        epsilon_low: float = 0.2,
+        epsilon_high: float = 0.2,
+        cliprange_value: float | None = None,
+        vf_coef: float = 0.1,
+        normalize_advantages: bool = False,
+        critic_warmup_steps: int = 0,
+        target_kl: float | None = None,
+        kl_horizon: int = 10_000,
+    ):
+        self.world, self.beta, self.lam = world, beta, lam
+        self.epsilon_low, self.epsilon_high, self.cliprange_value = epsilon_low, epsilon_high, cliprange_value
+        self.vf_coef, self.normalize_advantages = vf_coef, normalize_advantages
+        self.critic_warmup_steps = critic_warmup_steps
+        self.target_kl, self.kl_horizon = target_kl, kl_horizon
+
+    @property
+    def critic_warms_up(self) -> bool:
+        """Whether only the critic learns from the step at hand."""
+        return self.world.training and self.world.step < self.critic_warmup_steps
+
+    def batch(self, rollout: Rollout) -> PPOBatch:
+        """The rollout with all that its advantages are computed from. Logs it, and adapts β if it is to."""
+        values = _valued(rollout.values)  # (B, T)
+        mask = rollout.completion_mask.bool() & ~rollout.rewards.isnan()[:, None]
+        batch = PPOBatch(
+            **rollout.sequences,
+            loss_mask=mask,
+            rewards=rollout.rewards.nan_to_num(0.0),
+            old_token_log_probs=rollout.token_log_probs,
+            ref_token_log_probs=rollout.ref_token_log_probs,
+            old_values=values,
+            token_entropy=rollout.token_entropy,
+            value_shift=self._value_shift(rollout),
+            advantage_shift=rollout.rewards.new_tensor(0.0),
+            advantage_scale=rollout.rewards.new_tensor(1.0),
+            beta=torch.tensor(self.beta, device=rollout.rewards.device),
+        )
+        advantages, targets = self._advantages(rollout.token_log_probs, values, batch)
+        if self.normalize_advantages:
+            batch = self._normalised(batch, advantages)
+        columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
+        forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
+        self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
+        self._report_rollout(rollout)
+        return batch
+
+    def step(self, batches: Sequence[PPOBatch], new_rollout: Sequence[PPOBatch] | None) -> Step[PPOBatch]:
+        """The rollout's own micro-batches."""
+        return Step(batches)
+
+    def count(self, batch: PPOBatch) -> Tensor:
+        """Tokens: ()."""
+        return batch.loss_mask.sum()
+
+    def loss(self, scores: CompletionScores, batch: PPOBatch) -> LossSums:
+        """Policy and value loss, summed over tokens."""
+        mask = batch.loss_mask  # (B, T)
+        log_probs, values = scored(scores)[0], _valued(scores.values)  # (B, T)
+        advantages, targets = self._advantages(log_probs.detach(), values.detach(), batch)
+        advantages = (advantages - batch.advantage_shift) / batch.advantage_scale
+        # where before exp: on padding the two log-probs are of no token, and their ratio could overflow
+        log_ratio = torch.where(mask, log_probs - batch.old_token_log_probs, 0.0)
+        policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
+        value_loss = clipped_value_loss(values, batch.old_values, targets, self.cliprange_value)
+        policy_weight = 0.0 if self.critic_warms_up else 1.0
+        loss = policy_weight * masked_sum(policy_loss, mask) + self.vf_coef * masked_sum(value_loss, mask)
+        columns = self._columns_to_report(scores, log_ratio, advantages, batch)
+        columns |= {"ppo/policy_loss": policy_loss, "ppo/value_loss": value_loss}
+        sums = {name: masked_sum(column.detach(), mask) for name, column in columns.items()}
+        return LossSums(loss, sums | {"tokens": mask.sum().float()})
+
+    def evaluation_loss(self, batch: PPOBatch) -> LossSums:
+        """The same loss of the policy and the critic that drew the batch."""
+        scores = CompletionScores(batch.old_token_log_probs, batch.token_entropy, batch.old_values, None)
+        return self.loss(scores, batch)
+
+    def report(self, totals: dict[str, float]) -> None:
+        """Means over the tokens of a step."""
+        tokens = max(totals.pop("tokens"), 1.0)
+        for name, total in totals.items():
+            self.world.log(name, total / tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """β, which may have adapted."""
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.beta = state["beta"]
+
+    def _advantages(self, log_probs: Tensor, values: Tensor, batch: PPOBatch) -> tuple[Tensor, Tensor]:
+        log_ratios = k1(log_probs, batch.ref_token_log_probs)  # (B, T)
+        values = values + batch.value_shift[:, None]
+        return kl_penalised_advantages(batch.rewards, log_ratios, values, batch.loss_mask, batch.beta, self.lam)
+
+    def _value_shift(self, rollout: Rollout) -> Tensor:
+        rewards = rollout.rewards.nan_to_num(0.0)
+        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs).sum(-1)  # (B,)
+        forecasts = _valued(rollout.values)[:, 0]  # (B,): before the first token, so a function of the prompt
+        columns = torch.stack([rewards - self.beta * log_ratios, forecasts], dim=-1)
+        returns, everyones_forecasts = self.world.gather(columns).unbind(-1)  # (B_global,)
+        baselines = prompt_baseline(returns, everyones_forecasts, rollout.num_generations)
+        return own_rows(self.world, baselines) - forecasts
+
+    def _normalised(self, batch: PPOBatch, advantages: Tensor) -> PPOBatch:
+        # over the tokens of all processes
+        mask = batch.loss_mask
+        local = torch.stack([masked_sum(x, mask) for x in (torch.ones_like(advantages), advantages, advantages**2)])
+        count, total, squares = self.world.reduce(local)
+        mean = total / count.clamp(min=1.0)
+        spread = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4  # the constant is RLOO's
+        return PPOBatch(**batch.columns() | {"advantage_shift": mean, "advantage_scale": spread})
+
+    def _report_rollout(self, rollout: Rollout) -> None:
+        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
+        kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
+        local = torch.stack([rollout.rewards, log_ratios.sum(-1), kls.sum(-1)], dim=-1)  # (B, 3)
+        rewards, log_ratios, kls = self.world.gather(local).unbind(-1)  # (B_global,)
+        for name, value in posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations).items():
+            self.world.log(name, value)
+        self.world.log("ppo/beta", self.beta)
+        if self.world.training and self.target_kl is not None:
+            self.beta = adapted_beta(self.beta, kls.mean().item(), self.target_kl, len(kls), self.kl_horizon)
+
+    def _columns_to_report(
+        self, scores: CompletionScores, log_ratio: Tensor, advantages: Tensor, batch: PPOBatch
+    ) -> dict[str, Tensor]:
+        """Metric -> its value at each token, (B, T)."""
+        ratio = log_ratio.detach().exp()
+        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        moved = (_valued(scores.values).detach() - batch.old_values).abs()
+        clip = self.cliprange_value
+        return {
+            "entropy": scored(scores)[1],
+            "ppo/approx_kl": ratio - 1 - log_ratio,
+            "ppo/value_clip_fraction": torch.zeros_like(moved) if clip is None else (moved > clip).float(),
+            "clip_ratio/low_mean": low.float(),
+            "clip_ratio/high_mean": high.float(),
+            "clip_ratio/region_mean": (low | high).float(),
+        }
+
+
+def _valued(values: Tensor | None) -> Tensor:
+    if values is None:
+        raise ValueError(
+            "PPO needs the critic's values, got None: put a `Critic` into the model, and score with it in the forward."
+        )
+    return values
