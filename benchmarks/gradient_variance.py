@@ -11,7 +11,7 @@ the estimator is measured.
 
 - Bias: ‖E ĝ − g‖² over ‖g‖², from all pairs of blocks of estimates, which is unbiased and may be negative; and how
   many standard errors it is from 0.
-  Under heavy tails, as those of renyi_2, few draws miss rare completions. What looks like bias then falls with more.
+  With heavy tails, as for renyi_2, few draws miss rare completions: this looks like a bias, which falls with draws.
 - Noise: √(E‖ĝ − g‖²) over ‖g‖, for one prompt and 4 draws. With 64 draws it is a quarter of that.
 
 Targets: a reward, one nat from the prior; a condition that a tenth of the prior meets. Policies: the prior, where

@@ -19,7 +19,7 @@ holds the layer of each part, and enforces it.
 
 
 def first_sentence(path: Path) -> str:
-    """What a module or a package says of itself first, in one line."""
+    """The first sentence of the docstring of a module or a package, in one line."""
     source = path / "__init__.py" if path.is_dir() else path
     if not source.is_file():
         return ""

@@ -5,11 +5,11 @@ Trains a policy towards a posterior in a loop of plain torch and transformers: n
     python examples/plain_loop.py forward_kl
     python examples/plain_loop.py log_variance --steps 100
 
-An objective needs four things of a loop: a rollout (completions with log-probs under policy and prior, and rewards),
-the policy's scores of the batch that it makes of it, an optimizer step, and a `World` that tells it how far the
-training is. The model here is small enough to list all its completions, so that the distance to the posterior is
-exact. For a model of your own, replace `EnumerableLM` by a model and a tokenizer from transformers, and `toy_reward`
-by your reward.
+An objective needs four things from a loop: a rollout (completions with log-probs under policy and prior, and rewards),
+the policy's scores of the batch that it makes from the rollout, an optimizer step, and a `World` that reports the
+progress of training. The model here is small enough to enumerate all its completions, so the distance to the posterior
+is exact. For a model of your own, replace `EnumerableLM` by a model and a tokenizer from transformers, and
+`toy_reward` by your reward.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 
 def make_objective(name: str, world: World, beta: float) -> Objective:
-    """PPO, log-variance with the completions of the last 4 rollouts, or the f-divergence of this name."""
+    """PPO; the log-variance loss on the last 4 rollouts; or the f-divergence with this name."""
     if name == "ppo":
         return PPOObjective(world, beta=beta)
     target = PosteriorTarget(world, beta=beta)  # it keeps log Z of each prompt, from all completions so far
@@ -66,7 +66,7 @@ def draw_rollout(policy: LanguageModel, prior: LanguageModel, prompts: list[str]
 
 
 def train(name: str, steps: int = 200, learning_rate: float = 1e-3, seed: int = 0) -> tuple[float, float]:
-    """Trains the toy by an objective. Returns exact KL(π‖π*), nats, the mean over prompts, before and after."""
+    """Train the toy by an objective. Returns exact KL(π‖π*), nats, the mean over prompts, before and after."""
     torch.manual_seed(seed)
     toy = EnumerableLM(vocab_size=5, max_completion_length=3)
     model = toy.random_policy(noise=0.0)  # the policy starts as a copy of the prior

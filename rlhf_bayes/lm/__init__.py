@@ -1,4 +1,4 @@
-"""Layer 1: a causal LM as a distribution over completions."""
+"""A causal LM as a distribution over completions."""
 
 from rlhf_bayes.lm.critic import Critic
 from rlhf_bayes.lm.forward import CompletionScores, enable_completion_scoring, score_completions

@@ -1,4 +1,4 @@
-"""Completions as an objective learns from them: a typed batch, and what can be done with its rows."""
+"""Typed batches of completions that an objective learns from, and operations on their rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 @dataclass(frozen=True)
 class Batch:
     """
-    B completions, and in subclasses what an objective learns from.
+    B completions; subclasses add the fields that an objective learns from.
 
-    A field is a tensor with a row for each completion, (B, …), or with one value for all of them, (). Along tokens,
-    (B, T), it is padded on the right.
+    A field is a tensor with a row for each completion, (B, …), or with one value for all of them, (). Fields of
+    tokens, (B, T), are padded on the right.
     """
 
     prompt_ids: Tensor
@@ -32,17 +32,17 @@ class Batch:
 
     @property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What [`~rlhf_bayes.lm.score_completions`] takes."""
+        """The sequences in the form that [`~rlhf_bayes.lm.score_completions`] takes."""
         return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
 
     @property
     def lengths(self) -> Tensor:
-        """(B,): tokens of prompt and completion."""
+        """(B,): number of tokens of prompt and completion."""
         return self.prompt_mask.sum(-1) + self.completion_mask.sum(-1)
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Any]) -> Self:
-        """The fields of a mapping that has others besides. A field that may be missing is None then."""
+        """A batch from a mapping, which may have other entries too. An optional field that is missing becomes None."""
         return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
 
     def columns(self) -> dict[str, Tensor]:
@@ -50,13 +50,13 @@ class Batch:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     def take(self, rows: Tensor | slice) -> Self:
-        """These rows, (M,) indices or a slice, in this order."""
+        """The given rows, (M,) indices or a slice, in this order."""
         return type(self)(
             **{name: tensor if tensor.dim() == 0 else tensor[rows] for name, tensor in self.columns().items()}
         )
 
     def split(self, sizes: Sequence[int]) -> list[Self]:
-        """Batches of so many rows each, in order."""
+        """Batches with the given numbers of rows, in order."""
         stops = torch.tensor(sizes).cumsum(0).tolist()
         return [self.take(slice(stop - size, stop)) for size, stop in zip(sizes, stops, strict=True)]
 
@@ -65,13 +65,13 @@ B = TypeVar("B", bound=Batch)
 
 
 def joined(batches: Sequence[B]) -> B:
-    """All rows of several batches, padded to the longest. Values without rows are those of the first."""
+    """One batch with all rows of several, padded to the longest. Values without rows are taken from the first."""
     columns = [batch.columns() for batch in batches]
     return type(batches[0])(**{name: _joined([part[name] for part in columns], name) for name in columns[0]})
 
 
 def by_length(batches: list[B]) -> list[B]:
-    """The same rows in batches of the same sizes, shortest first, so that little of what a model reads is padding."""
+    """The same rows in batches of the same sizes, sorted by length, so that the model reads little padding."""
     if len(batches) == 1:
         return batches
     whole = joined(batches)

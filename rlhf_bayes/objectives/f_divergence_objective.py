@@ -21,7 +21,7 @@ from rlhf_bayes.objectives.world import World
 
 @dataclass(frozen=True)
 class FDivergenceBatch(GDCBatch):
-    """What a distributional policy gradient learns from."""
+    """The batch of a distributional policy gradient."""
 
     baseline: Tensor
     """(B,): b of the pseudo-reward; 0 in evaluation."""
@@ -36,15 +36,15 @@ class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
 
     Args:
         world, target, replay, ess_min, comparison:
-            As for [`GDCObjective`].
+            As in [`GDCObjective`].
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             One of [`~rlhf_bayes.numerics.DIVERGENCES`].
         alpha (`float`, *optional*):
-            Of the divergence `"alpha"`.
+            α of the divergence `"alpha"`.
         baseline (`str`, *optional*):
             b, as in [`~rlhf_bayes.numerics.dpg.dpg_baselines`]. Default: that of the divergence's record.
         max_pseudo_reward (`float`, *optional*):
-            Upper bound of −f′. The optimum moves where it takes effect.
+            Upper bound of −f′. Where it takes effect, it moves the optimum.
 
     Source: Go et al. 2023, arXiv 2302.08215; baselines: Korbak et al. 2022, 2206.00761.
     """
@@ -77,7 +77,7 @@ class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
         return {"baseline": dpg_baselines(*columns, self.divergence, self.alpha, kind).float()}
 
     def count(self, batch: FDivergenceBatch) -> Tensor:
-        """Completions to which evidence applies; in evaluation, those with a Z to compare with: ()."""
+        """Number of completions to which evidence applies; in evaluation, of those whose Z is known too: ()."""
         counted = ~batch.log_likelihood.isnan()
         return (counted if self.world.training else counted & batch.log_z.isfinite()).sum()
 
@@ -102,7 +102,7 @@ class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
         return LossSums(f_divergence_terms(log_ratio, self.divergence, self.alpha).nansum(), {})
 
     def report(self, totals: dict[str, float]) -> None:
-        """Besides what [`GDCObjective`] reports: the share of the pseudo-reward that its bound took."""
+        """Log what [`GDCObjective`] logs, and the share of the pseudo-reward that its bound cut off."""
         super().report(totals)
         if self.max_pseudo_reward is not None:
             self.world.log("gdc/clipped", totals["clipped"] / max(totals["clipped"] + totals["kept"], 1e-30))

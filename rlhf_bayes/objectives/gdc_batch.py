@@ -1,4 +1,4 @@
-"""Completions and what a posterior says of them: those of a batch, and those of all processes."""
+"""Completions with the terms of a posterior: those of a batch, and those of all processes."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from rlhf_bayes.objectives.batch import Batch
 
 @dataclass(frozen=True)
 class GDCBatch(Batch):
-    """Completions with what the posterior says of them: (B,), nats."""
+    """Completions with the terms of the posterior: (B,), nats."""
 
     prompt_keys: Tensor
     """Integers, equal for completions of a prompt."""
@@ -18,11 +18,11 @@ class GDCBatch(Batch):
     log_prior: Tensor
     """log π0."""
     log_proposal: Tensor
-    """log q of what drew it."""
+    """log q of the proposal that drew it."""
     log_likelihood: Tensor
     """The evidence; `-inf` where it forbids the completion, nan where none applies."""
     log_z: Tensor
-    """log Z of the prompt, from its other completions."""
+    """log Z of the prompt, estimated from its other completions."""
 
 
 @dataclass(frozen=True)

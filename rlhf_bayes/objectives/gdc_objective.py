@@ -1,4 +1,4 @@
-"""What the objectives of GDC share: a posterior as target, completions drawn from anything, replay, skipped steps."""
+"""What the objectives of GDC share: a posterior as target, any proposal, replay, and skipped steps."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from rlhf_bayes.objectives.replay import ReplayBuffer
 from rlhf_bayes.objectives.rollout import Rollout
 from rlhf_bayes.objectives.world import World, own_rows
 
-# one completion alone has an importance ESS of 1 up to rounding
+# the importance ESS of a single completion is 1 up to rounding
 _ROUNDING = 1e-6
 
 
@@ -33,19 +33,19 @@ B = TypeVar("B", bound=GDCBatch)
 
 class GDCObjective(ABC, Generic[B]):
     """
-    Moves a policy towards a posterior by completions of any proposal. Subclasses say by which loss.
+    Moves a policy towards a posterior with completions of any proposal. Subclasses define the loss.
 
     Args:
         world ([`World`]):
-            The loop around it.
+            The training loop.
         target ([`PosteriorTarget`]):
             The posterior.
         replay ([`ReplayBuffer`]):
-            Rollouts that a step draws its completions from.
+            The rollouts from which a step draws its completions.
         ess_min (`float`, *optional*, defaults to `1.0`):
             Steps whose weights p/q have a smaller effective sample size are skipped.
         comparison ([`Comparison`], *optional*):
-            Of the policy with a proposal that is an earlier policy, where there is one.
+            Compares the policy with the proposal, where that is an earlier policy.
     """
 
     batch_type: type[B]
@@ -73,7 +73,7 @@ class GDCObjective(ABC, Generic[B]):
         return self.replay.capacity > 1
 
     def batch(self, rollout: Rollout) -> B:
-        """The rollout under the posterior. Its completions improve the estimate of Z, and it is logged."""
+        """The batch of a rollout. Its completions update the estimate of Z, and its metrics are logged."""
         log_policy = rollout.token_log_probs.sum(-1)  # (B,)
         log_prior = rollout.ref_token_log_probs.sum(-1)
         log_likelihood = rollout.rewards / self.beta
@@ -104,10 +104,10 @@ class GDCObjective(ABC, Generic[B]):
 
     @abstractmethod
     def columns(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> dict[str, Tensor]:
-        """What `batch_type` adds to [`GDCBatch`], for the completions of all processes: name -> (B_global,)."""
+        """The fields that `batch_type` adds to [`GDCBatch`], for all processes' completions: name -> (B_global,)."""
 
     def step(self, batches: Sequence[B], new_rollout: Sequence[B] | None) -> Step[B]:
-        """Completions of the replayed rollouts, or the rollout's own, with Z as it is known now."""
+        """Completions of the replayed rollouts, or the rollout's own, with the current estimate of Z."""
         if self.replays:
             if new_rollout is not None:
                 self.replay.add(new_rollout)
@@ -122,7 +122,7 @@ class GDCObjective(ABC, Generic[B]):
         return Step(batches, skipped)
 
     def count(self, batch: B) -> Tensor:
-        """Completions to which evidence applies: ()."""
+        """Number of completions to which evidence applies: ()."""
         return (~batch.log_likelihood.isnan()).sum()
 
     @abstractmethod
@@ -134,25 +134,25 @@ class GDCObjective(ABC, Generic[B]):
         """The loss of the policy that drew the batch."""
 
     def report(self, totals: dict[str, float]) -> None:
-        """Entropy (nats per token) and the effective sample size of π/q (share) over a step."""
+        """Log the entropy (nats per token) and the effective sample size of π/q (share) of a step."""
         self.world.log("entropy", totals["entropy"] / max(totals["tokens"], 1.0))
         ess = totals["ratios"] ** 2 / max(totals["squares"], 1e-30)
         self.world.log("gdc/ratio_ess", ess / totals["rows"])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         comparison = {} if self.comparison is None else {"comparison": self.comparison.sums}
         return self.target.state_dict() | {"replay": self.replay.state_dict()} | comparison
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned. Raises ValueError where that was of another posterior."""
+        """Restore what `state_dict` returned. Raises ValueError if it belongs to another posterior."""
         self.target.load_state_dict(state)
         self.replay.load_state_dict(state["replay"], self.batch_type)
         if self.comparison is not None:
             self.comparison.sums = state["comparison"].cpu()
 
     def sums_to_report(self, scores: CompletionScores, batch: B) -> dict[str, Tensor]:
-        """What `report` wants of a batch: name -> ()."""
+        """The sums of a batch that `report` needs: name -> ()."""
         mask = batch.completion_mask.bool()
         log_probs, entropy = scored(scores)
         ratio = (log_probs.sum(-1) - batch.log_proposal).exp()  # (B,)
@@ -185,7 +185,7 @@ class GDCObjective(ABC, Generic[B]):
         log_ratios, kls, weights = everyone.log_policy - everyone.log_prior, everyone.kls, None
         if rollout.drawn_from != "policy":
             weights = (everyone.log_policy - everyone.log_proposal).exp()
-            kls = log_ratios  # exact KLs of tokens belong to prefixes that the policy drew
+            kls = log_ratios  # sums of exact token KLs estimate the KL only for prefixes that the policy drew
         evidence = power * everyone.log_likelihood
         metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs, weights)
         metrics |= moments_of_all(self.world, rollout, weights)

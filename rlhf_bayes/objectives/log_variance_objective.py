@@ -1,4 +1,4 @@
-"""The log-variance loss: log π − log p is the same for every completion of a prompt at the optimum."""
+"""The log-variance loss, which is 0 where log π − log p is the same for every completion of a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from rlhf_bayes.objectives.world import World, own_rows
 
 @dataclass(frozen=True)
 class LogVarianceBatch(GDCBatch):
-    """What the log-variance loss learns from. Without a centre, the batch holds all completions of its prompts."""
+    """The batch of the log-variance loss. Without a centre, it holds all completions of its prompts."""
 
     centre: Tensor | None = None
     """(B,): the mean of log π − log p over the prompt's completions, nats."""
@@ -32,17 +32,17 @@ class LogVarianceBatch(GDCBatch):
 @final
 class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
     r"""
-    Half the variance of log π − log π0 − log_likelihood over a prompt's completions, drawn from anything.
+    Half the variance of log π − log π0 − log_likelihood over a prompt's completions, from any proposal.
 
         loss = Σ_i scale_i·(log π(x_i) − log π0(x_i) − log_likelihood(x_i) − centre_i)²/2
 
     Args:
         world, target, replay, ess_min, comparison:
-            As for [`GDCObjective`].
+            As in [`GDCObjective`].
         huber_delta (`float`, *optional*):
             Nats beyond which a deviation counts linearly.
         forbidden_gap (`float`, *optional*, defaults to `1.0`):
-            A forbidden completion is pushed down until it is so many nats below its prior.
+            The loss of a forbidden completion is 0 once log π is this many nats below log π0.
 
     Source: Richter et al. 2020, arXiv 2010.10436; with replay: Bartoldson et al. 2025, 2503.18929.
     """
@@ -64,10 +64,10 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
         self.huber_delta, self.forbidden_gap = huber_delta, forbidden_gap
 
     def columns(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> dict[str, Tensor]:
-        """Centres in evaluation; in training they are those of the policy before each step."""
+        """Centres for evaluation. In training they are computed before each step, with the policy of that moment."""
         if self.world.training:
             return {}
-        # rounded as the columns of a batch are
+        # in fp32 like the columns of a batch
         log_probs = everyone.log_policy.float(), everyone.log_prior.float()
         evidence = everyone.log_likelihood.float(), estimate.log_z.float()
         centres = self._centres(*log_probs, *evidence, everyone.prompt_keys)
@@ -76,10 +76,10 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
     def step(
         self, batches: Sequence[LogVarianceBatch], new_rollout: Sequence[LogVarianceBatch] | None
     ) -> Step[LogVarianceBatch]:
-        """As of [`GDCObjective`], with the centres of the step's prompts."""
+        """The step of [`GDCObjective`], with the centres of its prompts."""
         step = super().step(batches, new_rollout)
         if len(step.batches) == 1 and self.world.num_processes == 1:
-            return step  # the loss finds them in its own forward
+            return step  # the loss computes the centres from its own forward
         return replace(step, batches=self._with_centres(step.batches))
 
     def loss(self, scores: CompletionScores, batch: LogVarianceBatch) -> LossSums:
@@ -101,7 +101,7 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
         return log_variance_loss(log_policy, batch.log_prior, evidence, centres, *options).sum()
 
     def _with_centres(self, batches: Sequence[LogVarianceBatch]) -> list[LogVarianceBatch]:
-        # a prompt's completions may be spread over micro-batches and processes, so their mean takes a pass of its own
+        # a prompt's completions may be spread over micro-batches and processes, so their mean needs a separate pass
         log_policy = torch.cat([self.world.log_probs(batch) for batch in batches])
         names = ("log_prior", "log_likelihood", "log_z")
         local = torch.stack(
@@ -120,6 +120,6 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
         self, log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor, log_z: Tensor, prompt_keys: Tensor
     ) -> LogVarianceCentres:
         evidence = self.target.power * log_likelihood
-        # where evidence forbids, the mean of what is allowed is known: it is −log Z
+        # where the evidence forbids completions, deviations are measured from −log Z instead of a mean
         known = log_z if self.target.forbids else None
         return log_variance_centres(log_policy, log_prior, evidence, prompt_keys, self.huber_delta, known)

@@ -1,4 +1,4 @@
-"""What a training loop asks of an objective."""
+"""The protocol of objectives, for training loops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class LossSums(NamedTuple):
     loss: Tensor
     """(), with gradient: divide it by the count of the whole optimizer step, over all batches and processes."""
     sums: dict[str, Tensor]
-    """Name -> (), without gradient: added up over an optimizer step, they go to `Objective.report`."""
+    """Name -> (), without gradient. The sums of an optimizer step are passed to `Objective.report`."""
 
 
 def scored(scores: CompletionScores) -> tuple[Tensor, Tensor]:
@@ -36,22 +36,22 @@ def scored(scores: CompletionScores) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Step(Generic[B]):
-    """What an optimizer step learns from."""
+    """The batches that an optimizer step learns from."""
 
     batches: Sequence[B]
-    """The micro-batches of this process, whose gradients are added up."""
+    """The micro-batches of this process, whose gradients are summed."""
     skipped: bool = False
-    """Whether the step says too little to be taken: then no weight may move, not even by momentum or weight decay."""
+    """Whether the step must not be taken: then no weight may change, not even by momentum or weight decay."""
 
 
 class Objective(Protocol[B]):
     """
-    What a gradient step minimises, apart from who draws, scores, and takes the step.
+    What a gradient step minimises. A training loop draws and scores completions, and takes the step.
 
-    `examples/plain_loop.py` is a loop around it; [`PPOTrainer`] and [`GDCTrainer`] are others.
+    `examples/plain_loop.py` is such a loop; [`PPOTrainer`] and [`GDCTrainer`] are others.
 
     Attributes:
-        beta (`float`): units of reward per nat of evidence, as it is now.
+        beta (`float`): the current β, units of reward per nat of evidence.
         batch_type (`type`): the dataclass that `batch` returns.
         replays (`bool`): whether a step learns from other completions than those of the last rollout.
     """
@@ -61,23 +61,23 @@ class Objective(Protocol[B]):
     replays: bool
 
     def batch(self, rollout: Rollout) -> B:
-        """What is to be learnt from a rollout. It is logged, and remembered where the objective has a memory."""
+        """The batch to learn from a rollout. The rollout's metrics are logged, and it may be kept for replay."""
         ...
 
     def step(self, batches: Sequence[B], new_rollout: Sequence[B] | None) -> Step[B]:
         """
-        What the next optimizer step learns from.
+        The batches that the next optimizer step learns from.
 
         Args:
             batches (`Sequence[Batch]`):
-                Its share of the last rollout, as micro-batches.
+                The step's share of the last rollout, as micro-batches.
             new_rollout (`Sequence[Batch]`, *optional*):
-                All micro-batches of the rollout, at its first step.
+                All micro-batches of the rollout; given at its first step only.
         """
         ...
 
     def count(self, batch: B) -> Tensor:
-        """How many tokens or completions `loss` sums over: ()."""
+        """The number of tokens or completions that `loss` sums over: ()."""
         ...
 
     def loss(self, scores: CompletionScores, batch: B) -> LossSums:
@@ -85,17 +85,17 @@ class Objective(Protocol[B]):
         ...
 
     def evaluation_loss(self, batch: B) -> LossSums:
-        """The loss of the policy that drew the batch, from what the rollout says of it."""
+        """The loss of the policy that drew the batch, computed from the rollout's scores."""
         ...
 
     def report(self, totals: dict[str, float]) -> None:
-        """Log what `loss` summed up over an optimizer step, all batches and processes together."""
+        """Log metrics from the sums of `loss` over an optimizer step, over all batches and processes."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the objective to continue where it was: tensors and plain values."""
+        """The state from which a resumed run continues: tensors and plain values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         ...

@@ -1,4 +1,4 @@
-"""The posterior as an objective knows it while training: Z of each prompt, and evidence that may be annealed."""
+"""The posterior during training: estimates of each prompt's Z, and evidence that may be annealed."""
 
 from typing import Any, NamedTuple, final
 
@@ -27,18 +27,18 @@ class PosteriorTarget:
 
     Args:
         world ([`World`]):
-            The loop around it, whose step tells the power.
+            The training loop, whose step determines the power.
         beta (`float`):
-            β, units of reward per nat of evidence; 1 where evidence comes in nats.
+            β, units of reward per nat of evidence; 1 where the evidence is in nats.
         bound (`float`, *optional*):
-            Upper bound of log_likelihood, nats, where one is known.
+            Upper bound of log_likelihood, nats, if one is known.
         beta_init (`float`, *optional*):
             The temperature at the start, above β. The power is β/β_t, where β_t goes geometrically from it to β.
             Default: the power is 1 throughout.
         beta_init_steps (`int`, *optional*):
             Optimizer steps of this annealing. Default: half of the training.
         forbids (`bool`, *optional*, defaults to `False`):
-            Whether the evidence is known to forbid completions. Otherwise it is known once it has done so.
+            Whether the evidence is known to forbid completions. If not, this is found out when it first does.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class PosteriorTarget:
 
     @property
     def power(self) -> float:
-        """That by which the evidence is multiplied now, in (0, 1]."""
+        """The current factor of the evidence, in (0, 1]."""
         return self.normalizers.power
 
     def estimate(
         self, prompt_keys: Tensor, log_prior: Tensor, log_proposal: Tensor, log_likelihood: Tensor
     ) -> TargetEstimate:
         """
-        The posterior of these completions, with Z from them and all before; in training they are remembered.
+        The posterior of these completions, with Z from all completions so far. In training they are kept for Z.
 
         Args:
             prompt_keys (`Tensor` (B_global,)):
@@ -81,24 +81,24 @@ class PosteriorTarget:
         return TargetEstimate(self.log_target(log_prior, log_likelihood, log_zs.others), *log_zs)
 
     def log_target(self, log_prior: Tensor, log_likelihood: Tensor, log_z: Tensor) -> Tensor:
-        """log p, nats: nan where log Z is not known, since then there is nothing to divide by."""
+        """log p, nats; nan where log Z is not known."""
         log_z = torch.where(log_z.isfinite(), log_z, torch.nan)
         return log_prior + self.power * log_likelihood - log_z
 
     def log_z(self, prompt_keys: Tensor) -> Tensor:
-        """log Z of the prompt of each completion, as it is known now: (B,), fp32, nats."""
+        """The current estimate of log Z of each completion's prompt: (B,), fp32, nats."""
         return self.normalizers.log_z(prompt_keys).float()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         return {"beta": self.beta, "normalizers": self.normalizers.state_dict(), "forbidden_seen": self.forbids}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Take back what `state_dict` returned.
+        Restore what `state_dict` returned.
 
         Raises:
-            ValueError: if its β or the bound of its evidence differs: then these are the Z of another target.
+            ValueError: if β or the bound of the evidence differs, since Z then belongs to another target.
         """
         check_same_beta(self.beta, state["beta"])
         self.normalizers.load_state_dict(state["normalizers"])

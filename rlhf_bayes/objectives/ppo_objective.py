@@ -28,7 +28,7 @@ from rlhf_bayes.objectives.world import World, own_rows
 
 @dataclass(frozen=True)
 class PPOBatch(Batch):
-    """What PPO learns from. Log-probs in nats, rewards and values in units of the reward; padding is 0."""
+    """The batch of PPO. Log-probs are in nats, rewards and values in units of the reward; padding is 0."""
 
     loss_mask: Tensor
     """(B, T) bool: tokens of the completions to which a reward function applies."""
@@ -41,13 +41,13 @@ class PPOBatch(Batch):
     old_values: Tensor
     """(B, T): the critic's forecasts when the completions were drawn."""
     token_entropy: Tensor
-    """(B, T): entropy of π(· | prefix) then."""
+    """(B, T): entropy of π(· | prefix) when the completions were drawn."""
     value_shift: Tensor
-    """(B,): by how much a completion's siblings say that the critic misjudges the prompt."""
+    """(B,): correction of the critic's forecast for the prompt, from the completion's siblings."""
     advantage_shift: Tensor
     """(): mean of the advantages of the rollout, or 0 where they are not normalised."""
     advantage_scale: Tensor
-    """(): their spread, or 1."""
+    """(): standard deviation of these advantages, or 1."""
     beta: Tensor
     """(): β of the rollout."""
 
@@ -64,7 +64,7 @@ class PPOObjective:
 
     Args:
         world ([`World`]):
-            The loop around it.
+            The training loop.
         beta (`float`):
             β, units of reward per nat.
         lam (`float`, *optional*, defaults to `1.0`):
@@ -72,7 +72,7 @@ class PPOObjective:
         epsilon_low, epsilon_high (`float`, *optional*, defaults to `0.2`):
             The ratio is clipped to [1 − epsilon_low, 1 + epsilon_high].
         cliprange_value (`float`, *optional*):
-            Bound of the value's change from the rollout, units of the reward.
+            Upper bound on the change of a value since the rollout, units of the reward.
         vf_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the value loss.
         normalize_advantages (`bool`, *optional*, defaults to `False`):
@@ -82,7 +82,7 @@ class PPOObjective:
         target_kl (`float`, *optional*):
             KL(π‖π0), nats per sequence, to which β adapts. Default: β is fixed.
         kl_horizon (`int`, *optional*, defaults to `10_000`):
-            Episodes over which β adapts.
+            Completions over which a KL far from `target_kl` changes β by a fifth.
 
     Source: Schulman et al. 2017, arXiv 1707.06347; the KL penalty: Ziegler et al. 2019, 1909.08593; the optimum:
     Korbak, Perez & Buckley 2022, 2205.11275, equations 3 to 7.
@@ -114,11 +114,11 @@ class PPOObjective:
 
     @property
     def critic_warms_up(self) -> bool:
-        """Whether only the critic learns from the step at hand."""
+        """Whether only the critic learns in the current step."""
         return self.world.training and self.world.step < self.critic_warmup_steps
 
     def batch(self, rollout: Rollout) -> PPOBatch:
-        """The rollout with all that its advantages are computed from. Logs it, and adapts β if it is to."""
+        """The rollout with everything that its advantages need. It logs metrics, and adapts β to `target_kl`."""
         values = _valued(rollout.values)  # (B, T)
         mask = rollout.completion_mask.bool() & ~rollout.rewards.isnan()[:, None]
         batch = PPOBatch(
@@ -148,7 +148,7 @@ class PPOObjective:
         return Step(batches)
 
     def count(self, batch: PPOBatch) -> Tensor:
-        """Tokens: ()."""
+        """Number of tokens: ()."""
         return batch.loss_mask.sum()
 
     def loss(self, scores: CompletionScores, batch: PPOBatch) -> LossSums:
@@ -157,7 +157,7 @@ class PPOObjective:
         log_probs, values = scored(scores)[0], _valued(scores.values)  # (B, T)
         advantages, targets = self._advantages(log_probs.detach(), values.detach(), batch)
         advantages = (advantages - batch.advantage_shift) / batch.advantage_scale
-        # where before exp: on padding the two log-probs are of no token, and their ratio could overflow
+        # padding is set to 0 before exp, since its log-probs belong to no token and their ratio could overflow
         log_ratio = torch.where(mask, log_probs - batch.old_token_log_probs, 0.0)
         policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
         value_loss = clipped_value_loss(values, batch.old_values, targets, self.cliprange_value)
@@ -169,18 +169,18 @@ class PPOObjective:
         return LossSums(loss, sums | {"tokens": mask.sum().float()})
 
     def evaluation_loss(self, batch: PPOBatch) -> LossSums:
-        """The same loss of the policy and the critic that drew the batch."""
+        """The loss of the policy and the critic that drew the batch."""
         scores = CompletionScores(batch.old_token_log_probs, batch.token_entropy, batch.old_values, None)
         return self.loss(scores, batch)
 
     def report(self, totals: dict[str, float]) -> None:
-        """Means over the tokens of a step."""
+        """Log means over the tokens of a step."""
         tokens = max(totals.pop("tokens"), 1.0)
         for name, total in totals.items():
             self.world.log(name, total / tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """β, which may have adapted."""
+        """The state for a checkpoint: β, which may have adapted."""
         return {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -204,12 +204,12 @@ class PPOObjective:
         return own_rows(self.world, baselines) - forecasts
 
     def _normalised(self, batch: PPOBatch, advantages: Tensor) -> PPOBatch:
-        # over the tokens of all processes
+        # the mean and the variance are over the tokens of all processes
         mask = batch.loss_mask
         local = torch.stack([masked_sum(x, mask) for x in (torch.ones_like(advantages), advantages, advantages**2)])
         count, total, squares = self.world.reduce(local)
         mean = total / count.clamp(min=1.0)
-        spread = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4  # the constant is RLOO's
+        spread = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4  # 1e-4 as in RLOO
         return PPOBatch(**batch.columns() | {"advantage_shift": mean, "advantage_scale": spread})
 
     def _report_rollout(self, rollout: Rollout) -> None:
@@ -227,7 +227,7 @@ class PPOObjective:
     def _columns_to_report(
         self, scores: CompletionScores, log_ratio: Tensor, advantages: Tensor, batch: PPOBatch
     ) -> dict[str, Tensor]:
-        """Metric -> its value at each token, (B, T)."""
+        """Metric -> its values at each token, (B, T)."""
         ratio = log_ratio.detach().exp()
         low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         high = (ratio > 1 + self.epsilon_high) & (advantages > 0)

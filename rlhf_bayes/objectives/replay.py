@@ -1,4 +1,4 @@
-"""Completions of past rollouts, kept to be learnt from again: the target never changes."""
+"""Keeps completions of past rollouts, to learn from them again: the target never changes."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ class ReplayBuffer(Generic[B]):
 
     Args:
         capacity (`int`):
-            Rollouts that are kept.
+            Number of rollouts that are kept.
         sampling (`str`):
             `"uniform"` over their completions, or `"recency"`: the weight of a rollout falls linearly with its age.
         seed (`int`):
-            Of the draws.
+            Seed of the draws.
     """
 
     def __init__(self, capacity: int, sampling: str, seed: int):
@@ -32,19 +32,19 @@ class ReplayBuffer(Generic[B]):
         self.generator = torch.Generator().manual_seed(seed)
 
     def add(self, batches: Sequence[B]) -> None:
-        """Keep a rollout, given as its micro-batches. The oldest one is forgotten."""
+        """Keep a rollout, given as its micro-batches. The oldest rollout is dropped."""
         self.rollouts.append(joined(batches))
 
     def sample(self, sizes: Sequence[int]) -> list[B]:
         """
-        Micro-batches of completions, whole groups of a prompt in a rollout as far as they fit, none twice.
+        Draw micro-batches of completions without replacement, in whole groups of a prompt as far as they fit.
 
         Args:
             sizes (`Sequence[int]`):
-                Rows of each; together at most those of one rollout.
+                Number of rows of each micro-batch; together at most those of one rollout.
 
         Returns:
-            `list[Batch]`: as they were added, padded to the longest of all, in order of length.
+            `list[Batch]`: micro-batches as they were added, padded to the longest, in order of length.
         """
         size = sum(sizes)
         groups, weights = [], []
@@ -63,11 +63,11 @@ class ReplayBuffer(Generic[B]):
         return by_length(joined(parts).split(sizes))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
+        """The state for a checkpoint."""
         rollouts = [rollout.columns() for rollout in self.rollouts]
         return {"rollouts": rollouts, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any], batch_type: type[B]) -> None:
-        """Take back what `state_dict` returned, as batches of this type."""
+        """Restore what `state_dict` returned, as batches of the given type."""
         self.rollouts = deque(map(batch_type.from_columns, state["rollouts"]), maxlen=self.capacity)
         self.generator.set_state(state["generator"].cpu())

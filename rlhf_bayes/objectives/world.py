@@ -1,4 +1,4 @@
-"""What an objective asks of the loop that runs it, and the answer of a loop in one process."""
+"""What an objective needs of its training loop: a protocol, and its implementation for one process."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,13 +12,14 @@ from rlhf_bayes.objectives.batch import Batch
 
 class World(Protocol):
     """
-    The loop around an objective: its processes, its progress, its log, and the policy as it is now.
+    The training loop of an objective: its processes, its progress, its log, and the current policy.
 
     Attributes:
-        training (`bool`): whether the rollout at hand is to be learnt from; else it is an evaluation.
-        step (`int`): optimizer steps taken so far.
-        max_steps (`int`): optimizer steps that will have been taken at the end.
-        process_index (`int`), num_processes (`int`): of this process, and of all. Each process has as many rows.
+        training (`bool`): whether the current rollout is for training, rather than for an evaluation.
+        step (`int`): number of optimizer steps taken so far.
+        max_steps (`int`): number of optimizer steps of the whole training.
+        process_index (`int`), num_processes (`int`): index of this process, and number of processes. All processes
+            have the same number of rows.
     """
 
     @property
@@ -41,7 +42,7 @@ class World(Protocol):
         ...
 
     def gather_tokens(self, rows: Tensor) -> Tensor:
-        """The same where the last dimension runs along tokens, which are fewer in some processes: padded with 0."""
+        """`gather` for rows whose last dimension is tokens: it is padded with 0 to the longest of all processes."""
         ...
 
     def reduce(self, sums: Tensor) -> Tensor:
@@ -49,24 +50,24 @@ class World(Protocol):
         ...
 
     def log(self, name: str, value: float) -> None:
-        """Add a value to a metric, of which the mean is shown."""
+        """Add a value to a metric, whose mean is logged."""
         ...
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """log π(x | c) of the completions under the policy as it is now: (B,), nats, without gradient."""
+        """log π(x | c) of the completions under the current policy: (B,), nats, without gradient."""
         ...
 
 
 @final
 class OneProcess:
     """
-    A [`World`] of one process, for training loops of one's own: count `step` up, and read `metrics`.
+    A [`World`] of one process, for your own training loop: increase `step` in it, and read `metrics`.
 
     Args:
         log_probs (`Callable[[Batch], Tensor]`):
-            log π of a batch under the policy as it is now, (B,), nats. It is called without gradient.
+            Computes log π of a batch under the current policy, (B,), nats. It is called without gradient.
         max_steps (`int`):
-            Optimizer steps of the whole training.
+            Number of optimizer steps of the whole training.
     """
 
     process_index = 0
@@ -92,12 +93,12 @@ class OneProcess:
         self.metrics[name].append(float(value))
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """What the function given at construction says, (B,), nats."""
+        """The result of the function that was given at construction: (B,), nats."""
         with torch.no_grad():
             return self._log_probs(batch)
 
 
 def own_rows(world: World, everyones: Tensor) -> Tensor:
-    """Of rows (B · num_processes, …) as `gather` orders them: those of this process, (B, …)."""
+    """The rows of this process, (B, …), among the rows of all, (B · num_processes, …), in the order of `gather`."""
     count = len(everyones) // world.num_processes
     return everyones[world.process_index * count : (world.process_index + 1) * count]

@@ -69,8 +69,8 @@ def test_a_run_ends_in_a_table_and_rows(tmp_path, capsys, monkeypatch):
     finite = [case for case in divergence_cases() if not divergence_of(*case).infinite_where_forbidden]
     assert len(rows) == 3 * 3 * (len(DIVERGENCES) + len(finite)) + 2
     assert all(row["noise"] > 0 for row in rows)
-    # few draws miss the rare completions that hold most of (p/π)², and its standard error is too small; that renyi_2
-    # has no bias is enumerated in test_dpg.py
+    # few draws miss the rare completions that hold most of (p/π)², and so does the standard error; that renyi_2 has no
+    # bias is enumerated in test_dpg.py
     assert all(abs(row["errors"]) < 8 for row in rows if row["divergence"] != "renyi_2")
 
 

@@ -1,4 +1,4 @@
-"""Contact with TRL's `models.utils`: what DeepSpeed and FSDP ask of the modules of a rollout trainer."""
+"""Contact with TRL's `models.utils`: how DeepSpeed and FSDP wrap and shard the modules of a rollout trainer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +16,7 @@ from rlhf_bayes.lm.forward import base_causal_lm
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed parts the weights too."""
+    """Whether DeepSpeed shards the weights."""
     plugin = accelerator.state.deepspeed_plugin
     return plugin is not None and plugin.zero_stage == 3
 
@@ -27,13 +27,13 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def plain(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A model without what an engine wraps around it."""
-    # accelerate reads the metadata of packages each time that it unwraps, for milliseconds
+    """A model without the wrapper of an engine."""
+    # unwrapping with accelerate takes milliseconds, since it reads the metadata of packages each time
     return module if isinstance(module, PreTrainedModel | PeftModel) else accelerator.unwrap_model(module)
 
 
 def prepare_frozen(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A module that is not trained, spread as the engine spreads the others."""
+    """Prepare a module that is not trained for the engine, which may shard it."""
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(module, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
@@ -42,7 +42,7 @@ def prepare_frozen(module: nn.Module, accelerator: Accelerator) -> nn.Module:
 
 
 def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractContextManager:
-    """Within: the models' heads are whole, of which ZeRO-3 keeps a part in each process."""
+    """A context in which the heads of models are whole, though ZeRO-3 shards them."""
     if not is_zero3(accelerator):
         return nullcontext()
     import deepspeed
@@ -53,7 +53,7 @@ def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractConte
 
 @contextmanager
 def graph_kept(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
-    """Within: gradients, and checkpointing if it is asked for, where RLOO scores without either."""
+    """A context with gradients and, if `args` ask for it, checkpointing, which RLOO turns off for scoring."""
     turned_on = args.gradient_checkpointing and not model.is_gradient_checkpointing
     if turned_on:
         model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -64,7 +64,7 @@ def graph_kept(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
 
 
 def without_critic(sync_weights: Callable[[], None], policy: nn.Module) -> Callable[[], None]:
-    """What sends weights to vLLM, without the value head: TRL sends every parameter, and vLLM has no place for it."""
+    """`sync_weights` without the critic: TRL sends every parameter to vLLM, which does not know the value head."""
 
     def sync_policy() -> None:
         with detached_critic(base_causal_lm(policy)):

@@ -1,12 +1,12 @@
 """
-Contact with transformers' `Trainer`: runs that are disturbed, and lose nothing.
+Contact with transformers' `Trainer`: protection of a run against faults.
 
-`FaultTolerantTrainer` stands before both of TRL's trainers that are extended here, and is all that they share. A
-checkpoint is sealed when all of it is on the disk, and a run is resumed from the newest that is; gradients that are
-not finite are not learnt from; SIGTERM may end a run in good order.
+`FaultTolerantTrainer` is the common base of the trainers here that extend TRL's. A checkpoint is sealed when all of it
+is on the disk, and a run is resumed from the newest sealed one. Steps whose gradients are not finite are skipped.
+SIGTERM may save a checkpoint and end the run.
 
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_fault_tolerance.py` fails by name when a release
-moves one.
+`PRIVATE_NAMES` lists the names that this relies on; `tests/trainers/_trl/test_fault_tolerance.py` fails by name when a
+release moves one.
 """
 
 import logging
@@ -36,7 +36,7 @@ TRL_ATTRIBUTES = ("_metrics",)
 
 
 class FaultTolerantTrainer(Trainer):
-    """What all trainers here do about faults. Not for direct use; `args` must be a [`FaultConfig`]."""
+    """The handling of faults that all trainers here share. Not for direct use; `args` must be a [`FaultConfig`]."""
 
     @property
     def mode(self) -> str:
@@ -80,21 +80,21 @@ class FaultTolerantTrainer(Trainer):
         if watch.terminated and self.state.global_step < self.state.max_steps:
             step = self.state.global_step
             logger.warning(f"SIGTERM: saved at step {step}. {where_to_go_on(output_dir, step)}")
-            self.accelerator.end_training()  # a process that leaves while its group is up may abort
+            self.accelerator.end_training()  # a process that exits before its process group is closed may abort
             raise SystemExit(0)
         return output
 
     def on_failure(self, error: Exception) -> None:
-        """Called in all processes that an error ends, before it is raised."""
+        """Called in every process that ends with an error, before the error is raised."""
 
     def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *others, **kwargs):
-        # here the path is known, and DeepSpeed has not read anything yet
+        # checked here, where the path is known and DeepSpeed has not read anything yet
         if resume_from_checkpoint is not None:
             check_resumable(resume_from_checkpoint, self.args)
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *others, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
-        # Trainer would take one more step, if the checkpoint of a finished run is in the middle of an epoch
+        # Trainer would take one more step if the checkpoint of a finished run is in the middle of an epoch
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -103,7 +103,7 @@ class FaultTolerantTrainer(Trainer):
     # Checkpoints
 
     def save_after(self, error: Exception) -> None:
-        """Save what the run is, in all processes, if it saves at all and has not; a failure to is noted in `error`."""
+        """Save a checkpoint in all processes, unless the run saves none or just did; a failure is noted in `error`."""
         if self.args.save_strategy == SaveStrategy.NO:
             return
         (saved,) = broadcast_object_list([defect(self._checkpoint_folder(None)) is None])
@@ -121,7 +121,10 @@ class FaultTolerantTrainer(Trainer):
         folder = self._checkpoint_folder(trial)
         with finished_before_signals():
             self._clear(folder)
-            limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this is sealed
+            limit, self.args.save_total_limit = (
+                self.args.save_total_limit,
+                None,
+            )  # older checkpoints are deleted after this one is sealed
             try:
                 super()._save_checkpoint(model, trial)
             except Exception as error:
@@ -132,18 +135,18 @@ class FaultTolerantTrainer(Trainer):
             if not self._distributed:
                 self._seal(folder)
         if self._distributed:
-            # outside: a process that waits for one that failed must hear SIGTERM
+            # outside of that context, since a process that waits for a failed one must still receive SIGTERM
             self.accelerator.wait_for_everyone()
             with finished_before_signals():
                 self._seal(folder)
-            self.accelerator.wait_for_everyone()  # all may now say what the last whole one is
+            self.accelerator.wait_for_everyone()  # now all processes see the same last whole checkpoint
 
     @property
     def _distributed(self) -> bool:
         return self.accelerator.distributed_type != DistributedType.NO
 
     def _clear(self, folder: Path) -> None:
-        # of an earlier run, or one that was cut short: its files would be mixed with the new ones
+        # a folder of an earlier run, or one not written to the end: its files would be mixed with the new ones
         if self.args.should_save and folder.exists():
             remove(folder)
         if self._distributed:
@@ -158,7 +161,7 @@ class FaultTolerantTrainer(Trainer):
         rotate(folder.parent, self.args.save_total_limit, keep)
 
     def _withdraw(self, folder: Path, error: Exception) -> None:
-        # what was written is of no use, and may be what filled the disk
+        # the incomplete checkpoint is of no use, and may be what filled the disk
         free = shutil.disk_usage(folder.parent).free / 1e6
         if self.args.should_save:
             remove(folder)

@@ -1,12 +1,12 @@
 """
-Contact with TRL's `RewardTrainer`: one that scores pairs with any number of members and keeps what evaluation saw.
+Contact with TRL's `RewardTrainer`: a trainer that scores pairs with any number of members.
 
-`RewardTrainer` prepares data and optimises; its loss reads one logit, drops columns that it does not know, and
-averages metrics over batches. `PreferenceTrainer` gives the hook that an objective needs (`pair_loss`), carries
-`PAIR_COLUMNS` along, and computes the metrics of an evaluation on all of its pairs at once.
+`RewardTrainer` prepares data and optimises. It reads one logit, drops columns that it does not know, and averages
+metrics over batches. `PreferenceTrainer` adds a hook for the loss (`pair_loss`), keeps `PAIR_COLUMNS`, and computes
+the metrics of an evaluation on all of its pairs at once.
 
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_preference_trainer.py` fails by name when a TRL
-release moves one.
+`PRIVATE_NAMES` lists the names that this relies on; `tests/trainers/_trl/test_preference_trainer.py` fails by name
+when a TRL release moves one.
 """
 
 from pathlib import Path
@@ -46,7 +46,9 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
     """TRL's reward trainer for other losses. Not for direct use: see [`RewardTrainer`]."""
 
     def __init__(self, model, args, positions: int | None = None, **trl_arguments):
-        self.positions = positions  # texts of more tokens than these are too long, whatever `max_length` says
+        self.positions = (
+            positions  # texts with more tokens than this are too long for the model, whatever `max_length` is
+        )
         self.num_dropped: dict[str, int] = {}
         self._train_prepared = False
         super().__init__(model, args, **trl_arguments)
@@ -56,7 +58,7 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
     # Hooks
 
     def judged(self, dataset: Any, args: Any, name: str) -> Any:
-        """The dataset with what `pair_loss` needs of `PAIR_COLUMNS`. Called before the trainer is set up."""
+        """The dataset with those of `PAIR_COLUMNS` that `pair_loss` needs. Called before the trainer is set up."""
         return dataset
 
     def score(self, model: nn.Module, inputs: dict[str, Tensor]) -> Any:
@@ -72,11 +74,11 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
         return {}
 
     def objective_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the objective to continue where it was."""
+        """The objective's state for a checkpoint."""
         return {}
 
     def load_objective_state(self, state: dict[str, Any]) -> None:
-        """Take back what `objective_state` returned."""
+        """Restore what `objective_state` returned."""
 
     @property
     def first_pass(self) -> bool:
@@ -87,13 +89,15 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         if dataset_name == "train" and self._train_prepared:
-            dataset_name = "eval_train"  # TRL gives parts of an evaluation their keys, which may be this
+            dataset_name = (
+                "eval_train"  # TRL names the parts of an evaluation by their keys, and one may be called "train"
+            )
         self._train_prepared = True  # the first of all
         # TRL decides whether rows are chats by any column of these names
         columns = getattr(dataset, "column_names", None) or []
         if unused := [name for name in ("messages", "completion") if name in columns]:
             dataset = dataset.remove_columns(unused)
-        # TRL would drop long pairs without a word
+        # TRL would drop long pairs silently
         max_length, args.max_length = args.max_length, None
         try:
             dataset = super()._prepare_dataset(
@@ -128,7 +132,7 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
         if self.mode == "eval":
             columns = {"chosen": rewards.chosen, "rejected": rewards.rejected}
             columns |= {name: inputs[name] for name in ("pair_prob", "pair_votes") if name in inputs}
-            # rows of pairs: the last batch, which repeats some to fill up the processes, is cut where it should
+            # gathered as rows of pairs, so that accelerate drops the rows that the last batch repeats
             everyones = self.accelerator.gather_for_metrics({name: c.contiguous() for name, c in columns.items()})
             self._eval_rows.append({name: column.float().cpu() for name, column in everyones.items()})
         self._metrics[self.mode]["num_tokens"] = [self._total_train_tokens]
@@ -160,7 +164,7 @@ class PreferenceTrainer(FaultTolerantTrainer, TRLRewardTrainer):
                 "max_reward": rewards.max().item(),
                 "margin": (chosen - rejected).mean().item(),
             } | self.pair_metrics(chosen, rejected, pairs)
-            # in the place of TRL's means over batches, which count a small last batch like the others
+            # these replace TRL's means over batches, in which a small last batch counts like the others
             self._metrics["eval"].update({name: [value] for name, value in metrics.items()})
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         self._eval_rows = []

@@ -1,13 +1,13 @@
 """
-Contact with `RLOOTrainer`: a trainer that generates and scores as `RLOOTrainer` does, and keeps what it saw.
+Contact with `RLOOTrainer`: a trainer that generates and scores like `RLOOTrainer`, and keeps the results.
 
 `RLOOTrainer` prepares data, generates and calls the reward functions; per-token log-probabilities and raw rewards stay
 local to its `_generate_and_score_completions`. `RolloutTrainer` keeps them in a [`Rollout`], which an
 [`~rlhf_bayes.objectives.Objective`] turns into a batch and a loss. It adds what RLOO lacks: a reference copied from
-the weights as passed, exact KLs, means over the global token count, and a resume in the middle of a rollout.
+the initial weights, exact KLs, means over the global token count, and resuming in the middle of a rollout.
 
-`PRIVATE_NAMES` lists what is relied on; `tests/trainers/_trl/test_rollout_trainer.py` fails by name when a TRL
-release moves one.
+`PRIVATE_NAMES` lists the names that this relies on; `tests/trainers/_trl/test_rollout_trainer.py` fails by name when a
+TRL release moves one.
 """
 
 from collections import defaultdict
@@ -73,13 +73,13 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
     objective: Objective
-    """What a step minimises. Subclasses make it when they have been constructed."""
+    """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
-    """The evidence, where it is a likelihood and no reward."""
+    """The evidence, if it is a likelihood rather than a reward."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
-        # RLOO reloads the reference from the hub path, which forgets what was done to an instance: with β = 0 it loads
-        # none, and we keep a copy of the weights as passed
+        # RLOO would reload the reference from the model's path, without changes that were made to an instance. With
+        # β = 0 it loads none, and a copy of the given weights is made here.
         beta, args.beta = args.beta, 0.0
         peft_config = trl_arguments.get("peft_config")
         check_adapters(model, peft_config)
@@ -87,7 +87,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         try:
             with policy_to_train(model, args, trl_arguments, quantization_config) as (model, reload):
                 passed = probe_if_whole(model) if peft_config is not None or hasattr(model, "peft_config") else None
-                # adapters are drawn at random, and the oldest releases draw them before they do this
+                # the oldest supported TRL creates adapters with random weights before it sets the seed
                 set_seed(args.seed)
                 super().__init__(model, self._failures.kept_from(reward_funcs, args), args, **trl_arguments)
         finally:
@@ -108,7 +108,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         if self.use_vllm:
             self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
         self.proposal: str | Snapshot = "policy"
-        """What completions are drawn from in training: "policy", "prior", or the policy as it once was."""
+        """What completions are drawn from in training: "policy", "prior", or a snapshot of the policy."""
         self._in_flight: RolloutInFlight | None = None
         self._step_in_progress: OptimizerStep | None = None
         share_base(self.reward_funcs, lambda: self.model)
@@ -116,19 +116,19 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     # The objective
 
     def after_rollout(self) -> None:
-        """Called when the objective has seen a rollout."""
+        """Called after the objective has made its batch of a rollout."""
 
     def rollout_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for the objective to continue where it was."""
+        """The state for a checkpoint."""
         return self.objective.state_dict()
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Take back what `rollout_state` returned."""
+        """Restore what `rollout_state` returned."""
         self.objective.load_state_dict(state)
         self.beta = self.objective.beta
 
     def draw(self, rows: list[dict[str, Any]]) -> None:
-        """A rollout of these rows of the data, one completion each, that nothing is learnt from and nothing logged."""
+        """Draw and score one completion for each of these rows, without learning from them or logging."""
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._generate_and_score_completions(rows)
         self._metrics["train"], self._in_flight = metrics, None
@@ -136,7 +136,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     # Rollouts
 
     def _get_train_sampler(self, dataset=None):
-        # a resumed run must meet the prompts in the order of one that was not interrupted
+        # a resumed run must see the prompts in the order of an uninterrupted one
         return SamplerByEpoch(super()._get_train_sampler(dataset), self)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields):
@@ -144,8 +144,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         for row, ids in enumerate(prompt_ids):
             check_prompt_fits(policy, len(ids), self.max_completion_length, row)
         if self.is_fsdp_enabled:
-            # by this, `generate` knows that all must go on until the last process has its completions: transformers
-            # marks what it sharded itself, accelerate does not mark what it shards by FSDP2
+            # this mark makes `generate` go on until the last process has its completions. transformers sets it on
+            # models that it shards itself, but accelerate does not set it for FSDP2.
             policy._is_fsdp_managed_module = True
         with self._drawing() as module, raw_generation_config(plain(module, self.accelerator)):
             if runs_plainly(module):
@@ -161,7 +161,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
 
     @contextmanager
     def _drawing(self) -> Iterator[nn.Module]:
-        """Within: the module that completions are drawn from."""
+        """A context that yields the module from which completions are drawn."""
         if self.mode == "eval" or self.proposal == "policy":
             yield self.model_wrapped
         elif isinstance(self.proposal, Snapshot):
@@ -174,8 +174,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
     ):
-        # RLOO asks for the policy first, then, if β > 0, for the reference: both are scored at the first call, so that
-        # the exact KL costs no pass of its own
+        # RLOO scores the policy first and then, if β > 0, the reference. Both are scored at the first call here, so
+        # that the exact KL needs no pass of its own.
         rollout = self._in_flight
         if rollout.scored is not None:
             return rollout.scored["ref_token_log_probs"], None, None
@@ -194,7 +194,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._failures.stop_all(self.accelerator.num_processes)
         first = self.accelerator.process_index * len(prompts)
         self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
-        # RLOO's own statistics are means: over what is not forbidden
+        # RLOO logs means of rewards, which leave out nan: forbidden completions must not make them −inf
         rewards = torch.where(rewards == -torch.inf, torch.nan, rewards)
         eos = set(self._eos_ids)
         self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
@@ -207,13 +207,15 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
 
         Then the forward that scores the rollout serves the step too.
         """
-        alone = self.accelerator.distributed_type == DistributedType.NO  # an engine wants its forward next to the loss
+        alone = (
+            self.accelerator.distributed_type == DistributedType.NO
+        )  # an engine needs its forward in the same step as the loss
         whole = self.args.steps_per_generation == 1 and not self.objective.replays
         return alone and whole and self.proposal == "policy"
 
     def _generate_and_score_completions(self, inputs):
         in_flight = self._in_flight = RolloutInFlight()
-        # both the reference pass and RLOO switch adapters, which would leave the critic's frozen
+        # the reference pass and RLOO switch adapters, which would leave the critic's adapter frozen
         with kept_trainable(self.model):
             output = super()._generate_and_score_completions(inputs)
         batch = self.objective.batch(self._rollout(inputs, output, in_flight))
@@ -269,7 +271,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
                 self.model,
                 self.reference,
                 sequences,
-                # a head that FSDP shards can be used inside its own forward only
+                # a head that FSDP shards can be used only inside the model's forward
                 heads=None if self.is_fsdp_enabled else self._heads,
                 graph=graph_kept(self.model, self.args) if learns else None,
             )
@@ -286,7 +288,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
 
     @contextmanager
     def _heads(self, ref_model: nn.Module) -> Iterator[list[LMHead]]:
-        """Within: the output projections of policy and prior."""
+        """A context that yields the output projections of policy and prior."""
         lms = [base_causal_lm(plain(module, self.accelerator)) for module in (self.model, ref_model)]
         with whole_heads(lms, self.accelerator):
             heads = [LMHead.of(lm, self.temperature) for lm in lms]
@@ -320,7 +322,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             by_length([batch_type.from_columns(batch) for batch in micro_batches]),
             None if new_rollout is None else [batch_type.from_columns(batch) for batch in self._buffered_inputs],
         )
-        # the mean of an optimizer step runs over its tokens in all micro-batches and on all processes
+        # the mean of an optimizer step is over the tokens of all its micro-batches and processes
         count = torch.stack([self.objective.count(batch).float() for batch in step.batches]).sum()
         count = self.accelerator.reduce(count, reduction="sum").clamp(min=1.0)
         return OptimizerStep(list(step.batches), step.skipped, count, graph)
@@ -330,7 +332,9 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             loss, sums = self.objective.evaluation_loss(inputs)
             totals = torch.stack([loss, self.objective.count(inputs).float()])
             self._report(sums)
-            loss, count = self.accelerator.reduce(totals, reduction="sum")  # as one process would see it
+            loss, count = self.accelerator.reduce(
+                totals, reduction="sum"
+            )  # the totals that a single process would have
             return loss / count.clamp(min=1)
         step = self._step_in_progress
         scores, step.graph = step.graph, None
@@ -339,7 +343,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         if self.accelerator.sync_gradients:
             self._report(step.sums)
         loss = loss * (0.0 if step.skipped else 1.0) / step.count
-        # Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over processes
+        # multiplied, since Trainer divides by the accumulation steps, and DDP, FSDP and DeepSpeed average over
+        # processes
         return loss * (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
 
     def _report(self, sums: dict[str, Tensor]) -> None:
@@ -349,11 +354,11 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
 
     @property
     def step_is_skipped(self) -> bool:
-        """Whether the optimizer step in progress must not move any weight."""
+        """Whether the current optimizer step must not change any weight."""
         return self._step_in_progress is not None and self._step_in_progress.skipped
 
     def score(self, model: nn.Module, batch: Batch) -> CompletionScores:
-        """The batch's completions under a model, with gradient where it is enabled."""
+        """Score the batch's completions under a model, with gradient where that is enabled."""
         return score_completions(model, *batch.sequences, self.temperature)
 
     @property
@@ -372,7 +377,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             super()._save(output_dir, policy_state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        whole = self.is_fsdp_enabled  # one state dict, critic included
+        whole = self.is_fsdp_enabled  # FSDP gathers one state dict, which includes the critic
         with nullcontext() if whole else read_apart(self._plain_policy, resume_from_checkpoint, self.args.device):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -397,7 +402,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         if checkpoint is None:
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        self._buffered_inputs = None  # unless it is read, the rollout in flight is lost and drawn anew
+        self._buffered_inputs = None  # if the checkpoint does not hold the rollout in flight, it is drawn again
         state, in_flight = read_rollout_state(checkpoint, self.accelerator, rollout_sizes(self.args))
         if state is not None:
             self.load_rollout_state(state["objective"])
@@ -408,13 +413,13 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         self._step_end = StepEnd(self.state, self._metrics["train"])
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        # logging empties metrics, and an evaluation draws at random
+        # taken after logging, which empties metrics, and after an evaluation, which changes the random state
         self._step_end = StepEnd(self.state, self._metrics["train"])
 
     def on_failure(self, error: Exception) -> None:
         between_steps = self._step_end is not None and self._step_end.step == self.state.global_step
         if error is self._failures.raised and between_steps:
-            # the rollout that failed has drawn at random and counted its tokens
+            # the failed rollout has changed the random state and the count of tokens
             self._step_end.restore(self.state, self._metrics["train"])
             self.save_after(error)
 

@@ -143,7 +143,7 @@ class GDCConfig(RolloutConfig):
 
     @property
     def infinite_where_forbidden(self) -> str | None:
-        """The divergence, if it is infinite where the evidence forbids what the policy can draw; else None."""
+        """The divergence, if it is infinite for a policy that can draw a forbidden completion; else None."""
         if not infinite_where_forbidden(self.divergence, self.alpha):
             return None
         alpha = "" if self.alpha is None else f" and `alpha`={self.alpha:g}"
@@ -222,7 +222,7 @@ class GDCConfig(RolloutConfig):
 
 def check_annealing(args: GDCConfig, beta: float) -> None:
     """
-    Refuse an annealing that does not come from a posterior nearer to the prior.
+    Refuse an annealing that does not start at a posterior closer to the prior.
 
     Raises:
         ValueError: if `beta_init` is not above β.

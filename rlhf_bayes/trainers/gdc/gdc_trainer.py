@@ -29,10 +29,10 @@ class GDCTrainer(RolloutTrainer):
         ∇ D_f(π‖p) = −E_q[π/q · (−f′(π/p) − b) · ∇log π],    forward KL: −E_q[(P/(Z·q) − π/q) · ∇log π]
 
     for completions drawn from a proposal q, by default the policy itself; or the log-variance loss, half the variance
-    of log π − log π0 − log_likelihood over a prompt's completions, drawn from anything.
+    of log π − log π0 − log_likelihood over a prompt's completions, from any proposal.
 
-    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names. Z of
-    each prompt is pooled over all its completions so far: the target never changes, and each batch's estimate is
+    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names. The Z of
+    each prompt is pooled over all its completions so far, since the target never changes and each batch's estimate is
     unbiased.
 
     Args:
@@ -46,16 +46,16 @@ class GDCTrainer(RolloutTrainer):
         quantization_config, peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
-            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`. One that
-            forbids completions is refused by the divergences that are infinite then: the reverse KL, and `alpha=1`.
+            Evidence in nats instead of `reward_funcs`: that of any posterior, `posterior.likelihood`. Divergences that
+            are infinite where completions are forbidden refuse evidence that forbids some.
 
-    Metrics, besides TRL's: those of [`PPOTrainer`] under `posterior/`, log Z being the pooled one, all of the policy,
-    by the weights π/q where something else draws (there without `posterior/importance_ess`); and
+    Metrics, besides TRL's: those of [`PPOTrainer`] under `posterior/`, with the pooled log Z. They are of the policy,
+    and use the weights π/q if something else draws (then without `posterior/importance_ess`). Further ones are
     `posterior/forward_kl`, `posterior/tv`, each with its standard error, `posterior/khat`, `posterior/max_weight` (see
     [`target_metrics`]), `posterior/satisfaction` (share of completions that are not forbidden),
-    `posterior/moments/<feature>`, `posterior/skipped_prompts` (share of prompts of which every weight was 0);
+    `posterior/moments/<feature>`, `posterior/skipped_prompts` (share of prompts whose weights were all 0);
     `gdc/step_ess` (completions), `gdc/skipped_steps`, `gdc/ratio_ess` (share: importance ratios π/q of the step),
-    `gdc/clipped` (share of the pseudo-reward that `max_pseudo_reward` took), `gdc/beta`, `gdc/proposal_replaced`.
+    `gdc/clipped` (share of the pseudo-reward that `max_pseudo_reward` cut off), `gdc/beta`, `gdc/proposal_replaced`.
 
     `eval_loss` is the divergence that is minimised, estimated on the policy's own completions.
 
@@ -164,7 +164,7 @@ class GDCTrainer(RolloutTrainer):
         )
 
     def after_rollout(self) -> None:
-        """Make the policy the proposal, once it is closer to the posterior than the proposal."""
+        """Replace the proposal by the policy, if the policy is closer to the posterior."""
         if self.mode == "eval" or not isinstance(self.proposal, Snapshot):
             return
         better = self.objective.comparison.policy_is_better
@@ -173,8 +173,8 @@ class GDCTrainer(RolloutTrainer):
         self.log_metric("gdc/proposal_replaced", float(better))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # A gradient of 0 would still move the weights, by momentum and weight decay. The optimizer asks when it steps,
-        # because the step is judged inside, once its completions have been drawn.
+        # With a gradient of 0, momentum and weight decay would still move the weights. Whether a step is skipped is
+        # decided inside of it, when its completions have been drawn, so the optimizer asks at the step.
         with withheld_steps(self.optimizer, lambda: self.step_is_skipped):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.step_is_skipped:
@@ -185,12 +185,12 @@ class GDCTrainer(RolloutTrainer):
     # Checkpoints
 
     def rollout_state(self) -> dict[str, Any]:
-        """The objective's state, and the proposal."""
+        """The state of the objective and the proposal, for a checkpoint."""
         proposal = self.proposal.weights if isinstance(self.proposal, Snapshot) else self.proposal
         return super().rollout_state() | {"proposal": proposal}
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
-        """Take back what `rollout_state` returned."""
+        """Restore what `rollout_state` returned."""
         super().load_rollout_state(state)
         self.proposal = state["proposal"]
         if not isinstance(self.proposal, str):

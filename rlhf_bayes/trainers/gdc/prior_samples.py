@@ -1,4 +1,4 @@
-"""Completions of the prior before training, for a first estimate of Z."""
+"""Draws completions of the prior before training, for a first estimate of Z."""
 
 from typing import Any, final
 
@@ -16,7 +16,7 @@ class PriorSamples(TrainerCallback):
 
     Args:
         trainer (`RolloutTrainer`):
-            Scores them as it does its own rollouts, and shows them to its objective.
+            The trainer, which scores them like its own rollouts and passes them to its objective.
     """
 
     def __init__(self, trainer: RolloutTrainer):
@@ -38,7 +38,7 @@ class PriorSamples(TrainerCallback):
         local = args.generation_batch_size // processes
         try:
             for start in track(starts, "Draws from the prior", disable=args.disable_tqdm or args.process_index > 0):
-                # the last batch is filled from the first rows: all processes draw as many
+                # the last batch is filled up with the first rows, so that all processes draw the same number
                 batch = [rows[(start + index) % len(rows)] for index in range(per_batch)]
                 repeated = [row for row in batch for _ in range(args.num_generations)]
                 trainer.draw(repeated[args.process_index * local : (args.process_index + 1) * local])
@@ -48,11 +48,11 @@ class PriorSamples(TrainerCallback):
 
 def check_prior_samples(prior_samples: int, train_dataset: Any) -> None:
     """
-    Refuse draws from the prior where no one knows for which prompts.
+    Refuse draws from the prior if the prompts are not known before training.
 
     Args:
         prior_samples (`int`):
-            That of the configuration.
+            The field of the configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             The prompts.
 

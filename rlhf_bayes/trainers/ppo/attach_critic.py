@@ -1,4 +1,4 @@
-"""Which critic a policy gets, and how it is put inside it."""
+"""Creates the critic of a policy, and puts it inside the policy."""
 
 import copy
 
@@ -31,16 +31,17 @@ def attach_critic(
         policy (`nn.Module`):
             The policy, PEFT-wrapped or not.
         tokenizer (`PreTrainedTokenizerBase`):
-            The policy's.
+            The policy's tokenizer.
         kind (`str`):
             `"shared"` or `"separate"`.
         value_model (`str` or `PreTrainedModel`, *optional*):
-            A folder with a saved critic; with `"separate"` also a model, or a path to one, whose trunk is taken.
+            A folder with a saved critic; with `"separate"` it may also be a model, or a path to one, whose trunk is
+            used.
         reward_models (`list[tuple[nn.Module, PreTrainedTokenizerBase]]`):
             Reward models and their tokenizers: a separate critic copies the first one's trunk if there is no
             `value_model`.
         seed (`int`):
-            Of a critic's adapter.
+            Seed for the weights of a critic's adapter.
 
     Raises:
         ValueError: if `value_model` does not fit `kind` or the policy.
@@ -115,7 +116,7 @@ def _adapter_critic(policy, seed: int) -> Critic:
             f"`critic='separate'` on a PEFT policy needs LoRA, got {config.peft_type.value}: other adapters cannot "
             "share one forward with the policy's. Set `critic='shared'`, or pass `value_model`."
         )
-    # RLOO has given each process a seed of its own, and FSDP would put the adapter together from parts of each draw
+    # RLOO seeds each process differently, and FSDP would combine the adapter from parts of different draws
     before = probe_if_whole(policy)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

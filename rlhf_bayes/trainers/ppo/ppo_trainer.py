@@ -33,15 +33,16 @@ class PPOTrainer(RolloutTrainer):
 
     A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names.
 
-    The token reward is −β·log(πθ/π0) of the token, plus the score at the last one; advantages come from GAE with
-    discount 1, so the advantage at t holds the log-ratios from t on and is 0 everywhere at the optimum, given an exact
-    critic. Three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593), each measured to come
-    closer to the posterior (`benchmarks/exact_posterior.py`):
+    The token reward is −β·log(πθ/π0) of the token, plus the score at the last token. Advantages come from GAE with
+    discount 1: the advantage at t contains the log-ratios from t on, and with an exact critic it is 0 everywhere at
+    the optimum. There are three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593); each was measured
+    to
+    come closer to the posterior (`benchmarks/exact_posterior.py`):
 
-    - The critic forecasts the return of the whole completion, u, and the KL already paid is added in closed form:
+    - The critic forecasts u, the return of the whole completion, and the KL of the prefix is added in closed form:
       V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i). At the optimum u is the constant β·log Z(c).
-    - Advantages are recomputed at each update, with the policy and the critic of that moment: the posterior does not
-      move, so completions drawn earlier in the batch are judged by what the policy is now.
+    - Advantages are recomputed at each update, with the current policy and critic. This is right since the posterior
+      does not move.
     - With several completions per prompt, siblings correct the critic's forecast of the prompt: see
       [`prompt_baseline`].
 
@@ -51,7 +52,7 @@ class PPOTrainer(RolloutTrainer):
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
             Reward functions, sync or async, sequence-classification models or paths to such, as in
             [`~trl.RLOOTrainer`]; a path may also hold an ensemble, and a normalization beside the weights is applied.
-            A folder with LoRA adapters on the base of a policy with LoRA is scored by that base: no other is loaded.
+            LoRA adapters on the base of a policy with LoRA are scored by that base: no second one is loaded.
             None means "does not apply"; a completion to which none applies is left out of the loss.
         args ([`PPOConfig`], *optional*):
             Configuration.
@@ -62,14 +63,14 @@ class PPOTrainer(RolloutTrainer):
             The prior π0. Default: with PEFT, the base model (adapters off, or the adapter as it was passed); else a
             frozen copy of the policy's weights as passed.
         value_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            Where the critic starts: a critic saved by this trainer, or, with `critic="separate"`, a model whose trunk
-            it takes (same tokenizer as the policy). Default: a zero head on the policy's trunk; with
-            `critic="separate"` a LoRA adapter on the policy's base, a copy of the reward model's trunk, or one of the
-            policy's.
+            The initial critic: a critic saved by this trainer, or, with `critic="separate"`, a model whose trunk is
+            used (it must have the policy's tokenizer). Default: a zero head on the policy's trunk; with
+            `critic="separate"` a LoRA adapter on the policy's base, a copy of the reward model's trunk, or a copy of
+            the policy's.
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
-            Evidence in nats, in place of `reward_funcs`: that of any posterior, `posterior.likelihood`. It is the
-            reward, and β is 1, so `beta`, `target_kl` and what shapes rewards are left out. One that forbids
-            completions is refused: the reverse KL is infinite then.
+            Evidence in nats instead of `reward_funcs`: that of any posterior, `posterior.likelihood`. It is used as
+            the reward with β = 1, so `beta`, `target_kl` and the fields that change rewards must be left out. Evidence
+            that forbids completions is refused, since the reverse KL would be infinite.
 
     Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
     sequence), `posterior/gap_standard_error`, `posterior/importance_ess` (see [`posterior_metrics`]);
@@ -160,13 +161,13 @@ class PPOTrainer(RolloutTrainer):
             kl_horizon=args.kl_horizon,
         )
         if optimizers[0] is not None:
-            # the last group takes them in, since a scheduler that was made before has no rate for a new group
+            # they are added to the last group, since a scheduler made earlier has no learning rate for a new group
             self.optimizer.param_groups[-1]["params"].extend(
                 parameter for parameter in self._critic_parameters() if parameter.requires_grad
             )
 
     def _reward_models(self) -> list[tuple[nn.Module, PreTrainedTokenizerBase]]:
-        # what a critic may take its trunk from: modules, and whole models that were loaded from a path
+        # reward models whose trunk the critic may copy: modules, and whole models that were loaded from a path
         models = []
         for func, tokenizer in zip(self.reward_funcs, self.reward_processing_classes, strict=True):
             loaded = getattr(func, "__wrapped__", None)
@@ -177,11 +178,11 @@ class PPOTrainer(RolloutTrainer):
         return models
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # a shared trunk is the policy's: while only the critic learns, its gradient stops at the head
+        # while only the critic learns, the gradient must not reach a trunk that it shares with the policy
         self.critic.detach_trunk = self.objective.critic_warms_up and self.args.critic == "shared"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.objective.critic_warms_up:
-            # weight decay moves weights whose gradient is 0
+            # gradients are set to None rather than 0, since weight decay moves weights whose gradient is 0
             critic = {id(parameter) for parameter in self._critic_parameters()}
             for parameter in self.model.parameters():
                 if id(parameter) not in critic:
@@ -189,5 +190,5 @@ class PPOTrainer(RolloutTrainer):
         return loss
 
     def _critic_parameters(self) -> list[nn.Parameter]:
-        # the critic's own, and its adapter's in the policy
+        # the critic's own parameters, and those of its adapter in the policy
         return [parameter for name, parameter in self.model.named_parameters() if f".{CRITIC}." in f".{name}"]

@@ -1,4 +1,4 @@
-"""What a trainer holds between two calls of its host: a rollout that is being made, and an optimizer step."""
+"""State that a trainer keeps between TRL's calls: the rollout that is being made, and the current optimizer step."""
 
 from dataclasses import dataclass, field
 
@@ -13,18 +13,18 @@ class RolloutInFlight:
     """
     A rollout that is being made.
 
-    TRL draws, scores and rewards completions by calls of its own. Each of them leaves its part here, and the
-    objective's batch is made of them. After that only the graph is needed, for the first step.
+    TRL draws, scores and rewards completions in separate calls. Each stores its part here, and the objective's batch
+    is made from all parts. After that only the graph is needed, for the first step.
     """
 
     scored: dict[str, Tensor | None] | None = None
     """Log-probs, entropies, exact KLs and values of each token, (B, T), and log q of each completion, (B,)."""
     rewards_per_func: Tensor | None = None
-    """(B, F): what each reward function returned; nan for None, -inf where a completion is forbidden."""
+    """(B, F): results of each reward function; nan for None, -inf where a completion is forbidden."""
     ended: Tensor | None = None
     """(B,) bool: whether EOS was drawn."""
     graph: CompletionScores | None = None
-    """The policy's scores with gradient, where the first step learns from the whole rollout by the same forward."""
+    """The policy's scores with gradient, where the first step reuses the forward that scored the rollout."""
 
 
 @dataclass
@@ -32,15 +32,15 @@ class OptimizerStep:
     """An optimizer step from its first micro-batch to its last."""
 
     batches: list[Batch]
-    """Its micro-batches in this process."""
+    """The micro-batches of this process."""
     skipped: bool
-    """Whether no weight may move."""
+    """Whether the step is skipped, so that no weight may change."""
     count: Tensor
-    """(): tokens or completions in all micro-batches and processes."""
+    """(): number of tokens or completions in all micro-batches and processes."""
     graph: CompletionScores | None = None
-    """The scores of its only micro-batch, where the forward has been made."""
+    """The scores of its only micro-batch, if the forward was run already."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Name -> (): what the losses of the micro-batches so far summed up."""
+    """Name -> (): sums from the losses of the micro-batches so far."""
 
     def add(self, sums: dict[str, Tensor]) -> None:
         """Add the sums of a further micro-batch."""

@@ -16,8 +16,8 @@ from rlhf_bayes.trainers.rollout.reference import Reference
 
 
 def prompt_key(row: dict[str, Any]) -> int:
-    """The same number for rows that are equal in every column, in every process and run."""
-    # the evidence, and with it Z, may depend on every column
+    """A number that is the same for rows with equal columns, in every process and run."""
+    # all columns count, since the evidence and so Z may depend on each
     text = json.dumps(row, sort_keys=True, default=repr)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
@@ -31,20 +31,20 @@ def score_under_both(
     graph: AbstractContextManager | None = None,
 ) -> tuple[CompletionScores, Tensor, Tensor | None]:
     """
-    Completions under policy and prior: two forwards, and one pass over the vocabulary.
+    Score completions under policy and prior, by two forwards and one pass over the vocabulary.
 
     Args:
         model (`nn.Module`):
             The policy.
         reference ([`Reference`]):
-            Of the prior.
+            The prior.
         sequences (`tuple`):
-            As [`~rlhf_bayes.lm.score_completions`] takes them, temperature included.
+            Arguments of [`~rlhf_bayes.lm.score_completions`], with the temperature.
         heads (`Callable`, *optional*):
-            Given the prior's module, within: the output projections of policy and prior. Without, each model uses its
-            own inside its forward, and there is no exact KL.
+            A context manager that takes the prior's module and yields the output projections of policy and prior.
+            Without it, each model uses its own projection inside its forward, and there is no exact KL.
         graph (`AbstractContextManager`, *optional*):
-            Within: the policy's forward keeps what a backward pass needs, and its log-probs carry a gradient.
+            A context for the policy's forward in which gradients are enabled, so that its log-probs carry a gradient.
 
     Returns:
         The policy's scores, and log-probs of the prior and exact KLs of each token, (B, T), nats, 0 on padding.

@@ -1,4 +1,4 @@
-"""The world of an objective whose loop is a Trainer."""
+"""The `World` of an objective whose training loop is a Trainer."""
 
 from typing import TYPE_CHECKING, final
 
@@ -18,7 +18,7 @@ class TrainerWorld:
 
     Args:
         trainer (`RolloutTrainer`):
-            The loop.
+            The trainer, which is the training loop.
     """
 
     def __init__(self, trainer: "RolloutTrainer"):
@@ -26,7 +26,7 @@ class TrainerWorld:
 
     @property
     def training(self) -> bool:
-        """Whether the trainer trains, and does not evaluate."""
+        """Whether the trainer is training rather than evaluating."""
         return self._trainer.mode == "train"
 
     @property
@@ -41,12 +41,12 @@ class TrainerWorld:
 
     @property
     def process_index(self) -> int:
-        """Of this process."""
+        """Index of this process."""
         return self._trainer.accelerator.process_index
 
     @property
     def num_processes(self) -> int:
-        """Of the launch."""
+        """Number of processes of the launch."""
         return self._trainer.accelerator.num_processes
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class TrainerWorld:
         return self._trainer.accelerator.gather(rows)
 
     def gather_tokens(self, rows: Tensor) -> Tensor:
-        """The same, once the last dimension is padded with 0 to the longest of all processes."""
+        """`gather` after padding the last dimension with 0 to the longest of all processes."""
         padded = self._trainer.accelerator.pad_across_processes(rows, dim=rows.dim() - 1)
         return self._trainer.accelerator.gather(padded.contiguous())
 
@@ -63,7 +63,7 @@ class TrainerWorld:
         return self._trainer.accelerator.reduce(sums, reduction="sum")
 
     def log(self, name: str, value: float) -> None:
-        """To the trainer's metrics."""
+        """Add a value to the trainer's metrics."""
         self._trainer.log_metric(name, value)
 
     def log_probs(self, batch: Batch) -> Tensor:
