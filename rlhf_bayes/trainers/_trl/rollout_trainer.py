@@ -13,7 +13,6 @@ TRL release moves one.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,16 +25,16 @@ from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.critic import kept_trainable
 from rlhf_bayes.lm.forward import CompletionScores, runs_plainly
 from rlhf_bayes.lm.generation import draw_plainly, raw_generation_config, remove_dropout
-from rlhf_bayes.lm.head import LMHead
 from rlhf_bayes.lm.language_model import check_prompt_fits
 from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
-from rlhf_bayes.trainers._trl.engines import graph_kept, is_sharded, plain, prepare_frozen, whole_heads, without_critic
+from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
+from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
@@ -43,7 +42,6 @@ from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
-from rlhf_bayes.trainers.rollout.reference_head import ReferenceHead, switches_head
 from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward
 from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
     read_apart,
@@ -52,7 +50,7 @@ from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
     save_rollout_state,
     saved_apart,
 )
-from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, score_under_both, scored_by_length
+from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, scored_by_length
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
 
 PRIVATE_NAMES = {
@@ -147,7 +145,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             # this mark makes `generate` go on until the last process has its completions. transformers sets it on
             # models that it shards itself, but accelerate does not set it for FSDP2.
             policy._is_fsdp_managed_module = True
-        with self._drawing() as module, raw_generation_config(plain(module, self.accelerator)):
+        with self.drawing() as module, raw_generation_config(plain(module, self.accelerator)):
             if runs_plainly(module):
                 with self.accelerator.autocast(), evaluating(module):
                     return draw_plainly(
@@ -160,7 +158,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
                 self.model_wrapped = wrapped
 
     @contextmanager
-    def _drawing(self) -> Iterator[nn.Module]:
+    def drawing(self) -> Iterator[nn.Module]:
         """A context that yields the module from which completions are drawn."""
         if self.mode == "eval" or self.proposal == "policy":
             yield self.model_wrapped
@@ -182,7 +180,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         prompt_ids, completion_ids = input_ids.split((input_ids.size(1) - logits_to_keep, logits_to_keep), dim=1)
         prompt_mask, mask = attention_mask.bool().split((prompt_ids.size(1), logits_to_keep), dim=1)
         sequences = (prompt_ids, prompt_mask, completion_ids, mask)
-        rollout.scored = scored_by_length(self._score_rows, sequences, batch_size or len(input_ids))
+        rollout.scored = scored_by_length(RolloutScorer(self, rollout), sequences, batch_size or len(input_ids))
         return rollout.scored["token_log_probs"], None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -241,60 +239,16 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
             rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
-            drawn_from=self._drawn_from,
+            drawn_from=self.drawn_from,
             features={} if self.evidence is None else self.evidence.features,
         )
 
     @property
-    def _drawn_from(self) -> str:
+    def drawn_from(self) -> str:
+        """What draws the completions now: "policy", "prior" or "snapshot"."""
         if self.mode == "eval":
             return "policy"
         return self.proposal if isinstance(self.proposal, str) else "snapshot"
-
-    def _log_proposal(self, sequences: tuple, scored: dict[str, Tensor | None]) -> Tensor:
-        if self._drawn_from == "prior":
-            return scored["ref_token_log_probs"].sum(-1)
-        if self._drawn_from == "snapshot":
-            with self._drawing():
-                return score_completions(self.model, *sequences, with_values=False).log_probs.sum(-1)
-        return scored["token_log_probs"].sum(-1)
-
-    @torch.no_grad()
-    def _score_rows(self, prompt_ids, prompt_mask, completion_ids, mask) -> dict[str, Tensor | None]:
-        sequences = (prompt_ids, prompt_mask, completion_ids, mask, self.temperature)
-        # a pass backward through a head that is switched meanwhile would find the other one
-        learns = (
-            self.mode == "train" and self.step_is_rollout and not switches_head(self.reference, self._plain_policy)
-        )
-        with self.accelerator.autocast():
-            policy, ref_token_log_probs, token_kl = score_under_both(
-                self.model,
-                self.reference,
-                sequences,
-                # a head that FSDP shards can be used only inside the model's forward
-                heads=None if self.is_fsdp_enabled else self._heads,
-                graph=graph_kept(self.model, self.args) if learns else None,
-            )
-            if learns:
-                self._in_flight.graph = policy
-            scored = {
-                "token_log_probs": policy.log_probs.detach(),
-                "ref_token_log_probs": ref_token_log_probs,
-                "token_entropy": policy.entropy,
-                "token_kl": token_kl,
-                "values": None if policy.values is None else policy.values.detach(),
-            }
-            return scored | {"log_proposal": self._log_proposal(sequences, scored)}
-
-    @contextmanager
-    def _heads(self, ref_model: nn.Module) -> Iterator[list[LMHead]]:
-        """A context that yields the output projections of policy and prior."""
-        lms = [base_causal_lm(plain(module, self.accelerator)) for module in (self.model, ref_model)]
-        with whole_heads(lms, self.accelerator):
-            heads = [LMHead.of(lm, self.temperature) for lm in lms]
-            if switches_head(self.reference, lms[0]):
-                heads[1] = replace(heads[1], projection=ReferenceHead(self.reference, self.model, heads[1].projection))
-            yield heads
 
     # Loss
 
