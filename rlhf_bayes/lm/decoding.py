@@ -29,8 +29,7 @@ def check_keeps_cache(lm: LanguageModel) -> None:
     Refuse models that cannot be stepped token by token with a cache, in one batch with prompts of other lengths.
 
     Raises:
-        ValueError: if padding or the cache changes what the model computes, or it reads virtual tokens before the
-            prompt.
+        ValueError: if padding or the cache changes what the model computes, or it reads virtual tokens.
     """
     if runs_plainly(lm.model):
         raise ValueError(

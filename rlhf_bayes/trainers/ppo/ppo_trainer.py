@@ -147,24 +147,27 @@ class PPOTrainer(RolloutTrainer):
         self.critic = attach_critic(
             self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
         )
-        self.objective = PPOObjective(
-            TrainerWorld(self),
-            beta=self.beta,
-            lam=args.lam,
-            epsilon_low=self.epsilon_low,
-            epsilon_high=self.epsilon_high,
-            cliprange_value=args.cliprange_value,
-            vf_coef=args.vf_coef,
-            normalize_advantages=args.normalize_advantages,
-            critic_warmup_steps=args.critic_warmup_steps,
-            target_kl=args.target_kl,
-            kl_horizon=args.kl_horizon,
-        )
+        self.objective = self._make_objective()
         if optimizers[0] is not None:
             # they are added to the last group, since a scheduler made earlier has no learning rate for a new group
             self.optimizer.param_groups[-1]["params"].extend(
                 parameter for parameter in self._critic_parameters() if parameter.requires_grad
             )
+
+    def _make_objective(self) -> PPOObjective:
+        return PPOObjective(
+            TrainerWorld(self),
+            beta=self.beta,
+            lam=self.args.lam,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            cliprange_value=self.args.cliprange_value,
+            vf_coef=self.args.vf_coef,
+            normalize_advantages=self.args.normalize_advantages,
+            critic_warmup_steps=self.args.critic_warmup_steps,
+            target_kl=self.args.target_kl,
+            kl_horizon=self.args.kl_horizon,
+        )
 
     def _reward_models(self) -> list[tuple[nn.Module, PreTrainedTokenizerBase]]:
         # reward models whose trunk the critic may copy: modules, and whole models that were loaded from a path

@@ -112,10 +112,8 @@ class RewardTrainer(PreferenceTrainer):
             )
         if peft_config is not None:
             check_adapter_config("peft_config", peft_config)
-        train_dataset, eval_dataset = (
-            read_pairs("train_dataset", train_dataset),
-            read_pairs("eval_dataset", eval_dataset),
-        )
+        train_dataset = read_pairs("train_dataset", train_dataset)
+        eval_dataset = read_pairs("eval_dataset", eval_dataset)
         self._annotator_ids, self.reliability, self._groups = self._annotators(args, train_dataset)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
