@@ -35,7 +35,7 @@ from rlhf_bayes.testing import toy_reward
 from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints
 
 fork = multiprocessing.get_context("fork")
-SAYS = ("SIGTERM: saved", "go on from it", "is passed over", "step is skipped", "called again")
+SAYS = ("SIGTERM: saved", "go on from it", "not written to the end", "step is skipped", "called again")
 STEP = 5  # between two checkpoints
 
 

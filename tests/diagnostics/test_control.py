@@ -91,7 +91,7 @@ def test_table_and_curves(toy, forbidding, tmp_path):
     console = Console(file=io.StringIO(), width=120)
     console.print(control_table(forbidding[0], {"even": 0.5, "brief": 1}))
     text = console.file.getvalue()
-    for row in ("even, 0.5 wanted", "brief, 1 wanted", "KL from posterior, its forbidden", "share forbidden", "∞"):
+    for row in ("even, 0.5 wanted", "brief, 1 wanted", "KL from posterior, its forbidden", "forbidden (share)", "∞"):
         assert row in text
     names = ("moments/even", "forward_kl", "forward_kl_standard_error", "tv", "kl_to_prior")
     history = [{"step": step} | {f"posterior/{name}": 0.1 * step for name in names} for step in (1, 2, 3)]

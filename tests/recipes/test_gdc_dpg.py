@@ -84,7 +84,7 @@ def test_towards_a_likelihood(recipe, run_in_process, evidence, monkeypatch, tmp
     run_in_process("--likelihood", f"{evidence}:kind_but", "--output_dir", "out", *SMALL)
     output = capsys.readouterr().out
     assert "Distance to the posterior π0·exp(log-likelihood)/Z" in output
-    assert "│ share forbidden" in output
+    assert "│ forbidden (share)" in output
     (run,) = read_runs([tmp_path / "out"])
     assert run.sampling["settings"]["likelihood"] == f"{evidence}:kind_but"
     assert 1 in run.curve("posterior/moments/says_but")[0]
