@@ -22,7 +22,7 @@ from rlhf_bayes.trainers._trl.preference_trainer import PairRewards, PreferenceT
 from rlhf_bayes.trainers.faults.resuming import load_device
 from rlhf_bayes.trainers.reward.annotators import AnnotatorReliability
 from rlhf_bayes.trainers.reward.preference_data import PAIR_COLUMNS, PairReader, annotators_in
-from rlhf_bayes.trainers.reward.reward_card import reward_card
+from rlhf_bayes.trainers.reward.reward_card import TrainedReward, reward_card
 from rlhf_bayes.trainers.reward.reward_config import RewardConfig
 from rlhf_bayes.trainers.reward.trained_members import (
     add_adapters,
@@ -361,7 +361,18 @@ class RewardTrainer(PreferenceTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         if self.is_world_process_zero():
-            card = reward_card(self, model_name or self.args.hub_model_id or self.args.output_dir, dataset_name, tags)
+            trained = TrainedReward(
+                args=self.args,
+                index=self.index,
+                base_model=self.model.config._name_or_path or None,
+                train_dataset=self.train_dataset,
+                num_processes=self.accelerator.num_processes,
+                num_dropped=self.num_dropped.get("train", 0),
+                evaluation_pairs=self.evaluation_pairs,
+                annotator_error_rates=self.annotator_error_rates,
+            )
+            name = model_name or self.args.hub_model_id or self.args.output_dir
+            card = reward_card(trained, name, dataset_name, tags)
             Path(self.args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
     def _save(self, output_dir=None, state_dict=None):
