@@ -38,7 +38,17 @@ class LogZEstimate:
 
     @classmethod
     def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor, has_beta: bool = True) -> "LogZEstimate":
-        """From log-weights (P, N), and the log Z and standard errors that they gave."""
+        """
+        From weights, and what they gave.
+
+        Args:
+            log_weights (`Tensor` (P, N)):
+                Log-weights, nats.
+            log_z, standard_error (`Tensor` (P,)):
+                log Z and its standard error.
+            has_beta (`bool`):
+                Whether the evidence is a reward.
+        """
         shape, n = pooled_khat(log_weights), log_weights.size(1)
         return cls(log_z, standard_error, importance_ess(log_weights), shape, n, has_beta)
 

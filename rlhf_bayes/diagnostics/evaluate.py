@@ -82,7 +82,8 @@ class Evaluation:
             text += f" KL(policy‖posterior) is {_in_words(gap)}; that of the prior is {_in_words(start)}."
         if math.isfinite(gain.mean):
             way = "closer to" if gain.mean >= 0 else "further from"
-            text += f" The policy is {_size(gain)} nats {way} the posterior than the prior, in which log Z cancels."
+            text += f" log Z cancels in the difference: the policy is {_size(gain)} nats {way} the posterior than the"
+            text += " prior, which may be chance." if gain.low <= 0 <= gain.high else " prior."
             if gain.high < 0:
                 text += f" {_HARM}"
         return text
@@ -98,11 +99,14 @@ class Evaluation:
         if gain.high < 0:
             return _HARM + (f"{rewards}." if rewards else "")
         left = gap.mean / start.mean if start.mean > 0 else 0.0
-        if gap.low <= 0 or left <= _ARRIVED:
+        if left <= _ARRIVED:
             advice = ": if that is not enough, another posterior is needed (lower β, other reward), not more training."
             return f"The policy has arrived, as far as these draws can tell.{rewards + advice if rewards else ''}"
         if gain.low <= 0:
             text = "Its distance cannot be told from the prior's: train longer, or with another learning rate."
+            if abs(gain.mean) > 2 * gain.draws_standard_error:
+                # for these prompts the difference is known
+                text = f"The difference cannot be told from chance over {gain.prompts} prompts: evaluate more of them."
             return text + (f"{rewards}." if rewards else "")
         text = f"Of the prior's distance, {100 * left:.0f}% is left: more training can bring the policy closer"
         return text + (f", and its reward towards the posterior's.{rewards}." if rewards else ".")

@@ -1,5 +1,6 @@
 """The quantities that are reported for a distribution, one record each: label, unit, and where it is shown."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,7 +65,7 @@ QUANTITIES: dict[str, Quantity] = {
     "tv": Quantity("total variation", support=SHARE),
     "forbidden": Quantity("forbidden", "share", error_logged=False, hidden_at_zero=True, support=SHARE),
     "entropy": Quantity("entropy", "nats", support=NOT_NEGATIVE),
-    "prior_perplexity": Quantity("perplexity under the prior", error_logged=False),
+    "prior_perplexity": Quantity("perplexity under the prior", error_logged=False, support=(1.0, math.inf)),
     "distinct_1": _of_words("distinct-1", lambda texts: distinct_n(texts, 1)),
     "distinct_2": _of_words("distinct-2", lambda texts: distinct_n(texts, 2)),
     "self_bleu": _of_texts("self-BLEU", self_bleu),

@@ -1,7 +1,6 @@
 """Exact confidence intervals of a probability from counts, also from counts in clusters."""
 
 from collections.abc import Sequence
-from statistics import fmean, variance
 
 from scipy.stats import beta
 from scipy.stats import t as student
@@ -74,8 +73,9 @@ def clustered_proportion(shares: Sequence[float], draws: int, confidence: float 
     if not shares or not all(-1e-9 <= share <= 1 + 1e-9 for share in shares):
         raise ValueError(f"`shares` must be shares between 0 and 1, at least one, got {list(shares)}.")
     clusters, trials = len(shares), float(len(shares) * draws)
-    mean = min(max(fmean(shares), 0.0), 1.0)
-    spread = variance(shares) / clusters if clusters > 1 else 0.0
+    mean = min(max(sum(shares) / clusters, 0.0), 1.0)
+    deviations = sum((share - mean) ** 2 for share in shares)
+    spread = deviations / max(clusters - 1, 1) / clusters
     if spread > 0 and 0 < mean < 1:
         tail = (1 + confidence) / 2
         ratio = float(student.ppf(tail, max(trials - 1, 1)) / student.ppf(tail, clusters - 1))

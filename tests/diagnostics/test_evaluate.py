@@ -259,7 +259,7 @@ def test_without_log_z_the_verdict_has_bounds_and_the_gain(verdict_of):
     verdict, found = verdict_of(0.9, n=8)
     assert not found.log_z.trustworthy
     assert verdict.startswith("Cannot tell how far the policy is from the posterior. KL(policy‖posterior) is at least")
-    assert f"The policy is {found.gain} nats closer to the posterior than the prior" in verdict
+    assert f"the policy is {found.gain} nats closer to the posterior than the prior." in verdict
     assert verdict.count("not trustworthy") == 1
     # the gain is the difference of the gaps, in which log Z cancels
     assert found.gain.mean == pytest.approx(found.prior.gap.mean - found.policy.gap.mean, abs=1e-6)
