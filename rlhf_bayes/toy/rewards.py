@@ -73,6 +73,10 @@ def vader_reward(completions: list[str] | list[list[dict[str, str]]], **columns:
     return [analyzer.polarity_scores(_text(completion))["compound"] for completion in completions]
 
 
+# both look words up, so they have a meaning on any prefix, and cost little
+sentiment_reward.takes_prefixes = vader_reward.takes_prefixes = True
+
+
 @functools.cache
 def _vader_analyzer():
     try:

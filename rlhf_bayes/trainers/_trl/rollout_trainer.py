@@ -39,6 +39,7 @@ from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
+from rlhf_bayes.trainers.rollout.prefix_rewards import functions_of_prefixes, prefix_rewards
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
@@ -189,6 +190,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._failures.errors += unusable_rewards(
             rewards, self.reward_funcs, self.reward_func_names, self.args.infinite_where_forbidden
         )
+        self._in_flight.prefix_rewards = self._prefix_rewards(inputs, prompts, completion_ids_list)
         self._failures.stop_all(self.accelerator.num_processes)
         first = self.accelerator.process_index * len(prompts)
         self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
@@ -197,6 +199,15 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         eos = set(self._eos_ids)
         self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
+
+    def _prefix_rewards(self, inputs, prompts, completion_ids) -> Tensor | None:
+        asked = functions_of_prefixes(self.reward_funcs, self.args.prefix_rewards) if self.objective.states else []
+        if not asked:
+            return None
+        funcs, weights = [self.reward_funcs[number] for number in asked], self.reward_weights[asked]
+        return prefix_rewards(
+            funcs, weights, self.args.reward_clip_range, self._tokenizer, inputs, prompts, completion_ids
+        ).to(self.accelerator.device)
 
     @property
     def step_is_rollout(self) -> bool:
@@ -239,6 +250,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
             rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
+            prefix_rewards=in_flight.prefix_rewards,
             drawn_from=self.drawn_from,
             features={} if self.evidence is None else self.evidence.features,
         )
