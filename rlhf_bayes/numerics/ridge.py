@@ -29,10 +29,10 @@ class RegressionSums:
             targets (`torch.Tensor`): y (N,).
             weights (`torch.Tensor`): w (N,), at least 0.
         """
-        # the products are taken in fp32, which is what costs time, and summed over batches in fp64
-        rows = with_constant(features.float())
-        weighted = rows * weights.float()[:, None]  # (N, 1 + F)
-        return cls((weighted.T @ rows).double(), (weighted.T @ targets.float()).double())
+        # fp64, since the variance of a feature is a small difference of sums where its mean is large
+        rows = with_constant(features.double())
+        weighted = rows * weights.double()[:, None]  # (N, 1 + F)
+        return cls(weighted.T @ rows, weighted.T @ targets.double())
 
     def plus(self, other: "RegressionSums", decay: float = 1.0) -> "RegressionSums":
         """`decay` times these sums, plus others."""

@@ -129,8 +129,9 @@ class PPOObjective:
 
     def batch(self, rollout: Rollout) -> PPOBatch:
         """The rollout with everything that its advantages need. It logs metrics, and adapts β to `target_kl`."""
-        features = None if self.critic is None else self._features(self.critic, rollout)
-        values = _valued(rollout.values) if features is None else self.critic.forecast(features)  # (B, T)
+        critic = self.critic
+        features = None if critic is None else self._features(critic, rollout)
+        values = _valued(rollout.values) if features is None or critic is None else critic.forecast(features)  # (B, T)
         mask = rollout.completion_mask.bool() & ~rollout.rewards.isnan()[:, None]
         batch = PPOBatch(
             **rollout.sequences,
@@ -151,8 +152,8 @@ class PPOObjective:
         columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
         forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
         self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
-        if features is not None and self.world.training:
-            self.critic.learn(features, self._returns(rollout), mask)
+        if features is not None and critic is not None and self.world.training:
+            critic.learn(features, self._returns(rollout), mask)
         self._report_rollout(rollout)
         return batch
 
@@ -175,9 +176,9 @@ class PPOObjective:
         log_ratio = torch.where(mask, log_probs - batch.old_token_log_probs, 0.0)
         policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
         value_loss = clipped_value_loss(values, batch.old_values, targets, self.cliprange_value)
-        # a critic that is fitted has no gradient, so its value loss is a constant
         policy_weight = 0.0 if self.critic_warms_up else 1.0
-        loss = policy_weight * masked_sum(policy_loss, mask) + self.vf_coef * masked_sum(value_loss, mask)
+        value_weight = self.vf_coef if self.critic is None else 0.0
+        loss = policy_weight * masked_sum(policy_loss, mask) + value_weight * masked_sum(value_loss, mask)
         columns = self._columns_to_report(scores, values, log_ratio, advantages, batch)
         columns |= {"ppo/policy_loss": policy_loss, "ppo/value_loss": value_loss}
         sums = {name: masked_sum(column.detach(), mask) for name, column in columns.items()}
@@ -214,7 +215,9 @@ class PPOObjective:
     def _features(self, critic: RidgeCritic, rollout: Rollout) -> Tensor:
         """What the critic reads of each prefix: (B, T, F)."""
         if rollout.states is None:
-            raise ValueError("`rollout` must hold `states` for a `RidgeCritic`, got None: keep `objective.states(...)`.")
+            raise ValueError(
+                "`rollout` must hold `states` for a `RidgeCritic`, got None: keep `objective.states(...)`."
+            )
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T)
         paid = -self.beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
         return critic.features(rollout.states, rollout.prefix_rewards, paid)

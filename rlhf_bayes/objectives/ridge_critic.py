@@ -1,5 +1,6 @@
 """A critic that is fitted in closed form after each rollout, on hidden states and on rewards of prefixes."""
 
+import functools
 from typing import Any, final
 
 import torch
@@ -45,9 +46,7 @@ class RidgeCritic:
         size = hidden.size(-1)
         if size <= _MOST_STATES:
             return hidden.float()
-        generator = torch.Generator().manual_seed(0)  # the same projection in every process and run
-        projection = torch.randn(size, _MOST_STATES, generator=generator) / size**0.5
-        return hidden.float() @ projection.to(hidden.device)
+        return hidden.float() @ _projection(size).to(hidden.device)
 
     def features(self, states: Tensor, prefix_rewards: Tensor | None, paid: Tensor) -> Tensor:
         """
@@ -104,3 +103,10 @@ class RidgeCritic:
         if "gram" in state:
             self.sums = RegressionSums(state["gram"], state["cross"])
             self._fits = ridge_fits(self.sums, _PENALTIES)
+
+
+@functools.cache
+def _projection(size: int) -> Tensor:
+    """(H, S), the same in every process and run: it keeps distances but for a few percent."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, _MOST_STATES, generator=generator) / _MOST_STATES**0.5

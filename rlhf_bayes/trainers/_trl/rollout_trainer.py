@@ -11,7 +11,7 @@ TRL release moves one.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,6 +30,7 @@ from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
+from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
 from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
@@ -39,7 +40,6 @@ from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
-from rlhf_bayes.trainers.rollout.prefix_rewards import functions_of_prefixes, prefix_rewards
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
@@ -75,6 +75,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
     """The evidence, if it is a likelihood rather than a reward."""
+    asked_for_prefixes: Sequence[int] = ()
+    """Numbers of the reward functions that are also asked for the rewards of prefixes."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
         # RLOO would reload the reference from the model's path, without changes that were made to an instance. With
@@ -201,13 +203,13 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         return rewards
 
     def _prefix_rewards(self, inputs, prompts, completion_ids) -> Tensor | None:
-        asked = functions_of_prefixes(self.reward_funcs, self.args.prefix_rewards) if self.objective.states else []
-        if not asked:
+        if not self.asked_for_prefixes:
             return None
-        funcs, weights = [self.reward_funcs[number] for number in asked], self.reward_weights[asked]
-        return prefix_rewards(
-            funcs, weights, self.args.reward_clip_range, self._tokenizer, inputs, prompts, completion_ids
-        ).to(self.accelerator.device)
+        funcs = [self.reward_funcs[number] for number in self.asked_for_prefixes]
+        rewards = prefix_rewards(funcs, self._tokenizer, inputs, prompts, completion_ids).to(self.accelerator.device)
+        weights, clip_range = self.reward_weights[self.asked_for_prefixes], self.args.reward_clip_range
+        combined = combine_rewards(rewards.flatten(0, 1), weights, clip_range).view(rewards.shape[:2])  # (B, T)
+        return combined.nan_to_num(0.0)
 
     @property
     def step_is_rollout(self) -> bool:

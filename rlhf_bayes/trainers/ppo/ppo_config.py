@@ -70,7 +70,7 @@ class PPOConfig(RolloutConfig):
             "help": (
                 "Whether the 'ridge' critic reads the rewards of prefixes: a control variate, which reduces the noise "
                 "of the gradient and never moves the optimum. A reward function is then called on every prefix of "
-                "each completion. Default: functions with the attribute `takes_prefixes = True` are asked; True asks "
+                "each completion. Default: those marked with `rlhf_bayes.rewards.takes_prefixes` are asked; True asks "
                 "all of them, False none."
             )
         },

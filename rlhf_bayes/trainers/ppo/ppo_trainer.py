@@ -12,6 +12,7 @@ from rlhf_bayes.lm.critic import CRITIC, Critic
 from rlhf_bayes.objectives import PPOObjective
 from rlhf_bayes.objectives.ridge_critic import RidgeCritic
 from rlhf_bayes.rewards import RewardModel
+from rlhf_bayes.rewards.prefix_rewards import functions_of_prefixes
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
@@ -121,8 +122,8 @@ class PPOTrainer(RolloutTrainer):
             )
         if value_model is not None and args.critic == "ridge":
             raise ValueError(
-                "`value_model` must be left out with `critic='ridge'`, which is fitted anew in each run. Leave it out, "
-                "or set `critic='shared'` or `critic='separate'`."
+                "`value_model` must be left out with `critic='ridge'`, which is fitted anew in each run. Leave it "
+                "out, or set `critic='shared'` or `critic='separate'`."
             )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
@@ -130,6 +131,8 @@ class PPOTrainer(RolloutTrainer):
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
         self.evidence = None if likelihood is None else reward_funcs[0]
+        if args.critic == "ridge":
+            self.asked_for_prefixes = functions_of_prefixes(reward_funcs, args.prefix_rewards)
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
