@@ -192,7 +192,8 @@ def _draw_law(
     laws: dict[str, RewardLaw],
     start: float | None = None,
 ) -> None:
-    law = fit_reward_law(d, reward, form, start)
+    # a run's reward is the one that is maximised, so no downturn may be read into it
+    law = fit_reward_law(d, reward, form, start, never_falls=True)
     if law is None:
         axes.plot([], [], color=color, label=name)
         return
