@@ -7,6 +7,7 @@ from rich.progress import track
 from transformers import TrainerCallback
 
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
+from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key
 
 
 @final
@@ -28,7 +29,7 @@ class PriorSamples(TrainerCallback):
             return
         drawing, trainer.proposal = trainer.proposal, "prior"
         trainer.model.train()
-        rows = list({str(row): row for row in trainer.train_dataset}.values())
+        rows = list({prompt_key(row): row for row in trainer.train_dataset}.values())
         per_batch = args.generation_batch_size // args.num_generations  # prompts
         starts = [
             start
