@@ -62,13 +62,12 @@ class ImagePromptRLOO(RepairedRLOO):
 
     def exclude_image_token(self, policy: nn.Module, ref_model: nn.Module | None) -> None:
         """Exclude the token that stands for images from completions, as drawn and as scored."""
-        if not self.reads_images:
-            return
-        token = _image_token(base_causal_lm(policy), self.processing_class)
-        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = [token]
+        excluded = [_image_token(base_causal_lm(policy), self.processing_class)] if self.reads_images else []
+        if excluded:
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = excluded
         for model in (policy, ref_model):
-            if model is not None:
-                exclude_tokens(base_causal_lm(model), [token])
+            if model is not None:  # an earlier trainer of the same model may have excluded others
+                exclude_tokens(base_causal_lm(model), excluded)
 
     def _generate_and_score_completions(self, inputs):
         self.data_rows, self.model_inputs = inputs, None

@@ -212,9 +212,13 @@ def check_reads_images(
         ValueError: if they differ.
     """
     prompt_ids, prompt_mask, completion_ids, mask = sequences
-    with_images = [row for row, inputs in enumerate(model_inputs) if not all(map(is_of_tokens, inputs))]
+    with_images = [
+        row for row, inputs in enumerate(model_inputs) if not all(map(is_of_tokens, inputs)) and mask[row].any()
+    ]
     by_length = sorted(with_images, key=lambda row: int(prompt_mask[row].sum()))
     chosen = list(dict.fromkeys([*by_length[:1], *by_length[-1:]]))
+    if not chosen:
+        return
     excluded = torch.tensor(excluded_tokens(base_causal_lm(model)), device=prompt_ids.device, dtype=torch.long)
     prompts = [prompt_ids[row][prompt_mask[row]] for row in chosen]
     with evaluating(model):

@@ -104,7 +104,9 @@ def test_the_list_is_complete(rloo):
     overridden = {
         name for name in vars(rollout_trainer.RolloutTrainer) if name in vars(RLOOTrainer) and name.startswith("_")
     }
-    assert overridden - {"__init__", "__doc__", "__module__", "__annotations__"} <= rollout_trainer.PRIVATE_NAMES.keys()
+    assert (
+        overridden - {"__init__", "__doc__", "__module__", "__annotations__"} <= rollout_trainer.PRIVATE_NAMES.keys()
+    )
 
 
 def test_policy_is_scored_before_the_reference_and_rewards_come_last(rloo):

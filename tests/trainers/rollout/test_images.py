@@ -14,6 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from trl.data_utils import prepare_multimodal_messages
 
 from rlhf_bayes import GDCConfig, LanguageModel, PosteriorCallback, PPOConfig
+from rlhf_bayes.lm.head import excluded_tokens
 from rlhf_bayes.trainers.rollout.images import images_of, with_images_in_chat
 from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key
 
@@ -92,7 +93,7 @@ def test_a_rollout_is_scored_with_its_images_under_policy_and_prior(family, tmp_
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_with_peft_the_base_is_the_prior_and_at_first_the_policy(family, tmp_path):
-    trained = image_trainer(tmp_path, family, GDCConfig, peft_config=LORA)
+    trained = image_trainer(tmp_path, family, GDCConfig, peft_config=LORA, changes={"pad_to_multiple_of": 8})
     rows, rollout = scored_rows(trained)
     assert_close(rollout.token_log_probs, rollout.ref_token_log_probs, atol=1e-6, rtol=0)
     assert_close(rollout.token_kl, torch.zeros_like(rollout.token_kl), atol=1e-6, rtol=0)
@@ -239,6 +240,16 @@ def test_a_tokenizer_does_not_read_images(tmp_path):
     trained = image_trainer(tmp_path, "llava", processing_class=processor.tokenizer, train_dataset=chats)
     with pytest.raises(ValueError, match=match + r".*a prompt with images"):
         trained.train()
+
+
+def test_a_later_trainer_of_text_draws_every_token_again(tmp_path):
+    processor, model = processor_and_model("llava")
+    image_trainer(tmp_path, "llava", model=model)
+    texts = Dataset.from_dict({"prompt": ["what color", "is red is blue"] * 4})
+    arguments = {"model": model, "processing_class": processor.tokenizer, "train_dataset": texts}
+    trained = image_trainer(tmp_path, "llava", **arguments)
+    assert excluded_tokens(trained.model) == excluded_tokens(trained.ref_model) == ()
+    assert trained.generation_config.suppress_tokens is None
 
 
 def test_text_is_read_by_a_processor_too(tmp_path):
