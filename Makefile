@@ -1,7 +1,7 @@
 # make ppo          environment, install, PPO on the bundled model        make test         environment, install, tests
 # make rlhf         the same, from preferences to policies                make test-fast    two minutes of them
 # make gdc          the same, towards given means of features             make test-oldest  all on the oldest trl
-#                                                                         make lint         ruff and pyright
+# make claims       the same, the claims of the paper, in 25 minutes      make lint         ruff and pyright
 #
 # Arguments of the recipe:   make ppo ARGS='--beta 0.2 --critic separate'
 # Another torch:             export TORCH='torch==2.12.1' TORCH_INDEX=https://download.pytorch.org/whl/cu128
@@ -43,7 +43,7 @@ unexport PYTHONPATH
 # An environment is up to date when its stamp is newer than pyproject.toml; the stamp's name holds the torch asked for.
 stamp = .installed-$(subst ==,-,$(notdir $(TORCH)))
 
-.PHONY: ppo rlhf gdc test test-fast test-oldest lint format clean
+.PHONY: ppo rlhf gdc claims test test-fast test-oldest lint format clean
 .DELETE_ON_ERROR:
 
 ppo: $(VENV)/$(stamp)
@@ -54,6 +54,10 @@ rlhf: $(VENV)/$(stamp)
 
 gdc: $(VENV)/$(stamp)
 	$(VENV)/bin/accelerate launch recipes/gdc_dpg.py $(ARGS)
+
+# goes on where it was stopped
+claims: $(VENV)/$(stamp)
+	OMP_NUM_THREADS=1 $(VENV)/bin/rlhf-bayes claims $(ARGS)
 
 test: $(VENV)/$(stamp)
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 $(TESTS)

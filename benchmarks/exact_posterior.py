@@ -33,24 +33,17 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from datasets import Dataset
+from equal_samples import BATCH, TRAINERS, make_trainer, steps_per_rollout
 from quiet import quiet
 from rich.console import Console
 from rich.table import Table
-from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
+from rlhf_bayes import GDCConfig
 from rlhf_bayes.numerics import forward_kl, reverse_kl, tv
 from rlhf_bayes.numerics.f_divergence import divergence_cases
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
-TRAINERS = {
-    "ppo": (PPOTrainer, PPOConfig),
-    "gdc": (GDCTrainer, GDCConfig),
-    "rloo": (RLOOTrainer, RLOOConfig),
-    "grpo": (GRPOTrainer, GRPOConfig),
-}
 LINE_STYLES = {"ppo": "-", "gdc": (0, (4, 1, 1, 1)), "rloo": "--", "grpo": "-."}
 METHODS = (
     "ppo",
@@ -77,10 +70,6 @@ METHODS = (
 )
 EXACT = "exact gradient"
 EXACT_STEPS, EXACT_LEARNING_RATES = 100, (5e-4, 1e-3, 2e-3)
-BATCH = 64  # completions a rollout
-# PPO's loss is a mean over tokens and RLOO's over completions, so PPO's gradients are about four times smaller here.
-# The default of 1 would clip all gradients of RLOO and few of PPO. Since clipping helps, all of both are clipped.
-MAX_GRAD_NORM = 0.1
 POINTS = 20  # number of points of a curve
 
 
@@ -202,43 +191,25 @@ def descend_exactly(target: Target, curve: Curve, learning_rate: float) -> None:
 
 
 def train(target: Target, curve: Curve, cell: Cell) -> None:
-    toy = target.toy
-    trainer_class, config_class = TRAINERS[cell.method.partition(":")[0]]
-    overrides = {"steps_per_generation": 1, "num_iterations": 1, "num_generations": 4, "max_grad_norm": MAX_GRAD_NORM}
-    overrides |= cell.overrides
-    steps_per_rollout = overrides["steps_per_generation"] * overrides["num_iterations"]
-    rollouts = cell.samples // BATCH
+    toy, options = target.toy, {"num_generations": 4} | cell.overrides
     with tempfile.TemporaryDirectory() as folder:
         target.new_model().save_pretrained(folder)
-        # RLOO reloads its reference from the model's path, so the model must be saved
-        trainer = trainer_class(
+        make_trainer(
+            cell.method.partition(":")[0],
+            options,
             model=folder,
-            reward_funcs=toy_reward,
-            args=config_class(
-                output_dir=folder,
-                seed=cell.seed,
-                beta=toy.beta,
-                learning_rate=cell.learning_rate,
-                per_device_train_batch_size=BATCH // overrides["steps_per_generation"],
-                max_completion_length=toy.max_completion_length,
-                max_steps=rollouts * steps_per_rollout,
-                model_init_kwargs={"dtype": "float32"},
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **overrides,
-            ),
+            tokenizer=toy.tokenizer,
+            reward_func=toy_reward,
             # a batch takes BATCH / num_generations rows, so the dataset needs at least as many
-            train_dataset=Dataset.from_dict({"prompt": target.prompts * BATCH}),
-            processing_class=toy.tokenizer,
-            callbacks=[CurveCallback(curve, target, steps_per_rollout, rollouts)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+            prompts=target.prompts * BATCH,
+            beta=toy.beta,
+            max_completion_length=toy.max_completion_length,
+            learning_rate=cell.learning_rate,
+            seed=cell.seed,
+            samples=cell.samples,
+            output_dir=folder,
+            callbacks=[CurveCallback(curve, target, steps_per_rollout(options), cell.samples // BATCH)],
+        ).train()
 
 
 @dataclass(frozen=True)

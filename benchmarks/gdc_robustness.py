@@ -33,7 +33,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from datasets import Dataset
-from exact_posterior import BATCH, MAX_GRAD_NORM, Target
+from equal_samples import BATCH, MAX_GRAD_NORM
+from exact_posterior import Target
 from quiet import quiet
 from rich.console import Console
 from rich.table import Table

@@ -172,7 +172,8 @@ def print_report(
     console.print(control_table(evaluation, wanted, title="Distance to what was asked for"))
     if evaluation.policy.forbidden.mean == 0:  # otherwise KL(π‖π*) is infinite
         console.print(evaluation.verdict)
-    console.print(str(evaluation.log_z))
+    if evaluation.log_z.trustworthy or evaluation.policy.forbidden.mean > 0:  # otherwise the verdict has said it
+        console.print(str(evaluation.log_z))
     curves = Path(trainer.args.output_dir) / "curves.png"
     plot_control(trainer.state.log_history, wanted, evaluation.policy.posterior_kl_to_prior, curves)
     console.print(f"Model in {trainer.args.output_dir}, curves in {curves}.")

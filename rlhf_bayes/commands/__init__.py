@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 _COMMANDS = {
+    "claims": "test the claims of the paper by runs, and write one page of HTML on all of them",
     "export": "a reward model as one classifier that plain transformers reads",
     "memory": "predict how much memory PPO needs, by role",
     "merge": "merge adapters into their base, for programs that do not read adapters",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from rich.table import Table
 from scipy.stats import chi2, norm
 from torch import Tensor
 
+from rlhf_bayes.diagnostics.over_prompts import CONFIDENCE
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Draws, IndependentRows, Sampler, expectation
+from rlhf_bayes.samplers.draws import checks_in_words
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,17 @@ class Mean:
     value: float
     standard_error: float
     trustworthy: bool = True
+    at_least: float | None = None
+    """A lower bound, where the value cannot be trusted but a bound is known."""
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.standard_error:.3f}" if self.trustworthy else "not trustworthy"
+        if self.trustworthy:
+            return f"{self.value:.3f} ± {self.standard_error:.3f}"
+        return "not trustworthy" if self.at_least is None else f"≥ {self.at_least:.3f}"
 
     def as_dict(self) -> dict[str, Any]:
-        return {"mean": self.value, "standard_error": self.standard_error, "trustworthy": self.trustworthy}
+        found = {"mean": self.value, "standard_error": self.standard_error, "trustworthy": self.trustworthy}
+        return found if self.at_least is None else {**found, "at_least": self.at_least}
 
 
 @dataclass(frozen=True)
@@ -109,13 +116,15 @@ def draw_by(
 
 def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Table:
     """A row for each β, with the one that was asked for in bold."""
-    caption = "From draws of the prior alone. ± standard error; ESS and k̂ of the worst prompt."
+    caption = "From draws of the prior alone, for these prompts. ± standard error; ESS of the worst prompt."
+    if not all(row["trustworthy"] for row in rows):
+        caption += " ≥ bound at 95%: the draws allow no estimate at this β."
     table = Table(title="What if β were another", caption=caption)
     for column in ("β", r"E\[r]", "KL(π*‖π0), nats", "log Z, nats", "ESS", "k̂"):
         table.add_column(column, justify="right")
     for row in rows:
         cells = [
-            str(Mean(row[name], row[f"{name}_standard_error"], row["trustworthy"]))
+            str(Mean(row[name], row[f"{name}_standard_error"], row["trustworthy"], row[f"{name}_at_least"]))
             for name in ("reward", "kl_to_prior", "log_z")
         ]
         sizes = f"{row['importance_ess']:.0f}", f"{row['khat']:.2f}" if math.isfinite(row["khat"]) else "–"
@@ -146,8 +155,8 @@ def agreement_table(methods: Sequence[Method]) -> Table:
 def checks_table(methods: Sequence[Method]) -> Table:
     """A row for each sampler: the cost of its draws, and its own checks of them."""
     caption = "Checks of the worst prompt"
-    if any("rhat" in method.draws.info for method in methods):
-        caption += ". R-hat of short chains is high; the ESS accounts for it"
+    if any(method.draws.guarantee == "unconverged" for method in methods):
+        caption += ". Unconverged: chains disagree by more than chance; let them run longer, or start elsewhere"
     table = Table(title="How they were drawn", caption=caption, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
     for column in ("rows", "distinct", "tokens"):
@@ -157,7 +166,7 @@ def checks_table(methods: Sequence[Method]) -> Table:
         draws = method.draws
         distinct = len({(i, *ids) for i, ids in zip(draws.prompt_index.tolist(), draws.completion_ids, strict=True)})
         tokens = draws.info.get("tokens", sum(map(len, draws.completion_ids)))
-        table.add_row(method.name, f"{len(draws):,}", f"{distinct:,}", f"{tokens:,}", _checks(draws.info))
+        table.add_row(method.name, f"{len(draws):,}", f"{distinct:,}", f"{tokens:,}", checks_in_words(draws.info))
     return table
 
 
@@ -180,25 +189,6 @@ def agreement(methods: Sequence[Method], name: str) -> str:
     return f"p = {chi2.sf(statistic, len(found) - 1):.2f}"
 
 
-def _checks(info: Mapping[str, Any]) -> str:
-    """A sampler's own checks of its draws, for the worst prompt, in words."""
-    shown = {
-        "importance_ess": ("ESS ≥ {:.0f}", min),
-        "khat": ("k̂ ≤ {:.2f}", max),
-        "acceptance": ("acceptance ≥ {:.3f}", min),
-        "tv": ("TV ≤ {:.2f}", max),
-        "rhat": ("R-hat ≤ {:.2f}", max),
-        "effective_sample_size": ("ESS ≥ {:.0f}", min),
-        "ancestors": ("ancestors ≥ {:.0f}", min),
-    }
-    found = []
-    for name, (text, worst) in shown.items():
-        values = [value for value in info.get(name, []) if value is not None]
-        if values and not (name == "tv" and max(values) == 0):
-            found.append(text.format(worst(values)))
-    return ", ".join(found)
-
-
 def _targets(method: Method) -> bool:
     return method.draws.guarantee in ("exact", "consistent")
 
@@ -218,7 +208,11 @@ def _method(
     if draws.log_z is not None:
         half_widths = (draws.log_z.high - draws.log_z.low) / 2
         errors = half_widths / float(norm.ppf((1 + draws.log_z.confidence) / 2))
-        estimates["log_z"] = _over_prompts(draws.log_z.log_z, errors, _trustworthy(draws))
+        found = _over_prompts(draws.log_z.log_z, errors, _trustworthy(draws))
+        if not found.trustworthy and math.isfinite(found.value) and math.isfinite(found.standard_error):
+            # all of these samplers estimate Z without bias, so log Z is too low on average
+            found = replace(found, at_least=found.value - float(norm.ppf(CONFIDENCE)) * found.standard_error)
+        estimates["log_z"] = found
     return Method(name, draws, rewards, estimates)
 
 
@@ -247,4 +241,5 @@ def _trustworthy(draws: Draws) -> bool:
         for size in draws.info.get(name, [])
         if size is not None
     ]
-    return all(draws.info.get("trustworthy", [True])) and min(sizes, default=math.inf) >= MIN_IMPORTANCE_ESS
+    checked = draws.guarantee != "unconverged" and all(draws.info.get("trustworthy", [True]))
+    return checked and min(sizes, default=math.inf) >= MIN_IMPORTANCE_ESS

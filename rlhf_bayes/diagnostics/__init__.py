@@ -3,10 +3,11 @@
 from rlhf_bayes.diagnostics.callback import PosteriorCallback
 from rlhf_bayes.diagnostics.control import control_table, feature_means, guarded_forward_kl, plot_control
 from rlhf_bayes.diagnostics.diversity import distinct_n, duplicates, repeated_ngrams, self_bleu
-from rlhf_bayes.diagnostics.estimates import Estimate, LogZEstimate, PosteriorFit, posterior_fits
+from rlhf_bayes.diagnostics.estimates import LogZEstimate, PosteriorFit, posterior_fits
 from rlhf_bayes.diagnostics.evaluate import Evaluation, evaluate
 from rlhf_bayes.diagnostics.fit_tables import fit_table, plot_history, samples_table
 from rlhf_bayes.diagnostics.model_card import PreferenceSummary, reward_model_card
+from rlhf_bayes.diagnostics.over_prompts import Estimate
 from rlhf_bayes.diagnostics.progress import PosteriorProgress
 from rlhf_bayes.diagnostics.reward_model_tables import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.diagnostics.sandwich import LogZSandwich, log_z_sandwich

@@ -8,8 +8,9 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer, TrainerCallback
 
-from rlhf_bayes.diagnostics.estimates import Estimate, PosteriorFit
+from rlhf_bayes.diagnostics.estimates import PosteriorFit
 from rlhf_bayes.diagnostics.evaluate import Evaluation, evaluate
+from rlhf_bayes.diagnostics.over_prompts import Estimate
 from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.lm import LanguageModel, Prompt

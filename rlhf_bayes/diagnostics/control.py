@@ -8,18 +8,20 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_bayes.diagnostics.estimates import Estimate, over_prompts
 from rlhf_bayes.diagnostics.evaluate import Evaluation
-from rlhf_bayes.diagnostics.fit_tables import fit_table
+from rlhf_bayes.diagnostics.fit_tables import estimates_of, fit_table
+from rlhf_bayes.diagnostics.over_prompts import Estimate, explanation, over_prompts
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 
 
 def feature_means(draws: ScoredDraws) -> dict[str, Estimate]:
-    """Mean over prompts of each feature that the evidence reports."""
-    return {
-        name: over_prompts(values.double().mean(-1), values.double().var(-1) / values.size(-1))
-        for name, values in draws.features.items()
-    }
+    """Mean over prompts of each feature that the evidence reports. That of a binary feature is a share."""
+    found = {}
+    for name, values in draws.features.items():
+        values, n = values.double(), values.size(-1)
+        share_of = n if bool(((values == 0) | (values == 1)).all()) else None
+        found[name] = over_prompts(values.mean(-1), values.var(-1) / n, share_of=share_of)
+    return found
 
 
 def guarded_forward_kl(evaluation: Evaluation) -> Estimate | None:
@@ -85,6 +87,9 @@ def control_table(evaluation: Evaluation, wanted: Mapping[str, float], title: st
     for label, *cells in zip(*(column.cells for column in fits.columns), strict=True):
         if set(cells) != {"–"}:  # evidence of features has no reward, so this row would be empty
             table.add_row(label, *cells)
+    shares = [of[name] for of in means for name in wanted]
+    table.caption = escape(explanation([*estimates_of(evaluation.prior), *estimates_of(evaluation.policy), *shares]))
+    table.caption_justify = "left"
     return table
 
 

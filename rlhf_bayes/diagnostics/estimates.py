@@ -6,45 +6,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from scipy.stats import t as student
 from torch import Tensor
 
-from rlhf_bayes.diagnostics.quantities import QUANTITIES
+from rlhf_bayes.diagnostics.over_prompts import ANYTHING, CONFIDENCE, Estimate, over_prompts, quantile
+from rlhf_bayes.diagnostics.quantities import QUANTITIES, Quantity
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
-from rlhf_bayes.numerics import importance_ess, khat, khat_threshold
+from rlhf_bayes.numerics import importance_ess, khat_threshold
 from rlhf_bayes.numerics import log_z as importance_log_z
-from rlhf_bayes.numerics.jackknife import NUM_GROUPS, jackknife
-from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
+from rlhf_bayes.numerics.jackknife import jackknife
+from rlhf_bayes.numerics.log_weights import MIN_DRAWS, MIN_IMPORTANCE_ESS, pooled_khat, weights_suffice
 from rlhf_bayes.numerics.mixture import log_fitted_mixture
-
-NOT_TRUSTWORTHY = "not trustworthy"
-CONFIDENCE = 0.95
-MIN_DRAWS = 25  # with fewer draws, k̂ cannot be fitted to the tail
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts, with two kinds of doubt. `trustworthy` is false where no number here means anything."""
-
-    mean: float
-    standard_error: float
-    """Standard error for prompts like these: from the variance between prompts, which contains that of the draws. With
-    one prompt it is the error of its draws alone."""
-    low: float
-    """Lower end of the 95% confidence interval, from Student's t with one degree of freedom fewer than prompts."""
-    high: float
-    """Upper end of the interval."""
-    draws_standard_error: float
-    """Standard error for these very prompts, which falls with more completions; nan where it is not known."""
-    trustworthy: bool = True
-
-    def __str__(self) -> str:
-        if not self.trustworthy:
-            return NOT_TRUSTWORTHY
-        if math.isinf(self.mean):
-            return "∞" if self.mean > 0 else "−∞"
-        digits = 2 if not self.standard_error < 0.01 else 3
-        return f"{self.mean:.{digits}f} ± {self.standard_error:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -58,21 +29,28 @@ class LogZEstimate:
     importance_ess: Tensor
     """(P,): effective sample size of the weights."""
     khat: float
-    """
-    Pareto shape of the weights of all prompts together, each divided by its prompt's Z; to first order, the mean of
-    log Z over prompts is the mean of these weights. It is infinite where too few weights are distinct to fit it. (With
-    a k̂ for each of 16 prompts, some would exceed the threshold by chance, even if no weight has a heavy tail.)
-    """
+    """Pareto shape of the weights, see [`~rlhf_bayes.numerics.log_weights.pooled_khat`]; infinite for weights that
+    tie."""
     num_draws: int
     """Draws for each prompt, from prior and policy together."""
+    has_beta: bool = True
+    """Whether the evidence is a reward, which a larger β would weaken."""
 
     @classmethod
-    def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor) -> "LogZEstimate":
-        """From log-weights (P, N), and the log Z and standard errors that they gave."""
-        relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where every weight is 0
-        relative = relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
-        shape = math.inf if _ties(relative) else float(khat(relative))
-        return cls(log_z, standard_error, importance_ess(log_weights), shape, log_weights.size(1))
+    def of(cls, log_weights: Tensor, log_z: Tensor, standard_error: Tensor, has_beta: bool = True) -> "LogZEstimate":
+        """
+        From weights, and what they gave.
+
+        Args:
+            log_weights (`Tensor` (P, N)):
+                Log-weights, nats.
+            log_z, standard_error (`Tensor` (P,)):
+                log Z and its standard error.
+            has_beta (`bool`):
+                Whether the evidence is a reward.
+        """
+        shape, n = pooled_khat(log_weights), log_weights.size(1)
+        return cls(log_z, standard_error, importance_ess(log_weights), shape, n, has_beta)
 
     @property
     def enough_draws(self) -> Tensor:
@@ -81,12 +59,8 @@ class LogZEstimate:
 
     @property
     def trustworthy(self) -> bool:
-        """
-        Whether the mean over prompts can be trusted: each prompt has enough draws, and k̂ is below its threshold.
-
-        Where k̂ is infinite, too many weights are equal to fit the tail, and only the sample sizes decide.
-        """
-        return bool(self.enough_draws.all()) and (self.khat < self._threshold or self.khat == math.inf)
+        """Whether the mean over these prompts can be trusted: each has enough draws, and k̂ is below its threshold."""
+        return weights_suffice(self.importance_ess, self.khat, self.num_draws)
 
     @property
     def _threshold(self) -> float:
@@ -95,20 +69,21 @@ class LogZEstimate:
     def __str__(self) -> str:
         good, prompts = int(self.enough_draws.sum()), len(self.log_z)
         tail = f"k-hat {self.khat:.2f}" if math.isfinite(self.khat) else "no k-hat, for weights that tie,"
+        of = f"{prompts} prompts" if prompts > 1 else "one prompt"
+        verdict = "trustworthy" if prompts > 1 else "known for this prompt, and says nothing of others"
+        if not self.trustworthy:
+            verdict = "not trustworthy"
         text = (
-            f"log Z of {prompts} prompts from {self.num_draws} draws each is "
-            f"{'' if self.trustworthy else 'not '}trustworthy: importance ESS {self.importance_ess.min():.0f} to "
-            f"{self.importance_ess.max():.0f} ({good} prompts with 10 or more of at least "
-            f"{MIN_DRAWS} draws), {tail} (trusted below {self._threshold:.2f})."
+            f"log Z of {of} from {self.num_draws} draws each is {verdict}: importance ESS "
+            f"{self.importance_ess.min():.0f} to {self.importance_ess.max():.0f} ({good} prompts with 10 or more of "
+            f"at least {MIN_DRAWS} draws), {tail} (trusted below {self._threshold:.2f})."
         )
         if (self.log_z == -torch.inf).any():
             none = int((self.log_z == -torch.inf).sum())
             text += f" For {none} prompts, no draw is possible under the posterior: its support was not found."
         if not self.trustworthy:
-            text += (
-                " Draw more completions a prompt, or pass a policy that is closer to the posterior, or weaken the "
-                "evidence (raise β)."
-            )
+            text += " Draw more completions a prompt, or pass a policy that is closer to the posterior"
+            text += ", or weaken the evidence (raise β)." if self.has_beta else "."
         return text
 
 
@@ -190,6 +165,9 @@ def posterior_fits(
     The jackknife within each prompt removes the bias and gives the variance. Intervals for means over prompts come
     from the variance between prompts, as if the prompts were a random sample.
 
+    Where log Z cannot be trusted, it is bounded from below: E[log Ẑ] ≤ log Z for a Ẑ without bias, here the balance
+    heuristic. So are the gap, and E_π*[r] ≥ β·log Z. Each bound is lowered by its own error, to 95% confidence.
+
     Args:
         from_prior (`ScoredDraws`):
             Draws of the prior.
@@ -221,9 +199,12 @@ def posterior_fits(
     means, variances = jackknife(statistics, pool.sizes)
     columns = {name: (means[row], variances[row]) for row, name in enumerate(names)}
     log_z, variance = columns["log_z"]
-    normaliser = LogZEstimate.of(pool.log_weights(), log_z, variance.sqrt())
+    normaliser = LogZEstimate.of(pool.log_weights(), log_z, variance.sqrt(), beta is not None)
+    # without the jackknife's correction of the bias, since the sign of the bias is what makes it a bound
+    plain = pool.statistics([torch.arange(size) for size in pool.sizes])
+    bounds = {name: _lower(plain[name], columns[name][1]) for name in names if name.endswith("_bound")}
     fits = [
-        _fit(columns, name, draws, beta, normaliser.trustworthy)
+        _fit(columns, bounds, name, draws, beta, normaliser.trustworthy)
         for name, draws in (("prior", from_prior), ("policy", from_policy))
     ]
     return fits[0], fits[1], normaliser
@@ -272,8 +253,10 @@ class _Pool:
         normaliser = importance_log_z(log_weights)
         weights = log_weights.softmax(-1)  # nan where all weights are 0
         expected_evidence = torch.where(weights > 0, weights * evidence, 0.0).sum(-1)
+        bound = importance_log_z(log_prior + evidence - self._log_balance(pooled))
         found = {
             "log_z": normaliser,
+            "log_z_bound": bound,
             "posterior_evidence": expected_evidence,
             "posterior_kl_to_prior": expected_evidence - normaliser,
         }
@@ -288,6 +271,7 @@ class _Pool:
                 f"{name}/kl_to_prior": part["kl"].mean(-1),
                 f"{name}/elbo": elbo,
                 f"{name}/gap": normaliser - elbo,
+                f"{name}/gap_bound": bound - elbo,
                 f"{name}/forward_kl": forward,
                 f"{name}/jeffreys": normaliser - elbo + forward,
                 f"{name}/tv": 0.5 * (weights - own_weights).abs().sum(-1),
@@ -303,65 +287,76 @@ class _Pool:
         share = parts[0]["evidence"].size(1) / pooled["evidence"].size(1)
         return pooled, log_fitted_mixture(pooled["log_prior"], pooled["log_policy"], share)
 
+    def _log_balance(self, pooled: Mapping[str, Tensor]) -> Tensor:
+        """log of the mixture in the proportion in which both were drawn: (P, N). It makes Ẑ unbiased."""
+        prior, policy = self.sizes
+        parts = [
+            pooled[name] + math.log(size / (prior + policy))
+            for name, size in (("log_prior", prior), ("log_policy", policy))
+        ]
+        return torch.logaddexp(*parts)
+
+
+def _lower(values: Tensor, variances: Tensor) -> float | None:  # (P,), (P,)
+    """The lower end of a one-sided interval of the mean over these prompts; None where it is not finite."""
+    low = (values.mean() - quantile(1, 2 * CONFIDENCE - 1) * variances.sum().sqrt() / len(values)).item()
+    return low if math.isfinite(low) else None
+
 
 def _fit(
-    columns: Mapping[str, tuple[Tensor, Tensor]], name: str, draws: ScoredDraws, beta: float | None, trusted: bool
+    columns: Mapping[str, tuple[Tensor, Tensor]],
+    bounds: Mapping[str, float | None],
+    name: str,
+    draws: ScoredDraws,
+    beta: float | None,
+    trusted: bool,
 ) -> PosteriorFit:
-    def of(quantity: str, scale: float = 1.0, trustworthy: bool = True) -> Estimate:
-        means, variances = columns[quantity]
-        return over_prompts(scale * means, scale**2 * variances, trustworthy)
+    num_draws = draws.log_prob.size(1)
+    log_z_bound, gap_bound = bounds["log_z_bound"], bounds[f"{name}/gap_bound"]
+    if gap_bound is not None:
+        gap_bound = max(gap_bound, 0.0)
 
-    def of_texts(measure: Callable[[Sequence[str]], float]) -> Estimate:
-        values = [measure(texts) for texts in draws.texts]
-        return over_prompts(torch.tensor(values, dtype=torch.float64))
+    def of(quantity: str, scale: float = 1.0, trustworthy: bool = True, at_least: float | None = None) -> Estimate:
+        means, variances = columns[quantity]
+        record = QUANTITIES.get(quantity.rpartition("/")[2])
+        support = ANYTHING if record is None else record.support
+        share_of = num_draws if record is not None and record.is_share else None
+        found = over_prompts(scale * means, scale**2 * variances, trustworthy, support, share_of)
+        return found if trustworthy else replace(found, at_least=at_least)
+
+    def of_texts(record: Quantity, measure: Callable[[Sequence[str]], float]) -> Estimate:
+        values = torch.tensor([measure(texts) for texts in draws.texts], dtype=torch.float64)
+        return over_prompts(values, support=record.support, share_of=num_draws if record.is_share else None)
 
     return PosteriorFit(
         reward=None if beta is None else of(f"{name}/evidence", beta),
         kl_to_prior=of(f"{name}/kl_to_prior"),
         elbo=of(f"{name}/elbo"),
-        log_z=of("log_z", trustworthy=trusted),
+        log_z=of("log_z", 1.0, trusted, log_z_bound),
         # with a forbidden draw the gap is infinite, whether or not log Z can be trusted
-        gap=of(f"{name}/gap", trustworthy=trusted or bool((columns[f"{name}/elbo"][0] == -torch.inf).any())),
+        gap=of(f"{name}/gap", 1.0, trusted or bool((columns[f"{name}/elbo"][0] == -torch.inf).any()), gap_bound),
         forward_kl=of(f"{name}/forward_kl", trustworthy=trusted),
-        jeffreys=of(f"{name}/jeffreys", trustworthy=trusted),
+        jeffreys=of(f"{name}/jeffreys", 1.0, trusted, gap_bound),
         tv=of(f"{name}/tv", trustworthy=trusted),
         forbidden=of(f"{name}/forbidden"),
-        posterior_reward=None if beta is None else of("posterior_evidence", beta, trusted),
+        posterior_reward=None
+        if beta is None
+        else of("posterior_evidence", beta, trusted, None if log_z_bound is None else beta * log_z_bound),
         posterior_kl_to_prior=of("posterior_kl_to_prior", trustworthy=trusted),
         entropy=of(f"{name}/entropy"),
         prior_perplexity=of(f"{name}/prior_perplexity"),
         text_measures={
-            name: of_texts(quantity.of_texts) for name, quantity in QUANTITIES.items() if quantity.of_texts is not None
+            name: of_texts(quantity, quantity.of_texts)
+            for name, quantity in QUANTITIES.items()
+            if quantity.of_texts is not None
         },
-        num_draws=draws.log_prob.size(1),
+        num_draws=num_draws,
     )
 
 
-def _ties(log_weights: Tensor) -> bool:
-    """Whether the largest weights (N,) have few distinct values, as with short completions or a discrete reward."""
-    # the shape of a Pareto distribution fitted to tied weights depends only on the gaps between them
-    tail = log_weights.topk(min(len(log_weights), math.ceil(3 * math.sqrt(len(log_weights))))).values
-    return len(tail.mul(1e4).round().unique()) < len(tail) / 2
-
-
-def over_prompts(values: Tensor, variances: Tensor | None = None, trustworthy: bool = True) -> Estimate:
-    """
-    The mean over prompts of one number per prompt, with an interval clustered by prompt.
-
-    Args:
-        values (`Tensor` (P,)):
-            Estimates for each prompt.
-        variances (`Tensor` (P,), *optional*):
-            The variance of each estimate over its draws.
-        trustworthy (`bool`):
-            Whether the mean can be trusted.
-    """
-    prompts, mean = len(values), values.mean().item()
-    draws_error = math.nan if variances is None else math.sqrt(variances.sum().item()) / prompts
-    error = (values.std() / math.sqrt(prompts)).item() if prompts > 1 else draws_error
-    # with one prompt the error is the jackknife's, whose degrees of freedom come from its groups
-    half = float(student.ppf((1 + CONFIDENCE) / 2, (prompts if prompts > 1 else NUM_GROUPS) - 1)) * error
-    return Estimate(mean, error, mean - half, mean + half, draws_error, trustworthy)
+def plain_numbers(estimate: Estimate) -> dict[str, Any]:
+    """The fields of an estimate for JSON: None where a number is not finite."""
+    return {key: _plain(value) for key, value in asdict(estimate).items()}
 
 
 def _plain(value: Any) -> Any:

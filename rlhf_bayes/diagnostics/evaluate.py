@@ -1,21 +1,30 @@
 """Evaluates how far a policy is from a posterior, and how far the prior is."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from rlhf_bayes.diagnostics.estimates import LogZEstimate, PosteriorFit, posterior_fits
+from rlhf_bayes.diagnostics.estimates import LogZEstimate, PosteriorFit, plain_numbers, posterior_fits
 from rlhf_bayes.diagnostics.fit_tables import fit_table
+from rlhf_bayes.diagnostics.over_prompts import NOT_TRUSTWORTHY, Estimate, over_prompts
 from rlhf_bayes.diagnostics.sandwich import LogZSandwich, exact_log_weights, log_z_sandwich
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws, draw
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Draws, Proposal
+
+_ARRIVED = 0.1
+"""Share of the prior's distance to the posterior below which a policy counts as arrived."""
+_HARM = (
+    "Training has led away from the posterior, further than the prior is: lower the learning rate, or go back to an "
+    "earlier checkpoint."
+)
 
 
 @dataclass(frozen=True)
@@ -44,19 +53,63 @@ class Evaluation:
             return "No posterior, so no distance to it."
         bounds = "" if self.sandwich is None else f" From exact draws, {self.sandwich}."
         if not self.policy.log_z.trustworthy:
-            return f"Cannot tell how far the policy is from the posterior.{bounds} {self.log_z}"
+            return f"{self._without_log_z()}{bounds} {self.log_z}"
         gap, start = self.policy.gap, self.prior.gap
         assert gap is not None  # there is a log Z, so there are gaps
         assert start is not None
         text = f"KL(policy‖posterior) is {gap} nats; that of the prior was {start}."
         if self.policy.forbidden.mean > 0:
             text += f" Of the policy's completions, {100 * self.policy.forbidden.mean:.2g}% are forbidden."
-        if self.policy.posterior_reward is not None:
-            text += (
-                f" The policy's reward is {self.policy.reward}; the posterior's is {self.policy.posterior_reward}: if "
-                "that is not enough, another posterior is needed (lower β, other reward), not more training."
-            )
-        return text + bounds
+        return f"{text} {self._conclusion(gap, start)}".rstrip() + bounds
+
+    @property
+    def gain(self) -> Estimate:
+        """
+        Nats by which the policy is closer to the posterior than the prior: the difference of their ELBOs.
+
+        log Z cancels in it, so it is known where the distances themselves are not. It is nan or infinite where one of
+        the two draws forbidden completions.
+        """
+        parts = [draws.log_weights for draws in (self.from_policy, self.from_prior)]  # (P, n) each
+        means = parts[0].mean(-1) - parts[1].mean(-1)
+        return over_prompts(means, sum((part.var(-1) / part.size(-1) for part in parts), torch.zeros_like(means)))
+
+    def _without_log_z(self) -> str:
+        """What is known of the distance where log Z is not."""
+        gap, start, gain = self.policy.gap, self.prior.gap, self.gain
+        text = "Cannot tell how far the policy is from the posterior."
+        if gap is not None and start is not None and not gap.trustworthy and str(gap) != NOT_TRUSTWORTHY:
+            text += f" KL(policy‖posterior) is {_in_words(gap)}; that of the prior is {_in_words(start)}."
+        if math.isfinite(gain.mean):
+            way = "closer to" if gain.mean >= 0 else "further from"
+            text += f" log Z cancels in the difference: the policy is {_size(gain)} nats {way} the posterior than the"
+            text += " prior, which may be chance." if gain.low <= 0 <= gain.high else " prior."
+            if gain.high < 0:
+                text += f" {_HARM}"
+        return text
+
+    def _conclusion(self, gap: Estimate, start: Estimate) -> str:
+        """What follows from the size of the gap."""
+        gain, posterior_reward = self.gain, self.policy.posterior_reward
+        if not math.isfinite(gain.mean):
+            return ""
+        rewards = ""
+        if posterior_reward is not None:
+            rewards = f" The policy's reward is {self.policy.reward}; the posterior's is {posterior_reward}"
+        if gain.high < 0:
+            return _HARM + (f"{rewards}." if rewards else "")
+        left = gap.mean / start.mean if start.mean > 0 else 0.0
+        if left <= _ARRIVED:
+            advice = ": if that is not enough, another posterior is needed (lower β, other reward), not more training."
+            return f"The policy has arrived, as far as these draws can tell.{rewards + advice if rewards else ''}"
+        if gain.low <= 0:
+            text = "Its distance cannot be told from the prior's: train longer, or with another learning rate."
+            if abs(gain.mean) > 2 * gain.draws_standard_error:
+                # for these prompts the difference is known
+                text = f"The difference cannot be told from chance over {gain.prompts} prompts: evaluate more of them."
+            return text + (f"{rewards}." if rewards else "")
+        text = f"Of the prior's distance, {100 * left:.0f}% is left: more training can bring the policy closer"
+        return text + (f", and its reward towards the posterior's.{rewards}." if rewards else ".")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -66,6 +119,7 @@ class Evaluation:
             "prior": self.prior.as_dict(),
             "policy": self.policy.as_dict(),
             "sandwich": None if self.sandwich is None else asdict(self.sandwich),
+            "gain": plain_numbers(self.gain),
             "verdict": self.verdict,
         }
 
@@ -75,7 +129,7 @@ class Evaluation:
 
     def __rich__(self) -> Table:
         table = fit_table({"prior": self.prior, "policy": self.policy})
-        table.caption, table.caption_justify = self.verdict, "left"
+        table.caption, table.caption_justify = f"{table.caption}\n{self.verdict}", "left"
         return table
 
 
@@ -144,5 +198,38 @@ def evaluate(
     if from_prior is None:
         from_prior = draw(posterior.prior, posterior, prompts, n, generator, columns, show_progress)
     prior, fit, log_z = posterior_fits(from_prior, from_policy, from_prior.log_prob_under(policy), posterior.beta)
-    sandwich = None if exact is None else log_z_sandwich(from_policy.log_weights, exact)
+    sandwich = None
+    if exact is not None:
+        sandwich = log_z_sandwich(from_policy.log_weights, exact)
+        prior, fit = (_with_upper_bound(of, sandwich) for of in (prior, fit))
     return Evaluation(prior, fit, log_z, from_prior, from_policy, posterior.beta, sandwich)
+
+
+def _with_upper_bound(fit: PosteriorFit, sandwich: LogZSandwich) -> PosteriorFit:
+    """The fit with the upper bounds on log Z and on the gap that exact draws give, where neither can be estimated."""
+    upper = sandwich.upper
+    log_z, gap, elbo = fit.log_z, fit.gap, fit.elbo
+    assert log_z is not None
+    assert gap is not None
+    assert elbo is not None
+    if math.isfinite(upper.high) and not log_z.trustworthy:
+        log_z = replace(log_z, at_most=upper.high)
+    # the errors of both add up at worst
+    most = upper.high - elbo.low
+    if math.isfinite(most) and not gap.trustworthy:
+        gap = replace(gap, at_most=most)
+    return replace(fit, log_z=log_z, gap=gap)
+
+
+def _in_words(gap: Estimate) -> str:
+    if gap.at_least is None:
+        return "not known" if gap.at_most is None else f"at most {gap.at_most:.2f} nats"
+    more = "" if gap.at_most is None else f" and at most {gap.at_most:.2f}"
+    return f"at least {gap.at_least:.2f}{more} nats"
+
+
+def _size(gain: Estimate) -> str:
+    """The gain without its sign."""
+    if gain.mean >= 0:
+        return str(gain)
+    return str(replace(gain, mean=-gain.mean, low=-gain.high, high=-gain.low))

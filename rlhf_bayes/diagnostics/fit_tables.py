@@ -7,14 +7,16 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from rlhf_bayes.diagnostics.estimates import Estimate, PosteriorFit
+from rlhf_bayes.diagnostics.estimates import PosteriorFit
+from rlhf_bayes.diagnostics.over_prompts import Estimate, explanation
 from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 
 
 def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Table:
-    """A table with a column for each distribution and a row for each quantity, with standard errors over prompts."""
-    table = Table(title=title)
+    """A table with a column for each distribution and a row for each quantity. Its caption says what ± is."""
+    shown = [estimate for fit in fits.values() for estimate in estimates_of(fit)]
+    table = Table(title=title, caption=escape(explanation(shown)), caption_justify="left")
     table.add_column("")
     for name in fits:
         table.add_column(name, justify="right")
@@ -25,6 +27,12 @@ def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Tab
             continue
         table.add_row(quantity.title, *("–" if cell is None else str(cell) for cell in cells))
     return table
+
+
+def estimates_of(fit: PosteriorFit) -> list[Estimate]:
+    """The estimates of a fit that the terminal's table shows."""
+    found = [getattr(fit, name) for name in shown_in("terminal")]
+    return [estimate for estimate in found if estimate is not None]
 
 
 def samples_table(prompts: Sequence[Any], draws: Mapping[str, ScoredDraws], title: str | None = None) -> Table:

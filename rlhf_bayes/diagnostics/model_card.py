@@ -25,7 +25,7 @@ _METRICS = {
     "log_loss_member": ("log loss of a member alone", "nats, mean over members"),
     "brier": ("Brier score", "0.25 says nothing, where labels are 0 or 1"),
     "vote_accuracy": ("accuracy on single votes", "share of votes, ties left out"),
-    "vote_ceiling": ("… at most, given the agreement", "share of votes"),
+    "vote_ceiling": ("… at most, by the agreement on these pairs", "share of votes"),
     "vote_accuracy_of_ceiling": ("… as a share of that", "1 is as good as an annotator without noise"),
     "reward_chosen_mean": ("mean reward, chosen", "units of reward"),
     "reward_chosen_std": ("standard deviation of reward, chosen", "units of reward, over pairs"),
@@ -122,7 +122,7 @@ def reward_model_card(
         _header(index, None if base_is_local else base_model, tags),
         _introduction(name, index, base_model, base_is_local),
         _data(data, settings or {}),
-        _annotators(data),
+        _annotators(data, "vote_ceiling" in metrics),
         _accuracy(data, metrics),
         _calibration(metrics, bins, reliability_plot),
         _normalisation(index),
@@ -165,16 +165,17 @@ def _data(data: PreferenceSummary, settings: Mapping[str, object]) -> str:
     return "## Data\n\n" + "\n".join(lines)
 
 
-def _annotators(data: PreferenceSummary) -> str:
+def _annotators(data: PreferenceSummary, has_ceiling: bool) -> str:
     if data.agreement is None:
         text = "Not measured: no pair has several votes. How often a perfect model would be right is not known."
     elif data.agreement > 0.5:
         noise = noise_from_agreement(data.agreement)
         text = (
             f"Two votes on a pair agree with probability {data.agreement:.3f} (ties left out). If votes err "
-            f"independently with probability ε, that is (1 − ε)² + ε²: ε = {noise:.3f}, and no model can be right on "
-            f"more than {1 - noise:.3f} of single votes."
+            f"independently with probability ε, that is (1 − ε)² + ε²: ε = {noise:.3f}"
         )
+        # the votes of the held-out pairs have an agreement of their own, and a card names one ceiling
+        text += "." if has_ceiling else f", and no model can be right on more than {1 - noise:.3f} of single votes."
     else:
         text = (
             f"Two votes on a pair agree with probability {data.agreement:.3f} (ties left out): no more than by "
@@ -194,10 +195,17 @@ def _annotators(data: PreferenceSummary) -> str:
 
 
 def _accuracy(data: PreferenceSummary, metrics: Mapping[str, float]) -> str:
-    rows = [(label, f"{metrics[key]:.3f}", unit) for key, (label, unit) in _METRICS.items() if key in metrics]
+    rows = [(label, _with_interval(key, metrics), unit) for key, (label, unit) in _METRICS.items() if key in metrics]
     if not rows:
         return "## Held-out accuracy\n\nNot measured."
     return f"## Held-out accuracy\n\nOn {data.num_eval:,} pairs.\n\n" + _table(("metric", "value", ""), rows)
+
+
+def _with_interval(key: str, metrics: Mapping[str, float]) -> str:
+    value = f"{metrics[key]:.3f}"
+    if f"{key}_low" not in metrics:
+        return value
+    return f"{value} (95% interval {metrics[f'{key}_low']:.3f} to {metrics[f'{key}_high']:.3f})"
 
 
 def _calibration(metrics: Mapping[str, float], bins: ReliabilityBins | None, plot: str | None) -> str:

@@ -59,6 +59,14 @@ def preference_table(metrics: Mapping[str, Mapping[str, float]], title: str | No
             escape(name),
             *(f"{row[metric]:.{digits}f}" if metric in row else "–" for metric, (_, digits) in kept.items()),
         )
+    intervals = [
+        f"{escape(name)} {row['accuracy_low']:.3f} to {row['accuracy_high']:.3f}"
+        for name, row in rows.items()
+        if "accuracy_low" in row
+    ]
+    if intervals:  # columns for them would not fit into 80 characters
+        table.caption = f"Accuracy, 95% interval over pairs: {'; '.join(intervals)}."
+        table.caption_justify = "left"
     return table
 
 

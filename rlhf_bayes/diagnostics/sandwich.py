@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_bayes.diagnostics.estimates import Estimate, over_prompts
+from rlhf_bayes.diagnostics.over_prompts import Estimate, over_prompts
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Draws, Proposal

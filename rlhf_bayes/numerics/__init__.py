@@ -19,7 +19,7 @@ from rlhf_bayes.numerics.moments import MomentFit, fit_moments
 from rlhf_bayes.numerics.order_statistics import best_of_n_kl, best_of_n_kl_bound, expected_best_of_n
 from rlhf_bayes.numerics.overoptimization import RewardLaw, fit_reward_law
 from rlhf_bayes.numerics.pooling import POOLING_RULES, pool
-from rlhf_bayes.numerics.proportions import clopper_pearson
+from rlhf_bayes.numerics.proportions import clopper_pearson, clustered_proportion
 from rlhf_bayes.numerics.quasi_rejection import quasi_rejection_curve
 from rlhf_bayes.numerics.what_if import WhatIf, what_if
 
@@ -35,6 +35,7 @@ __all__ = [
     "bradley_terry_loss",
     "brier_score",
     "clopper_pearson",
+    "clustered_proportion",
     "effective_sample_size",
     "exact_token_kl",
     "expected_best_of_n",

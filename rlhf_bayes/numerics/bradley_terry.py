@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_bayes.numerics.calibration import brier_score, checked_probability, expected_calibration_error, fp32
+from rlhf_bayes.numerics.proportions import clopper_pearson
 
 
 def bradley_terry_loss(delta: Tensor, chosen_prob: Tensor | None = None) -> Tensor:
@@ -189,7 +190,7 @@ def preference_metrics(
     How well the mean of K reward models predicts N preferences: `prob = mean_k σ(Δ_k)`, `reward = mean_k r_k`.
 
     - `accuracy`: sign of Δ of the mean reward against the plurality label; pairs with p = 1/2 are left out, Δ = 0
-      counts half.
+      counts half. `accuracy_low` and `accuracy_high`: its exact 95% interval, as if pairs were drawn independently.
     - `log_loss` (nats), `brier`, `ece`: of `prob`, against p.
     - `reward_chosen_mean`, `reward_chosen_std`, `reward_rejected_mean`, `reward_rejected_std`: over pairs.
     - `log_loss_member` (nats, mean over members), `disagreement` (mean over pairs of the standard deviation of Δ_k,
@@ -227,7 +228,10 @@ def preference_metrics(
     hits = _hits(delta.mean(0))  # (N,)
     labelled = target != 0.5
     if labelled.any():
-        metrics["accuracy"] = float(torch.where(target > 0.5, hits, 1 - hits)[labelled].mean())
+        right = torch.where(target > 0.5, hits, 1 - hits)[labelled]
+        metrics["accuracy"] = float(right.mean())
+        low, high = clopper_pearson(float(right.sum()), len(right))
+        metrics |= {"accuracy_low": low, "accuracy_high": high}
     # in log space, since σ(Δ) may round to 0 or 1
     log_prob, log_not_prob = (
         F.logsigmoid(sign * delta).logsumexp(0) - math.log(num_members) for sign in (1, -1)

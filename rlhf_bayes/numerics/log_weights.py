@@ -11,6 +11,8 @@ from torch import Tensor
 
 MIN_IMPORTANCE_ESS = 10.0
 """Below this, an estimate rests on so few draws that neither it nor its standard error can be trusted."""
+MIN_DRAWS = 25
+"""With fewer draws of a prompt, nothing that rests on their weights is trusted."""
 
 
 def log_z(log_weights: Tensor, dim: int = -1) -> Tensor:
@@ -161,6 +163,47 @@ def khat_threshold(n: int) -> float:
     if n < 2:
         raise ValueError(f"`n` must be at least 2, got {n}: one draw has no tail.")
     return min(1 - 1 / math.log10(n), 0.7)
+
+
+def pooled_khat(log_weights: Tensor) -> float:
+    """
+    k̂ of the weights of all prompts together, each divided by its prompt's Z.
+
+    To first order, the mean of log Z over prompts is the mean of these weights. With a k̂ for each of 16 prompts, some
+    would exceed the threshold by chance, even if no weight has a heavy tail.
+
+    Args:
+        log_weights (`torch.Tensor`): log-weights (P, N) in nats; `-inf` is weight 0.
+
+    Returns:
+        `float`: k̂; infinite where too few weights are distinct to fit it.
+    """
+    relative = log_weights - log_weights.logsumexp(-1, keepdim=True)  # nan where every weight is 0
+    relative = relative.nan_to_num(nan=-torch.inf, neginf=-torch.inf).flatten()
+    return math.inf if _ties(relative) else float(khat(relative))
+
+
+def weights_suffice(importance_ess: Tensor, khat: float, num_draws: int) -> bool:
+    """
+    Whether a mean over prompts of estimates from weights can be trusted.
+
+    Each prompt must have 25 draws with an effective sample size of 10, and k̂ must be below its threshold. Where k̂ is
+    infinite, too many weights are equal to fit the tail, and only the sample sizes decide.
+
+    Args:
+        importance_ess (`torch.Tensor`): (P,), effective sample size of the weights of each prompt.
+        khat (`float`): from [`pooled_khat`].
+        num_draws (`int`): draws of each prompt.
+    """
+    enough = num_draws >= MIN_DRAWS and bool((importance_ess >= MIN_IMPORTANCE_ESS).all())
+    return enough and (khat < khat_threshold(num_draws * len(importance_ess)) or khat == math.inf)
+
+
+def _ties(log_weights: Tensor) -> bool:
+    """Whether the largest weights (N,) have few distinct values, as with short completions or a discrete reward."""
+    # the shape of a Pareto distribution fitted to tied weights depends only on the gaps between them
+    tail = log_weights.topk(min(len(log_weights), math.ceil(3 * math.sqrt(len(log_weights))))).values
+    return len(tail.mul(1e4).round().unique()) < len(tail) / 2
 
 
 def _generalised_pareto_shape(excesses: Tensor) -> Tensor:

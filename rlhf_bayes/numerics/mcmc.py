@@ -3,6 +3,7 @@
 import math
 
 import torch
+from scipy.stats import f as fisher
 from torch import Tensor
 
 
@@ -30,6 +31,33 @@ def rhat(chains: Tensor) -> Tensor:
     chains = _halves(chains)
     folded = (chains - _median(chains)).abs()
     return torch.maximum(_split_rhat(_normal_scores(chains)), _split_rhat(_normal_scores(folded)))
+
+
+def rhat_limit(num_chains: int, num_states: int, looks: int = 1) -> float:
+    r"""
+    The R̂ above which chains disagree: 1.1, or what independent states of so short chains exceed by chance.
+
+        R̂² = (s − 1)/s + F/s,    F ~ Fisher(m − 1, m·(s − 1)) for m half chains of s independent normal states
+
+    Args:
+        num_chains (`int`): C.
+        num_states (`int`): S ≥ 4, states of each chain.
+        looks (`int`, defaults to `1`): numbers of which the largest R̂ is compared; chance exceeds the limit in one of
+            100 cases of so many looks, at most.
+
+    Returns:
+        `float`: the limit, at least 1.1.
+
+    Raises:
+        ValueError: if there are fewer than 4 states or no chains.
+
+    Source: Gelman & Rubin 1992, Statistical Science 7(4); R̂ < 1.1 is their rule.
+    """
+    if num_chains < 1 or num_states < 4:
+        raise ValueError(f"`num_chains` must be at least 1 and `num_states` 4, got {num_chains} and {num_states}.")
+    m, s = 2 * num_chains, num_states // 2
+    quantile = float(fisher.isf(0.01 / looks, m - 1, m * (s - 1)))
+    return max(1.1, math.sqrt((s - 1 + quantile) / s))
 
 
 def effective_sample_size(chains: Tensor) -> Tensor:

@@ -21,9 +21,20 @@ class RewardLaw(NamedTuple):
     """How fast this gain falls with d. It is not the β of the posterior."""
     residual: float
     """Root mean square of the residuals, in units of reward."""
+    never_falls: bool = False
+    """Whether the reward is the one that is maximised, which no further optimisation lowers: beyond the top of its
+    curve the law is constant."""
+
+    @property
+    def top(self) -> float:
+        """d at which the curve is highest; infinite where it has no top."""
+        if self.beta <= 0:
+            return math.inf
+        return math.exp(self.alpha / self.beta - 1) if self.law == "rl" else max(self.alpha / (2 * self.beta), 0.0)
 
     def __call__(self, d: float) -> float:
         """Reward at d ≥ 0."""
+        d = min(d, self.top) if self.never_falls else d
         if d == 0:
             return self.start
         return self.start + d * (self.alpha - self.beta * (math.log(d) if self.law == "rl" else d))
@@ -31,11 +42,17 @@ class RewardLaw(NamedTuple):
     def __str__(self) -> str:
         inner = "log d" if self.law == "rl" else "d"
         sign = "−" if self.beta >= 0 else "+"
-        return f"{self.start:.2f} + d·({self.alpha:.2f} {sign} {abs(self.beta):.2f}·{inner})".replace("-", "−")
+        flat = f", constant from d = {self.top:.2f} on" if self.never_falls and math.isfinite(self.top) else ""
+        law = f"{self.start:.2f} + d·({self.alpha:.2f} {sign} {abs(self.beta):.2f}·{inner})"
+        return (law + flat).replace("-", "−")
 
 
 def fit_reward_law(
-    root_kl: Sequence[float], reward: Sequence[float], law: Literal["rl", "best_of_n"], start: float | None = None
+    root_kl: Sequence[float],
+    reward: Sequence[float],
+    law: Literal["rl", "best_of_n"],
+    start: float | None = None,
+    never_falls: bool = False,
 ) -> RewardLaw | None:
     r"""
     Least squares of reward on d = √KL.
@@ -43,6 +60,10 @@ def fit_reward_law(
         R_RL(d) = R_0 + d·(α − β·log d),    R_BoN(d) = R_0 + d·(α − β·d)
 
     The points of one training run are not independent, so no standard error is given.
+
+    The laws are about a gold reward, which falls again where a proxy of it is over-optimised. The reward that is
+    maximised itself does not: the best of more completions is never worse. With `never_falls` the slope is held at 0
+    or above up to the largest d, and the law is constant from its top on.
 
     Args:
         root_kl (`Sequence[float]`):
@@ -54,6 +75,8 @@ def fit_reward_law(
         start (`float`, *optional*):
             R_0, the reward of the prior, from which the paper measures. Default: it is fitted too, which is imprecise
             where no point is near d = 0.
+        never_falls (`bool`, *optional*, defaults to `False`):
+            Whether the reward is the one that is maximised.
 
     Returns:
         [`RewardLaw`], or None where there are fewer than 5 different d, or all rewards are equal.
@@ -85,6 +108,17 @@ def fit_reward_law(
     coefficients, _, rank, _ = np.linalg.lstsq(design, target, rcond=None)
     if rank < design.shape[1]:
         return None
+    # the slope at the largest d is α − β·steepness
+    steepness = 1 + math.log(d.max()) if law == "rl" else 2 * d.max()
+    if never_falls and coefficients[0] < coefficients[1] * steepness:
+        coefficients = _flat_at_the_end(design, target, steepness)
     residual = float(np.sqrt(np.mean((design @ coefficients - target) ** 2)))
     alpha, beta, *fitted = (float(coefficient) for coefficient in coefficients)
-    return RewardLaw(law, fitted[0] if start is None else start, alpha, beta, residual)
+    return RewardLaw(law, fitted[0] if start is None else start, alpha, beta, residual, never_falls)
+
+
+def _flat_at_the_end(design: np.ndarray, target: np.ndarray, steepness: float) -> np.ndarray:
+    """Least squares where α = β·steepness, so that the slope at the largest d is 0."""
+    reduced = np.column_stack([steepness * design[:, 0] + design[:, 1], design[:, 2:]])  # (N, 1 or 2)
+    beta, *others = np.linalg.lstsq(reduced, target, rcond=None)[0]
+    return np.array([steepness * beta, beta, *others])

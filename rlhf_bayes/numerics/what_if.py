@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.numerics.log_weights import (
-    MIN_IMPORTANCE_ESS,
     importance_ess,
-    khat,
-    khat_threshold,
     log_z,
     log_z_standard_error,
+    pooled_khat,
+    weights_suffice,
 )
 
-_MIN_DRAWS = 25  # with fewer draws, k̂ cannot be fitted to the tail
+_ONE_SIDED = 1.645  # the 95% quantile of the normal distribution
 
 
 class WhatIf(NamedTuple):
@@ -35,9 +34,15 @@ class WhatIf(NamedTuple):
     importance_ess: float
     """Effective sample size of the weights, for the prompt with the smallest."""
     khat: float
-    """Pareto shape k̂ of the weights, for the prompt with the heaviest tail; infinite where it cannot be fitted."""
+    """Pareto shape k̂ of the weights of all prompts together; infinite where it cannot be fitted."""
     trustworthy: bool
-    """Whether these figures can be trusted: for all prompts the ESS is large enough and k̂ small enough."""
+    """Whether these figures can be trusted: for all prompts the ESS is large enough, and k̂ is small enough."""
+    reward_at_least: float
+    """Lower bound of E_π*[r] at 95% confidence, which holds where the estimate cannot be trusted too."""
+    kl_to_prior_at_least: float
+    """Lower bound of KL(π*‖π0), nats, of the same kind."""
+    log_z_at_least: float
+    """Lower bound of log Z, nats, of the same kind."""
 
 
 def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
@@ -48,6 +53,9 @@ def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
 
     The smaller β is, the fewer draws have weight: about exp(KL(π*‖π0)) draws are needed. All β use the same draws, so
     the errors of neighbouring rows are correlated.
+
+    Where they do not suffice there are bounds: E[log Ẑ] ≤ log Z by Jensen's inequality, E_π*[r] ≥ β·log Z, and E_π*[r]
+    and KL(π*‖π0) are at least those of any larger β.
 
     Args:
         rewards (`torch.Tensor`):
@@ -75,15 +83,20 @@ def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
     for beta in betas:
         if not 0 < beta < math.inf:
             raise ValueError(f"`betas` must be positive and finite, got {beta}: β = 0 has no posterior.")
-    return [_at(rewards, float(beta)) for beta in betas]
+    found = {beta: _at(rewards, beta) for beta in sorted({float(beta) for beta in betas}, reverse=True)}
+    above_reward, above_kl = -math.inf, 0.0
+    for beta, row in found.items():  # from the largest β on
+        above_reward = max(above_reward, row.reward_at_least)
+        above_kl = max(above_kl, row.kl_to_prior_at_least)
+        found[beta] = row._replace(reward_at_least=above_reward, kl_to_prior_at_least=above_kl)
+    return [found[float(beta)] for beta in betas]
 
 
 def _at(rewards: Tensor, beta: float) -> WhatIf:
     log_weights = rewards / beta  # (P, n)
     num_prompts, n = rewards.shape
-    sizes = importance_ess(log_weights)  # (P,)
-    tails = torch.stack([khat(row) for row in log_weights])  # (P,)
-    light = (tails < khat_threshold(n)) | (tails == math.inf)
+    sizes, shape = importance_ess(log_weights), pooled_khat(log_weights)
+    trusted = weights_suffice(sizes, shape, n)
     normaliser = log_z(log_weights)  # (P,)
     weights = torch.where(log_weights > -math.inf, (log_weights - math.log(n) - normaliser[:, None]).exp(), 0.0)
     possible = torch.where(weights > 0, rewards, 0.0)  # -inf times 0 is nan
@@ -91,17 +104,25 @@ def _at(rewards: Tensor, beta: float) -> WhatIf:
     # the influence of each draw on the estimates, to first order
     of_reward = weights * (possible - mean)  # (P, n)
     of_kl = of_reward / beta - (weights - 1 / n)
+    reward, log_z_mean = mean.mean().item(), normaliser.mean().item()
+    kl = (mean.squeeze(-1) / beta - normaliser).mean().item()
+    reward_error, kl_error = _error_of_mean(of_reward), _error_of_mean(of_kl)
+    log_z_error = log_z_standard_error(log_weights).square().sum().sqrt().item() / num_prompts
+    log_z_at_least = log_z_mean - _ONE_SIDED * log_z_error
     return WhatIf(
         beta=beta,
-        reward=mean.mean().item(),
-        reward_standard_error=_error_of_mean(of_reward),
-        kl_to_prior=(mean.squeeze(-1) / beta - normaliser).mean().item(),
-        kl_to_prior_standard_error=_error_of_mean(of_kl),
-        log_z=normaliser.mean().item(),
-        log_z_standard_error=log_z_standard_error(log_weights).square().sum().sqrt().item() / num_prompts,
+        reward=reward,
+        reward_standard_error=reward_error,
+        kl_to_prior=kl,
+        kl_to_prior_standard_error=kl_error,
+        log_z=log_z_mean,
+        log_z_standard_error=log_z_error,
         importance_ess=sizes.min().item(),
-        khat=tails.max().item(),
-        trustworthy=n >= _MIN_DRAWS and bool((light & (sizes >= MIN_IMPORTANCE_ESS)).all()),
+        khat=shape,
+        trustworthy=trusted,
+        reward_at_least=reward - _ONE_SIDED * reward_error if trusted else beta * log_z_at_least,
+        kl_to_prior_at_least=max(kl - _ONE_SIDED * kl_error, 0.0) if trusted else 0.0,
+        log_z_at_least=log_z_at_least,
     )
 
 

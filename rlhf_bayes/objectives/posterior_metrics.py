@@ -26,9 +26,9 @@ def posterior_metrics(
 
         log w = r/β − log(π/π0),   ELBO = E[log w],   log Ẑ = log mean_G w,   gap = log Ẑ − ELBO → KL(π‖π*)
 
-    log Ẑ from the G completions of a prompt is too low on average, and the gap cannot exceed log G, so far from the
-    posterior it is a lower bound (Burda et al. 2016, arXiv 1509.00519, theorem 1). With G = 1 it would always be 0 and
-    is left out. A given estimate of log Z is used instead. A policy that draws forbidden completions has no ELBO.
+    log Ẑ from the G completions of a prompt is too low on average, and so is the gap: on average it is a lower bound
+    (Burda et al. 2016, arXiv 1509.00519, theorem 1). With G = 1 it would always be 0 and is left out. A given estimate
+    of log Z is used instead. A policy that draws forbidden completions has no ELBO.
 
     Args:
         rewards (`Tensor` (B,)):

@@ -43,7 +43,7 @@ def elbo_figure(runs: Sequence[Run]) -> Any | None:
     if not drawn:
         return None
     # nats of different posteriors cannot be compared, so runs with other rewards or another β get a panel of their own
-    figure, panels = _panels(len(drawn))
+    figure, panels = panels_of(len(drawn))
     for axes, run in zip(panels, drawn, strict=True):
         color = _color(runs, run.name)
         steps, (elbo,) = run.curve("posterior/elbo")
@@ -102,7 +102,7 @@ def diversity_figure(
     kept = {name: of for name, of in measures.items() if any(len(steps) > 1 for steps, _ in of.values())}
     if not kept:
         return None
-    figure, panels = _panels(len(kept))
+    figure, panels = panels_of(len(kept))
     for axes, (measure, of) in zip(panels, kept.items(), strict=True):
         for name, (steps, values) in of.items():
             axes.plot(steps, values, color=_color(runs, name), marker=".", label=name)
@@ -129,7 +129,7 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
             sampled.append(run)
     if not trained and not judged and not sampled:
         return None
-    figure, (axes,) = _panels(1, size=(7.4, 4.6))
+    figure, (axes,) = panels_of(1, size=(7.4, 4.6))
     laws = {}
     for run in trained:
         d, reward = points[run.name]
@@ -192,7 +192,8 @@ def _draw_law(
     laws: dict[str, RewardLaw],
     start: float | None = None,
 ) -> None:
-    law = fit_reward_law(d, reward, form, start)
+    # a run's reward is the one that is maximised, so no downturn may be read into it
+    law = fit_reward_law(d, reward, form, start, never_falls=True)
     if law is None:
         axes.plot([], [], color=color, label=name)
         return
@@ -214,7 +215,7 @@ def _root_kl_and_reward(run: Run) -> tuple[list[float], list[float]]:
 def _curves_figure(runs: Sequence[Run], shown: Mapping[str, tuple[str, str]]) -> Any | None:
     if not shown:
         return None
-    figure, panels = _panels(len(shown))
+    figure, panels = panels_of(len(shown))
     for axes, (key, (title, unit)) in zip(panels, shown.items(), strict=True):
         for run in runs:
             steps, (values,) = run.curve(key)
@@ -238,7 +239,8 @@ def _draw_curve(
     return smooth
 
 
-def _panels(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, list[Any]]:
+def panels_of(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, list[Any]]:
+    """A figure with so many panels, two side by side, each of a size in inches; returns it with their axes."""
     # Figure rather than pyplot, which would need a display and could change the caller's backend
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -1,7 +1,6 @@
 """Writes one self-contained page of HTML, without network or scripts. Whatever a model wrote is escaped."""
 
 import base64
-import io
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -45,7 +44,8 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
         ("Settings", settings_tables(runs)),
     ]
     page = output_dir / PAGE
-    page.write_text(_page(runs, [(title, body) for title, body in sections if body]), encoding="utf-8")
+    names = ", ".join(run.name for run in runs)
+    page.write_text(html_page(names, [(title, body) for title, body in sections if body]), encoding="utf-8")
     return page
 
 
@@ -100,18 +100,45 @@ def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
         ),
     ]
     return [
-        (title, _figure(figure, output_dir / f"{name}.png", title, caption) + extra)
+        (title, save_figure(figure, output_dir / f"{name}.png", title, caption) + extra)
         for title, name, figure, caption, extra in figures
         if figure is not None
     ]
 
 
-def _figure(figure: Any, path: Path, title: str, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    path.write_bytes(buffer.getvalue())
-    image = base64.b64encode(buffer.getvalue()).decode("ascii")
-    width = round(figure.get_figwidth() * 100)
+def save_figure(figure: Any, path: Path, title: str, caption: str) -> str:
+    """
+    Write a figure as a PNG, and return it as HTML that holds the image.
+
+    Args:
+        figure (`matplotlib.figure.Figure`):
+            The figure.
+        path (`Path`):
+            Of the PNG.
+        title (`str`):
+            What is read out in place of the image.
+        caption (`str`):
+            Text below the image.
+    """
+    figure.savefig(path, format="png", dpi=150)
+    return embedded_image(path, title, caption, width=round(figure.get_figwidth() * 100))
+
+
+def embedded_image(path: Path, title: str, caption: str, width: int) -> str:
+    """
+    HTML that holds a PNG, with a caption.
+
+    Args:
+        path (`Path`):
+            Of the PNG.
+        title (`str`):
+            What is read out in place of the image.
+        caption (`str`):
+            Text below the image.
+        width (`int`):
+            Largest width of the image, in pixels.
+    """
+    image = base64.b64encode(path.read_bytes()).decode("ascii")
     return (
         f'<figure><div class="scroll"><img alt="{escape(title)}" style="width:{width}px" '
         f'src="data:image/png;base64,{image}"></div>'
@@ -119,12 +146,20 @@ def _figure(figure: Any, path: Path, title: str, caption: str) -> str:
     )
 
 
-def _page(runs: Sequence[Run], sections: Sequence[tuple[str, str]]) -> str:
-    names = ", ".join(run.name for run in runs)
-    links = "".join(f'<a href="#s{index}">{escape(title)}</a>' for index, (title, _) in enumerate(sections))
+def html_page(title: str, sections: Sequence[tuple[str, str]]) -> str:
+    """
+    A page that needs no other file, with links to its sections at the top.
+
+    Args:
+        title (`str`):
+            Its title, which is escaped.
+        sections (`Sequence[tuple[str, str]]`):
+            (title, HTML) of each section. The title is escaped, the HTML is not.
+    """
+    links = "".join(f'<a href="#s{index}">{escape(name)}</a>' for index, (name, _) in enumerate(sections))
     body = "".join(
-        f'<section id="s{index}"><h2>{escape(title)}</h2>{content}</section>'
-        for index, (title, content) in enumerate(sections)
+        f'<section id="s{index}"><h2>{escape(name)}</h2>{content}</section>'
+        for index, (name, content) in enumerate(sections)
     )
     made = f"rlhf_bayes {version('rlhf_bayes')}, {datetime.now().astimezone():%Y-%m-%d %H:%M}"
     # the Content-Security-Policy makes the browser load nothing and run no scripts
@@ -134,11 +169,11 @@ def _page(runs: Sequence[Run], sections: Sequence[tuple[str, str]]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(names)}</title>
+<title>{escape(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<header><h1>{escape(names)}</h1><p class="muted">{escape(made)}</p><nav>{links}</nav></header>
+<header><h1>{escape(title)}</h1><p class="muted">{escape(made)}</p><nav>{links}</nav></header>
 <main>{body}</main>
 </body>
 </html>

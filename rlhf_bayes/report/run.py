@@ -46,9 +46,20 @@ class Estimate:
     trustworthy: bool = True
     reason: str = ""
     """Why it cannot be trusted, or where it comes from."""
+    at_least: float | None = None
+    """A lower bound, where the value cannot be trusted but a bound is known."""
+    at_most: float | None = None
+    """An upper bound of the same kind."""
 
     def __str__(self) -> str:
         if not self.trustworthy:
+            bounds = [
+                f"{sign} {bound:.2f}".replace("-", "−")
+                for sign, bound in (("≥", self.at_least), ("≤", self.at_most))
+                if bound is not None
+            ]
+            if bounds:
+                return ", ".join(bounds)
             return _NOT_FINITE if self.reason == _WHY_NOT_FINITE else "not trustworthy"
         if self.low is None or self.high is None:
             return (f"{self.value:.2g}" if abs(self.value) < 0.1 else f"{self.value:.2f}").replace("-", "−")
@@ -203,6 +214,8 @@ def estimates_of(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Estimat
                 unit=str(entry.get("unit", "")),
                 trustworthy=trusted and value is not None,
                 reason=str(entry.get("reason") or (_WHY_NOT_FINITE if trusted and value is None else "")),
+                at_least=_finite(entry.get("at_least")),
+                at_most=_finite(entry.get("at_most")),
             )
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_bayes.diagnostics.quantities import title_of
 from rlhf_bayes.report.figures import ceiling
 from rlhf_bayes.report.run import Estimate, Run, Sample
+from rlhf_bayes.samplers.draws import checks_in_words
 
 MAX_PROMPTS = 12
 MAX_SAMPLES = 2
@@ -21,7 +22,7 @@ _LOGGED = {
     "entropy": "entropy (nats per token)",
     "completions/mean_length": "length (tokens)",
 }
-_NO_QUANTITIES = {"beta", "prompts", "num_draws"}
+_NO_QUANTITIES = {"beta", "prompts", "num_draws", "gain"}  # the verdict tells the gain
 # the settings in which runs differ most often; the others are folded away
 _MAIN_SETTINGS = (
     "class", "model_name_or_path", "sampler", "beta", "learning_rate", "max_steps", "num_train_epochs",
@@ -29,6 +30,13 @@ _MAIN_SETTINGS = (
     "max_completion_length", "temperature", "critic", "target_kl", "missing_eos_penalty", "reward_weights",
     "lr_scheduler_type", "warmup_steps", "seed", "bf16",
 )  # fmt: skip
+
+
+_INTERVALS = (
+    "[low, high] is a 95% interval: over prompts for a policy and its prior, over the draws for a sampler. ≥ and ≤ "
+    "are bounds at 95%, for these prompts, where the draws allow no estimate."
+)
+_UNCONVERGED = "the chains disagree by more than chance: let them run longer, or start them elsewhere"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
@@ -92,7 +100,9 @@ def evaluation_table(runs: Sequence[Run]) -> str:
             title = " ".join(filter(None, (run.name if len(runs) > 1 else "", part))) or run.name
             (judged if part else sampled)[title] = column
     verdicts = [f"<b>{escape(run.name)}</b>: {escape(run.verdict)}" for run in runs if run.verdict]
-    return _quantities(sampled) + _quantities(judged) + "".join(f"<p>{verdict}</p>" for verdict in verdicts)
+    tables = _quantities(sampled) + _drawn_table(runs) + _quantities(judged)
+    note = f'<p class="note">{escape(_INTERVALS)}</p>' if tables else ""
+    return tables + note + "".join(f"<p>{verdict}</p>" for verdict in verdicts)
 
 
 def what_if_tables(runs: Sequence[Run]) -> str:
@@ -106,7 +116,9 @@ def what_if_tables(runs: Sequence[Run]) -> str:
             [
                 f"{row['beta']:g}",
                 *(
-                    f"{row[key]:.2f} ± {row[f'{key}_standard_error']:.2f}" if row["trustworthy"] else _unreliable(row)
+                    f"{row[key]:.2f} ± {row[f'{key}_standard_error']:.2f}"
+                    if row["trustworthy"]
+                    else _unreliable(row, key)
                     for key in ("reward", "kl_to_prior", "log_z")
                 ),
                 f"{row['importance_ess']:.0f}",
@@ -117,12 +129,13 @@ def what_if_tables(runs: Sequence[Run]) -> str:
         if rows:
             alike = [other.name for other in runs if other.sampling.get("what_if") == run.sampling["what_if"]]
             title = f"<h3>{escape(', '.join(alike))}</h3>" if len(runs) > 1 else ""
-            header = ["β", "E[r]", "KL(π*‖π0) (nats)", "log Z (nats)", "lowest ESS", "highest k̂"]
+            header = ["β", "E[r]", "KL(π*‖π0) (nats)", "log Z (nats)", "lowest ESS", "k̂"]
             parts.append(title + table(header, rows))
     if not parts:
         return ""
     note = (
-        "One set of draws from the prior, reweighted. ESS and k̂ are those of the worst prompt; ± is a standard error."
+        "One set of draws from the prior, reweighted, for these prompts. ± is a standard error, ≥ a bound at 95% "
+        "where the draws allow no estimate; ESS is that of the worst prompt, k̂ that of all weights together."
     )
     return "".join(parts) + f'<p class="note">{note}</p>'
 
@@ -170,6 +183,17 @@ def _quantities(columns: Mapping[str, Mapping[str, Estimate]]) -> str:
     names = dict.fromkeys(name for column in columns.values() for name in column)
     rows = [[title_of(name), *(column.get(name, "–") for column in columns.values())] for name in names]
     return table(["", *columns], rows)
+
+
+def _drawn_table(runs: Sequence[Run]) -> str:
+    """For each run of a sampler: its guarantee, and its own checks of its draws."""
+    rows = []
+    for run in runs:
+        guarantee = run.settings.get("guarantee")
+        if guarantee is not None:
+            words = f"unconverged: {_UNCONVERGED}" if guarantee == "unconverged" else guarantee
+            rows.append([run.name, words, checks_in_words(run.sampling.get("info", {})) or "–"])
+    return table(["", "guarantee", "checks of the worst prompt"], rows)
 
 
 def _same_draws(column: Mapping[str, Estimate], other: Mapping[str, Estimate]) -> bool:
@@ -235,10 +259,11 @@ def _shown(run: Run, name: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _unreliable(row: Mapping[str, Any]) -> Estimate:
+def _unreliable(row: Mapping[str, Any], key: str) -> Estimate:
     tail = "" if row["khat"] is None else f", k̂ {row['khat']:.2f}"
     reason = f"importance ESS {row['importance_ess']:.1f}{tail}: draw more completions, or raise β"
-    return Estimate(row["log_z"], trustworthy=False, reason=reason)
+    # files of earlier versions have no bounds
+    return Estimate(row[key], trustworthy=False, reason=reason, at_least=row.get(f"{key}_at_least"))
 
 
 def _end(values: Sequence[float]) -> float | None:

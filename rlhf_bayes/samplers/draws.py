@@ -10,11 +10,11 @@ from torch import Tensor
 from rlhf_bayes.lm import Completion, Completions, Prompt
 from rlhf_bayes.samplers.dependence import Dependence
 
-Guarantee = Literal["exact", "consistent", "bounded", "none"]
+Guarantee = Literal["exact", "consistent", "unconverged", "bounded", "none"]
 """
 `"exact"`: independent draws from the posterior. `"consistent"`: estimates converge to those of the posterior as draws,
-particles or steps grow. `"bounded"`: the distance of the draws' distribution from the posterior is known. `"none"`:
-another distribution.
+particles or steps grow. `"unconverged"`: they would, but these chains still disagree. `"bounded"`: the distance of the
+draws' distribution from the posterior is known. `"none"`: another distribution.
 """
 
 
@@ -127,3 +127,24 @@ class Draws:
             log_z=log_z,
             info=dict(info or {}),
         )
+
+
+_CHECKS = {
+    "importance_ess": ("ESS ≥ {:.0f}", min),
+    "khat": ("k̂ ≤ {:.2f}", max),
+    "acceptance": ("acceptance ≥ {:.3f}", min),
+    "tv": ("TV ≤ {:.2f}", max),
+    "rhat": ("R-hat ≤ {:.2f}", max),
+    "effective_sample_size": ("ESS ≥ {:.0f}", min),
+    "ancestors": ("ancestors ≥ {:.0f}", min),
+}
+
+
+def checks_in_words(info: Mapping[str, Any]) -> str:
+    """A sampler's own checks of its draws, for the worst prompt; from `info` of [`Draws`]."""
+    found = []
+    for name, (text, worst) in _CHECKS.items():
+        values = [value for value in info.get(name) or [] if value is not None]
+        if values and not (name == "tv" and max(values) == 0):
+            found.append(text.format(worst(values)))
+    return ", ".join(found)

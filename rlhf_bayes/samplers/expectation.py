@@ -28,7 +28,8 @@ def expectation(draws: Draws, values: Sequence[float] | Tensor) -> Expectation:
 
     Args:
         draws ([`Draws`]):
-            Draws whose guarantee is not `"none"`. If it is `"bounded"`, the mean is that of the draws' distribution.
+            Draws whose guarantee is not `"none"`. If it is `"bounded"`, the mean is that of the draws' distribution;
+            if it is `"unconverged"`, the standard error is too small.
         values (`Sequence[float]` or `torch.Tensor`):
             f of each row: (B,), finite where the row's weight is not 0.
 

@@ -12,6 +12,7 @@ from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.continuation import regrow
 from rlhf_bayes.lm.language_model import as_completion
 from rlhf_bayes.numerics import effective_sample_size, rhat
+from rlhf_bayes.numerics.mcmc import rhat_limit
 from rlhf_bayes.samplers.dependence import ChainRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee
 from rlhf_bayes.samplers.protocol import Proposal, SamplerRecord
@@ -45,8 +46,10 @@ class MetropolisHastings:
     since a longer completion is cut at a given place less often. With the prior as q, the bracket is 1. The second
     kernel needs a proposal close to the posterior; the first keeps the beginning of a good completion.
 
-    **Guarantee: consistent.** Means converge as chains grow; the states of a chain are not independent. `info` holds
-    the agreement of chains (`rhat`: above 1.01, run longer) and their `effective_sample_size`.
+    **Guarantee: consistent**, or **unconverged** where chains disagree. Means converge as chains grow; the states of a
+    chain are not independent. `info` holds the agreement of chains (`rhat`: above 1.01, run longer) and their
+    `effective_sample_size`. Chains are unconverged if R̂ of a prompt is above 1.1, and above what independent states of
+    so short chains reach by chance: see [`~rlhf_bayes.numerics.mcmc.rhat_limit`].
 
     Args:
         kernel (`"suffix"` or `"independence"`):
@@ -133,14 +136,16 @@ class MetropolisHastings:
         evidence = torch.stack([step.view(shape) for step, _ in visited], -1)  # (P, C, S)
         lengths = [torch.tensor([len(row.completion_ids) for row in rows]).view(shape) for _, rows in visited]
         # lengths are compared too, since the evidence of a condition never varies
-        info |= _agreement([evidence, torch.stack(lengths, -1).double()]) | {"chains": self.num_chains}
+        summaries = [evidence, torch.stack(lengths, -1).double()]
+        info |= _agreement(summaries) | {"chains": self.num_chains}
+        guarantee = "unconverged" if _disagree(info["rhat"], evidence, len(summaries)) else self.guarantee
         kept_rows = [
             row
             for first in range(0, len(prompts) * self.num_chains, self.num_chains)
             for row in [row for _, rows in visited for row in rows[first : first + self.num_chains]][:n]
         ]
         chains = ChainRows(self.num_chains)
-        return as_draws(kept_rows, len(prompts), self.guarantee, chains, log_z=log_z, info=info)
+        return as_draws(kept_rows, len(prompts), guarantee, chains, log_z=log_z, info=info)
 
     def _keeps(self, step: int) -> bool:
         """Whether the state after a step, counted from 0, is kept."""
@@ -318,6 +323,14 @@ def _agreement(summaries: Sequence[Tensor]) -> dict[str, list[float | None]]:
     return result
 
 
+def _disagree(rhats: Sequence[float | None], states: Tensor, num_summaries: int) -> bool:
+    """Whether chains disagree by more than chance; states are (P, C, S), and R̂ is the largest over the summaries."""
+    known = [value for value in rhats if value is not None]
+    # R̂ is itself the larger of two: that of the ranks and that of the distances from the median
+    looks = 2 * num_summaries * len(rhats)
+    return bool(known) and max(known) > rhat_limit(states.size(1), states.size(2), looks)
+
+
 _MAX_CHAINS, _MIN_STATES = 16, 4
 
 
@@ -331,8 +344,8 @@ def _from_flags(posterior: "Posterior", proposal: Proposal | None, n: int) -> Me
 
 RECORD = SamplerRecord(
     sampler=MetropolisHastings,
-    guarantee="consistent",
-    guarantees=("consistent",),
+    guarantee="consistent, or unconverged",
+    guarantees=("consistent", "unconverged"),
     help="posteriors far from the prior: completions regrown from a cut, R-hat",
     make=_from_flags,
 )

@@ -7,6 +7,7 @@ from .scripts import load
 
 pytestmark = pytest.mark.slow
 
+load("equal_samples")  # which the benchmark takes from its folder when it runs as a script
 exact_posterior = load("exact_posterior")
 
 

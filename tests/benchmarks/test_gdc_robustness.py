@@ -8,7 +8,8 @@ from .scripts import load
 
 pytestmark = pytest.mark.slow
 
-load("exact_posterior")  # which the benchmark takes from its folder when it runs as a script
+load("equal_samples")  # which the benchmark takes from its folder when it runs as a script
+load("exact_posterior")
 robustness = load("gdc_robustness")
 
 

@@ -292,7 +292,7 @@ def test_nothing_is_cut_from_the_table_on_a_terminal_of_80_columns():
     wide = dict.fromkeys(names, Mean(2.417, 0.346))
     untrusted = dict.fromkeys(names, Mean(2.417, 0.346, trustworthy=False))
     methods = [
-        replace(method(0.0, 1.0), name="metropolis_hastings", estimates=wide),
+        replace(method(0.0, 1.0, guarantee="unconverged"), name="metropolis_hastings", estimates=wide),
         replace(method(0.0, 1.0), name="smc", estimates=untrusted),
     ]
     console = Console(width=80, file=StringIO())
@@ -300,7 +300,7 @@ def test_nothing_is_cut_from_the_table_on_a_terminal_of_80_columns():
     printed = console.file.getvalue()
     assert "…" not in printed
     (row,) = re.findall(r"^ *metropolis_hastings +(.*)$", printed, re.MULTILINE)
-    assert row.split("  ")[0] == "consistent"
+    assert row.split("  ")[0] == "unconverged"
     assert row.count("2.417 ± 0.346") == 3
     assert printed.count("trustworthy") == 3
 

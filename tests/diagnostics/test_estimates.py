@@ -1,13 +1,14 @@
 """Estimates against enumeration: values, and how often their intervals hold the truth."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import binom
 
 from rlhf_bayes.diagnostics import Estimate, LogZEstimate, ScoredDraws, posterior_fits
-from rlhf_bayes.diagnostics.estimates import over_prompts
+from rlhf_bayes.diagnostics.over_prompts import explanation, over_prompts
 
 from .enumerated import Population
 
@@ -105,7 +106,7 @@ def test_no_support_among_the_draws_is_said():
     half = [math.log(0.5)] * 40
     draws = scored(half, half, [-math.inf] * 40)
     _, fit, log_z = posterior_fits(draws, draws, draws.log_prob, 1.0)
-    assert str(fit.log_z) == str(fit.forward_kl) == str(fit.tv) == "not trustworthy"
+    assert str(fit.log_z) == str(fit.forward_kl) == str(fit.tv) == "not trustworthy"  # nor is a bound known
     assert fit.entropy.mean == pytest.approx(math.log(2))
     assert "For 1 prompts, no draw is possible under the posterior" in str(log_z)
 
@@ -176,6 +177,65 @@ def test_one_prompt_without_trust_takes_it_from_the_mean():
             assert getattr(fit, name).trustworthy == expected
         assert fit.elbo.trustworthy
         assert fit.reward.trustworthy
+
+
+def test_bounds_hold_where_log_z_cannot_be_trusted(population):
+    """Of 300 evaluations with 6 draws, at least 95% have bounds below the truth; and bounds are not empty."""
+    generator, repeats = torch.Generator().manual_seed(1), 300
+    held, sizes = {}, []
+    for _ in range(repeats):
+        rows = torch.randint(len(population.prompts), (4,), generator=generator)
+        prior, policy = population.fits(rows, 6, generator)
+        assert not prior.gap.trustworthy
+        for who, fit, truth in zip(("prior", "policy"), (prior, policy), population.truths(), strict=True):
+            for name in ("log_z", "gap", "jeffreys", "posterior_reward"):
+                bound = getattr(fit, name).at_least
+                assert str(getattr(fit, name)) == f"≥ {bound:.2f}".replace("-", "−")
+                held.setdefault((who, name), []).append(bound <= truth[name][rows].mean().item())
+        sizes.append(policy.gap.at_least)
+        assert policy.forward_kl.at_least is policy.tv.at_least is None
+    enough = binom.ppf(0.0005, repeats, 0.95) / repeats
+    for key, hits in held.items():
+        assert sum(hits) / repeats >= enough, f"{key}: {sum(hits) / repeats:.3f}"
+    truth = population.truths()[1]["gap"].mean().item()
+    assert sum(sizes) / repeats > 0.1 * truth  # a bound of 0 would hold as well
+
+
+def test_few_prompts_get_an_interval_and_one_prompt_no_error_that_is_not_known():
+    two = over_prompts(torch.tensor([1.7, 2.7]), torch.tensor([0.01, 0.01]))
+    assert str(two) == "2.20 [−4.15, 8.55]"  # Student's t with one degree of freedom: 12.7 standard errors
+    assert str(over_prompts(torch.tensor([1.7, 2.7]), support=(0.0, math.inf))) == "2.20 [0.00, 8.55]"
+    five = over_prompts(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert str(five) == "3.00 ± 0.71"
+    one = over_prompts(torch.tensor([0.25]))
+    assert str(one) == "0.25"  # and not ± nan
+    assert explanation([one]) == " One prompt says nothing of other prompts."
+    assert str(over_prompts(torch.tensor([2.0]), torch.tensor([0.04]))) == "2.00 ± 0.20"
+    assert explanation([five]) == "± standard error over prompts."
+    assert "two to four prompts" in explanation([two])
+
+
+def test_a_share_has_the_interval_of_a_proportion():
+    none = over_prompts(torch.zeros(3), torch.zeros(3), support=(0.0, 1.0), share_of=16)
+    assert str(none) == "0.000 [0.000, 0.074]"  # 0 of 48: scipy.stats.binomtest(0, 48)
+    assert none.high == pytest.approx(1 - 0.025 ** (1 / 48))
+    rare = over_prompts(torch.tensor([0.0, 0.0, 0.0, 0.0, 1 / 16]), share_of=16)
+    assert 0 <= rare.low < 1 / 80 < rare.high
+
+
+def test_one_prompt_is_not_called_trustworthy():
+    def said(prompts):
+        return str(LogZEstimate(torch.zeros(prompts), torch.ones(prompts), torch.full((prompts,), 80.0), 0.2, 100))
+
+    assert "known for this prompt, and says nothing of others" in said(1)
+    assert "trustworthy" not in said(1)
+    assert "is trustworthy" in said(3)
+
+
+def test_advice_fits_what_was_asked():
+    few = LogZEstimate(torch.zeros(2), torch.ones(2), torch.full((2,), 3.0), 0.9, 100)
+    assert "(raise β)" in str(few)
+    assert "β" not in str(replace(few, has_beta=False))
 
 
 def test_intervals_by_hand():

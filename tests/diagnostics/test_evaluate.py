@@ -1,5 +1,6 @@
 """`evaluate` on real, tiny models that are enumerated: what is drawn, scored, concluded and refused."""
 
+import dataclasses
 import io
 import json
 import math
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 from rlhf_bayes.diagnostics import draw, evaluate
 from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.samplers import RejectionSampler
 from rlhf_bayes.testing import toy_reward
 
 BETA = 1.0
@@ -194,3 +196,83 @@ def test_policies_of_another_support_and_draws_of_other_prompts(toy):
         evaluate(shorter, posterior, toy.prompts, 2)
     with pytest.raises(ValueError, match="`from_prior` must hold draws of the prompts that are evaluated"):
         evaluate(prior, posterior, toy.prompts, 2, from_prior=draw(prior, posterior, toy.prompts[:2], 2))
+
+
+@pytest.fixture(scope="module")
+def verdict_of(large_toy):
+    """The verdict on a policy between prior and posterior: 0 is the prior, 1 the posterior, −1 the other way."""
+    toy = large_toy
+    log_posterior = toy.log_posterior(toy.rewards / BETA)
+
+    class Tilted:
+        """Draws from the enumerated prior tilted by a multiple of the evidence."""
+
+        def __init__(self, power):
+            self.log_p = (toy.log_prior + power * toy.rewards / BETA).log_softmax(-1)  # (P, N)
+            self.model = language_model(toy, toy.model)
+
+        def sample(self, prompts, n, generator):
+            rows = [toy.prompts.index(prompt) for prompt in prompts]
+            index = torch.multinomial(self.log_p[rows].exp(), n, replacement=True, generator=generator).flatten()
+            ids = [toy.completion_ids[column] for column in index.tolist()]
+            repeated = [prompt for prompt in prompts for _ in range(n)]
+            drawn = self.model.sample(repeated, 1, generator)
+            texts = [toy.completions[column] for column in index.tolist()]
+            log_prob = self.log_prob(repeated, ids)[:, None]
+            return dataclasses.replace(
+                drawn, completion_ids=ids, texts=texts, completions=texts, token_log_probs=log_prob,
+                mask=torch.ones_like(log_prob, dtype=torch.bool),
+            )  # fmt: skip
+
+        def log_prob(self, prompts, completion_ids):
+            pairs = zip(prompts, completion_ids, strict=True)
+            places = [(toy.prompts.index(prompt), toy.completion_ids.index(list(ids))) for prompt, ids in pairs]
+            return torch.stack([self.log_p[place] for place in places])
+
+    assert log_posterior.isfinite().all()
+    posterior = language_model(toy, toy.model).tilt(toy_reward, BETA)
+
+    def verdict(power, n=200):
+        found = evaluate(Tilted(power), posterior, toy.prompts * 2, n, torch.Generator().manual_seed(0))
+        return found.verdict, found
+
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("power", "said", "not_said"),
+    [
+        (0.0, "cannot be told from the prior's", "not more training"),
+        (0.5, "more training can bring the policy closer", "not more training"),
+        (1.0, "another posterior is needed (lower β, other reward), not more training", "can bring"),
+        (-1.0, "led away from the posterior", "not more training"),
+    ],
+)
+def test_the_verdict_follows_from_the_size_of_the_gap(verdict_of, power, said, not_said):
+    verdict, found = verdict_of(power)
+    assert said in verdict
+    assert not_said not in verdict
+    assert str(found.policy.gap) in verdict
+
+
+def test_without_log_z_the_verdict_has_bounds_and_the_gain(verdict_of):
+    verdict, found = verdict_of(0.9, n=8)
+    assert not found.log_z.trustworthy
+    assert verdict.startswith("Cannot tell how far the policy is from the posterior. KL(policy‖posterior) is at least")
+    assert f"the policy is {found.gain} nats closer to the posterior than the prior." in verdict
+    assert verdict.count("not trustworthy") == 1
+    # the gain is the difference of the gaps, in which log Z cancels
+    assert found.gain.mean == pytest.approx(found.prior.gap.mean - found.policy.gap.mean, abs=1e-6)
+
+
+def test_exact_draws_bound_what_cannot_be_estimated(toy):
+    prior, policy = language_model(toy, toy.model), language_model(toy, toy.random_policy(noise=0.1, seed=4))
+    generator = torch.Generator().manual_seed(1)
+    posterior = prior.tilt(toy_reward, toy.beta)
+    exact = RejectionSampler(log_bound=toy.log_likelihood.max().item()).sample(posterior, toy.prompts, 20, generator)
+    found = evaluate(policy, posterior, toy.prompts, 12, generator, exact_draws=exact)
+    assert not found.log_z.trustworthy
+    truth = toy.reverse_kl(policy.model).mean().item()
+    assert found.policy.gap.at_least <= truth <= found.policy.gap.at_most
+    assert f"at least {found.policy.gap.at_least:.2f} and at most {found.policy.gap.at_most:.2f} nats" in found.verdict
+    assert str(found.policy.log_z) == f"{found.policy.log_z.at_least:.2f} to {found.policy.log_z.at_most:.2f}"

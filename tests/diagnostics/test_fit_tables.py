@@ -34,7 +34,9 @@ def test_a_row_for_each_quantity(draws):
     assert "Fit" in text
     assert "forbidden" not in text
     (row,) = (line for line in text.splitlines() if "duplicates (share)" in line)
-    assert row.count("0.975 ± 0.000") == 2  # 39 of 40
+    assert row.count("0.975 [0.913, 0.997]") == 2  # 39 of 40 for both prompts, so 78 of 80: scipy's exact interval
+    assert "[low, high] 95% interval" in text
+    assert "±" not in text.replace("for ±", "")  # two prompts have too few for it
 
 
 def test_without_a_posterior_the_rest_is_said(draws):

@@ -51,6 +51,9 @@ def test_table_has_a_row_a_model_and_the_columns_that_any_has():
     assert columns["log\nloss\n(nats)"] == ["0.470", "0.470"]
     assert columns["split"] == ["–", "0.12"]
     assert "votes\nright" not in columns
+    assert table.caption is None
+    both = preference_table({"a": {**METRICS, "accuracy_low": 0.71, "accuracy_high": 0.84}, "b": METRICS})
+    assert both.caption == "Accuracy, 95% interval over pairs: a 0.710 to 0.840."
 
 
 def test_table_takes_what_evaluation_gives():

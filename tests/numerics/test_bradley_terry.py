@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import beta
 from torch.testing import assert_close
 
 from rlhf_bayes.numerics import agreement, bradley_terry_loss, noise_from_agreement
@@ -178,6 +179,9 @@ def test_metrics_by_hand():
         "reward_rejected_mean": 1.625,
         "reward_rejected_std": torch.tensor([1.0, 2.0, 0.5, 3.0]).std().item(),
     }
+    assert (metrics.pop("accuracy_low"), metrics.pop("accuracy_high")) == pytest.approx(
+        (beta.ppf(0.025, 1.5, 2.5), beta.ppf(0.975, 2.5, 1.5))
+    )
     assert metrics == pytest.approx(expected, rel=1e-6)
 
 

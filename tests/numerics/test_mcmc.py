@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from arviz_stats.base import array_stats
+from scipy.stats import binom, f
 
 from rlhf_bayes.numerics import effective_sample_size, rhat
+from rlhf_bayes.numerics.mcmc import rhat_limit
 
 
 def autoregression(coefficient, chains, steps, seed=0, shift=0.0):
@@ -61,3 +63,22 @@ def test_what_cannot_be():
             function(torch.zeros(2, 3))
         with pytest.raises(ValueError, match="must be finite"):
             function(torch.full((2, 4), math.inf))
+
+
+@pytest.mark.parametrize(("chains", "states"), [(4, 4), (8, 8), (4, 200)])
+def test_the_limit_of_rhat_is_not_reached_by_chance(chains, states):
+    generator, repeats, looks = torch.Generator().manual_seed(0), 400, 2
+    values = torch.randn(repeats, chains, states, generator=generator)
+    exceeded = sum(float(rhat(row)) > rhat_limit(chains, states, looks) for row in values)
+    assert exceeded <= binom.ppf(0.999, repeats, 0.01)
+    apart = values + 3 * torch.arange(chains)[:, None]  # chains that never meet
+    caught = sum(float(rhat(row)) > rhat_limit(chains, states, looks) for row in apart)
+    assert caught >= (repeats if states > 4 else 0.5 * repeats)  # two states a half say little
+
+
+def test_the_limit_of_rhat_for_long_chains_is_the_usual_one():
+    assert rhat_limit(4, 5000) == 1.1
+    # the definition, with scipy's quantile: 8 halves of 5 states
+    assert rhat_limit(4, 10) == pytest.approx(math.sqrt(0.8 + f.ppf(0.99, 7, 32) / 5))
+    with pytest.raises(ValueError, match="`num_states` 4, got 4 and 3"):
+        rhat_limit(4, 3)

@@ -46,6 +46,35 @@ def test_noise_moves_the_fit_within_its_error():
     assert fit.residual == pytest.approx(0.1, rel=0.25)
 
 
+@pytest.mark.parametrize("law", ["rl", "best_of_n"])
+def test_a_reward_that_is_maximised_has_no_downturn(law):
+    # best of 1 to 128 of a reward that is 1 in 3 of 10 completions and else 0: exactly 1 − 0.7ⁿ
+    ns = [2**power for power in range(8)]
+    d = [math.sqrt(math.log(n) - (n - 1) / n) for n in ns]
+    reward = [1 - 0.7**n for n in ns]
+    free = fit_reward_law(d, reward, "best_of_n")
+    assert free(max(d)) < max(free(x / 100) for x in range(200))  # the parabola bends down among the points
+    fit = fit_reward_law(d, reward, law, never_falls=True)
+    values = [fit(x / 20) for x in range(200)]  # far beyond the points
+    assert values == sorted(values)
+    assert fit.residual < 0.1
+    assert fit(10.0) == pytest.approx(fit(max(d)), abs=0.1)
+    # constrained least squares: no curve of the family that rises up to the end is closer, on a grid
+    if law == "best_of_n":
+
+        def error(start, beta):
+            return sum((start + x * (2 * max(d) * beta - beta * x) - y) ** 2 for x, y in zip(d, reward, strict=True))
+
+        grid = [error(fit.start + i / 500, fit.beta + j / 500) for i in range(-5, 6) for j in range(-5, 6)]
+        assert min(grid) == pytest.approx(error(fit.start, fit.beta), abs=1e-12)
+        assert "constant from d = " in str(fit)
+
+
+def test_rising_points_are_fitted_as_before():
+    reward = [0.3 + d * (1.2 - 0.1 * d) for d in D]
+    assert fit_reward_law(D, reward, "best_of_n", never_falls=True)[:5] == fit_reward_law(D, reward, "best_of_n")[:5]
+
+
 def test_the_formula_is_legible():
     assert str(fit_reward_law(D, [-1 + d * (0.5 - 0.25 * d) for d in D], "best_of_n")) == "−1.00 + d·(0.50 − 0.25·d)"
     assert str(fit_reward_law(D, [d * (0.5 + 0.25 * d) for d in D], "best_of_n")).endswith("(0.50 + 0.25·d)")

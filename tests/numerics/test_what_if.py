@@ -62,6 +62,32 @@ def test_too_few_draws_for_a_small_beta_are_not_trusted(large_toy):
     assert not what_if(rewards[:, :24], [100.0])[0].trustworthy
 
 
+def test_nearly_equal_weights_of_few_draws_are_trusted(large_toy):
+    # 32 draws of each of 3 prompts, at a β where an effective sample size of nearly 32 is left
+    rows = [what_if(rewards_of_draws(large_toy, 32, seed), [8.0])[0] for seed in range(20)]
+    assert min(row.importance_ess for row in rows) > 25
+    assert sum(row.trustworthy for row in rows) >= 18
+
+
+def test_bounds_hold_where_nothing_can_be_trusted(large_toy):
+    truth = {
+        beta: [value.mean().item() for value in exact(large_toy, beta)] for beta in (1.0, 0.1, 0.05)
+    }  # E[r], KL, log Z
+    held = dict.fromkeys(NAMES, 0)
+    for seed in range(200):
+        close, *far = what_if(rewards_of_draws(large_toy, 60, seed), [1.0, 0.1, 0.05])
+        for row in far:
+            assert not row.trustworthy
+            for name, value in zip(NAMES, truth[row.beta], strict=True):
+                bound = getattr(row, f"{name}_at_least")
+                held[name] += bound <= value
+                # those of a larger β hold for a smaller one, so no bound falls
+                assert name == "log_z" or bound >= getattr(close, f"{name}_at_least")
+        assert close.reward_at_least < close.reward
+    assert min(held.values()) / 400 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 200)
+    assert far[-1].log_z_at_least > 0.5 * truth[0.05][2]  # and says something
+
+
 def test_forbidden_completions_have_no_weight():
     allowed = torch.tensor([[0.0, 1.0, -math.inf, 0.5], [0.2, -math.inf, -math.inf, 0.2]])
     (row,) = what_if(allowed, [0.5])

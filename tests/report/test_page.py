@@ -3,13 +3,14 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from rlhf_bayes.report import read_runs, write_report, write_sampling
 from rlhf_bayes.report.diversity_curves import diversity_over_training
 from rlhf_bayes.report.figures import ceiling, moments_figure, reward_kl_figure
-from rlhf_bayes.report.run import Estimate, Run, Sample
+from rlhf_bayes.report.run import Estimate, Run, Sample, estimates_of
 from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, what_if_tables
 
 from .conftest import HOSTILE, elbo
@@ -282,3 +283,33 @@ def test_nothing_is_written_where_a_folder_is_wrong(training_run, tmp_path):
     with pytest.raises(FileNotFoundError):
         write_report([training_run, tmp_path / "nowhere"], tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+def test_the_page_says_what_its_intervals_are_and_what_cannot_be_estimated_is_bounded():
+    fit = {"gap": {"mean": 3.0, "standard_error": 1.0, "low": 1.0, "high": 5.0, "trustworthy": False, "at_least": 1.5}}
+    both = {"gap": {**fit["gap"], "at_most": 4.25}}
+    run = Run("a", Path("a"), estimates=estimates_of({"policy": fit, "prior": both}))
+    html = evaluation_table([run])
+    assert ">≥ 1.50<" in html
+    assert ">≥ 1.50, ≤ 4.25<" in html
+    assert html.count("95% interval") == 1
+
+
+def test_chains_that_disagree_are_told_on_the_page(sampled_run):
+    def of(guarantee):
+        settings = {"guarantee": guarantee}
+        sampling = {"settings": settings, "info": {"rhat": [1.01, 2.96, None], "effective_sample_size": [14.2, 20.0]}}
+        return evaluation_table([Run("mh", sampled_run, settings=settings, sampling=sampling)])
+
+    assert "<td>unconverged: the chains disagree by more than chance" in of("unconverged")
+    assert "R-hat ≤ 2.96, ESS ≥ 14" in of("consistent")
+    assert "unconverged" not in of("consistent")
+
+
+def test_betas_that_cannot_be_measured_have_bounds(sampled_run):
+    (run,) = read_runs([sampled_run])
+    run.sampling["what_if"][1] |= {"reward_at_least": 0.59, "kl_to_prior_at_least": 1.41, "log_z_at_least": 5.5}
+    html = what_if_tables([run])
+    assert html.count("not trustworthy") == 0
+    for bound in ("≥ 0.59", "≥ 1.41", "≥ 5.50"):
+        assert f">{bound}<" in html

@@ -111,6 +111,22 @@ def test_what_is_told_of_the_chains(toy):
     assert len(set(map(tuple, draws.completion_ids))) > 5
 
 
+def lasting(completions, completion_ids, **kwargs):
+    """One completion of each first word has 30 nats more than any other, so a chain that has found it stays."""
+    return [30.0 if ids[:1] == ids[1:2] else 0.0 for ids in completion_ids]
+
+
+def test_chains_that_disagree_are_unconverged(toy):
+    posterior, _ = short(toy)
+    fine = MetropolisHastings(num_chains=4, burn_in=30, thin=4).sample(posterior, toy.prompts, 160, seeded())
+    assert fine.guarantee == "consistent"
+    sampler = MetropolisHastings(num_chains=4, burn_in=2)
+    stuck = sampler.sample(prior_of(toy).tilt(lasting, 1.0).tilt(short_reward, 0.02), toy.prompts, 160, seeded())
+    assert max(value for value in stuck.info["rhat"] if value is not None) > 1.5
+    assert stuck.guarantee == "unconverged"
+    assert expectation(stuck, [1.0] * len(stuck)).mean.tolist() == pytest.approx([1.0] * 3)
+
+
 @pytest.mark.slow
 def test_conditions_are_kept_and_their_evidence_says_nothing(toy):
     posterior = prior_of(toy).condition(few_a)

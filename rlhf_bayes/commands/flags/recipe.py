@@ -283,7 +283,8 @@ def _print_report(evaluation: Evaluation, trainer: Trainer, title: str) -> None:
     console.print(fit_table(fits, title=title))
     if evaluation.policy.log_z is not None:
         console.print(evaluation.verdict)
-        console.print(str(evaluation.log_z))
+        if evaluation.log_z.trustworthy:  # otherwise the verdict has said why not
+            console.print(str(evaluation.log_z))
     curves = Path(output_dir) / "curves.png"
     plot_history(trainer.state.log_history, evaluation.policy.log_z, curves)
     console.print(f"Model in {output_dir}, curves in {curves}.")
