@@ -145,55 +145,68 @@ def judge_nothing(pairs: files.Pairs) -> Judged:
     return Judged(torch.zeros(1, len(pairs.test)), torch.zeros(1, len(pairs.test)))
 
 
-def train_and_judge(
-    method: Method, pairs: files.Pairs, seed: int, args: argparse.Namespace, on_step: Callable[[int, int], None]
-) -> dict[str, Judged]:
-    """Train one reward model; returns its predictions by row of the table. Reliability has two rows."""
-    started = time.process_time()
+def make_trainer(
+    method: Method,
+    pairs: files.Pairs,
+    seed: int,
+    args: argparse.Namespace,
+    on_step: Callable[[int, int], None],
+    folder: str | Path,
+) -> RewardTrainer:
+    """A trainer of one reward model on the CPU, which says nothing."""
     rows = pairs.train
     if not method.columns and "votes" in rows[0]:
         rows = [row for row in rows if row["votes"][0] != row["votes"][1]]
     lora = method.options.get("ensemble") == "lora"
     names = ("prompt", "chosen", "rejected")
+    trainer = RewardTrainer(
+        model=str(args.model),
+        args=RewardConfig(
+            output_dir=str(folder),
+            seed=seed,
+            learning_rate=args.lora_learning_rate if lora else args.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=0.05,
+            num_train_epochs=args.epochs,
+            per_device_train_batch_size=args.batch,
+            per_device_eval_batch_size=2 * args.batch,
+            max_length=None,
+            # keep the order of `in_batches_of_like_length`
+            train_sampling_strategy="sequential",
+            model_init_kwargs={"dtype": "float32"},
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **method.options,
+        ),
+        train_dataset=dataset(files.in_batches_of_like_length(rows, args.batch, seed), (*names, *method.columns)),
+        eval_dataset=dataset(pairs.test, names),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear") if lora else None,
+        callbacks=[StepCallback(on_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train_and_judge(
+    method: Method, pairs: files.Pairs, seed: int, args: argparse.Namespace, on_step: Callable[[int, int], None]
+) -> dict[str, Judged]:
+    """Train one reward model; returns its predictions by row of the table. Reliability has two rows."""
+    started = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = RewardTrainer(
-            model=str(args.model),
-            args=RewardConfig(
-                output_dir=folder,
-                seed=seed,
-                learning_rate=args.lora_learning_rate if lora else args.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=0.05,
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=args.batch,
-                per_device_eval_batch_size=2 * args.batch,
-                max_length=None,
-                # keep the order of `in_batches_of_like_length`
-                train_sampling_strategy="sequential",
-                model_init_kwargs={"dtype": "float32"},
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **method.options,
-            ),
-            train_dataset=dataset(files.in_batches_of_like_length(rows, args.batch, seed), (*names, *method.columns)),
-            eval_dataset=dataset(pairs.test, names),
-            processing_class=AutoTokenizer.from_pretrained(args.model),
-            peft_config=LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear") if lora else None,
-            callbacks=[StepCallback(on_step)],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_trainer(method, pairs, seed, args, on_step, folder)
         trainer.train()
         trainer.evaluate()
     found = trainer.evaluation_pairs
     judged = Judged(found["chosen"], found["rejected"], time.process_time() - started)
     if not method.options.get("annotator_reliability"):
         return {"": judged}
-    return {"": judged, OF_A_VOTE: of_a_vote(judged, mean_error_rate(trainer.annotator_error_rates, rows))}
+    return {"": judged, OF_A_VOTE: of_a_vote(judged, mean_error_rate(trainer.annotator_error_rates, pairs.train))}
 
 
 def dataset(rows: list[files.Row], columns: Iterable[str]) -> Dataset:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from rlhf_bayes.testing import EnumerableLM
 from rlhf_bayes.trainers import posterior_metrics
 
 NAMES = {"kl_to_prior", "elbo", "log_z", "gap", "gap_standard_error", "importance_ess"}
@@ -45,25 +46,46 @@ def test_away_from_it_the_estimates_are_those_of_enumeration(toy):
     assert gap > 0.5  # far from the posterior, or nothing was tested
 
 
-def test_the_gap_is_never_negative_nor_above_log_g():
+def test_few_completions_give_the_gap_without_most_of_its_bias():
+    """Of the prior's KL to the posterior, the log of a mean of 2 completions would show 36 %, and of 8, 79 %."""
+    toy = EnumerableLM(vocab_size=7, max_completion_length=2)
+    log_prior, evidence = toy.log_prior.double(), toy.log_likelihood.double()  # (P, N)
+    truth = (toy.log_z().double() - (log_prior.exp() * evidence).sum(-1)).mean().item()
+    pairs = torch.logaddexp(evidence[:, :, None], evidence[:, None]) - math.log(2)  # (P, N, N)
+    probs = (log_prior[:, :, None] + log_prior[:, None]).exp()
+    exact_of_two = 2 * ((probs * pairs).sum((-2, -1)) - (log_prior.exp() * evidence).sum(-1)).mean().item()
+    rewards, log_ratios = draw(toy, toy.model, 16_000)
+    gaps = {}
+    for num_generations in (2, 8):
+        metrics = posterior_metrics(rewards, log_ratios, log_ratios, toy.beta, num_generations)
+        gaps[num_generations] = metrics["posterior/gap"]
+        assert metrics["posterior/gap_standard_error"] < 0.01 * truth
+    assert gaps[2] == pytest.approx(exact_of_two, rel=0.04)
+    assert 0.65 * truth < gaps[2] < 0.8 * truth
+    assert 0.93 * truth < gaps[8] < 1.03 * truth
+
+
+def test_the_gap_is_never_negative():
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-4, 1.0, 100.0):
         rewards, log_ratios = scale * torch.randn(2, 60, generator=generator)
         gap = posterior_metrics(rewards, log_ratios, log_ratios, 0.5, 4)["posterior/gap"]
         assert gap >= 0
     one_weight = posterior_metrics(torch.tensor([0.0, -1e3, -1e3, -1e3]), torch.zeros(4), torch.zeros(4), 1.0, 4)
-    assert one_weight["posterior/log_z"] == pytest.approx(-math.log(4))
+    # 4·log(1/4) − 3/4·(3·log(1/3) − 1000)
+    assert one_weight["posterior/log_z"] == pytest.approx(750 - 4 * math.log(4) + 9 / 4 * math.log(3))
     assert one_weight["posterior/importance_ess"] == pytest.approx(1.0)
 
 
 def test_by_hand_prompts_are_averaged_after_the_logarithm():
     log_weights = torch.tensor([0.0, math.log(3.0), 5.0, 5.0])
     metrics = posterior_metrics(0.5 * log_weights, torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 6.0]), 0.5, 2)
-    assert metrics["posterior/log_z"] == pytest.approx((math.log(2.0) + 5.0) / 2)
+    # the jackknife of two: 2·log of their mean, minus the mean of their logs
+    assert metrics["posterior/log_z"] == pytest.approx((2 * math.log(2.0) - math.log(3.0) / 2 + 5.0) / 2)
     assert metrics["posterior/elbo"] == pytest.approx((math.log(3.0) + 10.0) / 4)
-    assert metrics["posterior/gap"] == pytest.approx((math.log(2.0) - math.log(3.0) / 2) / 2)
+    assert metrics["posterior/gap"] == pytest.approx(math.log(2.0) - math.log(3.0) / 2)
     # of the mean of two gaps, the other 0
-    assert metrics["posterior/gap_standard_error"] == pytest.approx((math.log(2.0) - math.log(3.0) / 2) / 2)
+    assert metrics["posterior/gap_standard_error"] == pytest.approx(math.log(2.0) - math.log(3.0) / 2)
     assert metrics["posterior/importance_ess"] == pytest.approx((16 / 10 + 2) / 2)
     assert metrics["posterior/kl_to_prior"] == 3.0
 
@@ -87,7 +109,7 @@ def test_rows_without_reward_are_left_out():
     metrics = posterior_metrics(rewards, log_ratios, log_ratios, 1.0, 2)
     assert metrics["posterior/elbo"] == pytest.approx((0.9 + 1.7 + 3.5) / 3)
     # a prompt with a row left out has no estimate of log Z of its own
-    assert metrics["posterior/gap"] == pytest.approx(math.log((math.exp(1.7) + math.exp(3.5)) / 2) - 2.6)
+    assert metrics["posterior/gap"] == pytest.approx(2 * (math.log((math.exp(1.7) + math.exp(3.5)) / 2) - 2.6))
     assert metrics["posterior/kl_to_prior"] == pytest.approx(0.275)
     nothing = posterior_metrics(torch.full((4,), torch.nan), log_ratios, log_ratios, 1.0, 2)
     assert set(nothing) == {"posterior/kl_to_prior"}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from rlhf_bayes.likelihoods import combine_rewards
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
@@ -36,11 +37,13 @@ from rlhf_bayes.trainers._trl.image_prompts import ImagePromptRLOO, probe_with_i
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer, images_are_read
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
+from rlhf_bayes.trainers.rollout.alarms import Alarms
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.images import check_processor
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
+from rlhf_bayes.trainers.rollout.prior_probe import PriorProbe
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
 from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward
@@ -111,6 +114,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
         self.proposal: str | Snapshot = "policy"
         """What completions are drawn from in training: "policy", "prior", or a snapshot of the policy."""
+        self.alarms = Alarms(self)
         self._in_flight: RolloutInFlight | None = None
         self._step_in_progress: OptimizerStep | None = None
         self._images_checked = False
@@ -135,6 +139,14 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._generate_and_score_completions(rows)
         self._metrics["train"], self._in_flight = metrics, None
+
+    def training_callbacks(self) -> list[TrainerCallback]:
+        """The alarms, and the probe of the prior."""
+        return [self.alarms, PriorProbe(self)]
+
+    def check_outcome(self) -> None:
+        """Raise the error of a training that ended because its policy collapsed."""
+        self.alarms.check()
 
     # Rollouts
 
@@ -216,7 +228,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         alone = (
             self.accelerator.distributed_type == DistributedType.NO
         )  # an engine needs its forward in the same step as the loss
-        whole = self.args.steps_per_generation == 1 and not self.objective.replays
+        whole = self.args.steps_per_generation == 1 and not (self.objective.replays or self.alarms.alone)
         return alone and whole and self.proposal == "policy"
 
     def _generate_and_score_completions(self, inputs):
@@ -224,7 +236,12 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         # the reference pass and RLOO switch adapters, which would leave the critic's adapter frozen
         with kept_trainable(self.model):
             output = super()._generate_and_score_completions(inputs)
-        batch = self.objective.batch(self._rollout(inputs, output, in_flight))
+        rollout = self._rollout(inputs, output, in_flight)
+        if self.mode == "train":
+            self.alarms.see(rollout)
+            if self.alarms.alone:
+                return output
+        batch = self.objective.batch(rollout)
         self.beta = self.objective.beta
         self.after_rollout()
         columns = output | batch.columns()
@@ -357,6 +374,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             "sizes": rollout_sizes(self.args),
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "objective": self.rollout_state(),
+            "alarms": self.alarms.state_dict(),
         }
         save_rollout_state(output_dir, self.accelerator, state)
 
@@ -369,6 +387,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         state, in_flight = read_rollout_state(checkpoint, self.accelerator, rollout_sizes(self.args))
         if state is not None:
             self.load_rollout_state(state["objective"])
+            if "alarms" in state:  # checkpoints of earlier versions have none
+                self.alarms.load_state_dict(state["alarms"])
         if in_flight:
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"].update(state["metrics"])
