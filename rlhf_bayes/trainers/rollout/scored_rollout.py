@@ -47,6 +47,7 @@ def score_under_both(
     sequences: tuple,
     heads: Callable[[nn.Module], AbstractContextManager[list[LMHead]]] | None,
     graph: AbstractContextManager | None = None,
+    with_hidden: bool = False,
     model_inputs: Sequence[RowInputs] | None = None,
 ) -> tuple[CompletionScores, Tensor, Tensor | None]:
     """
@@ -64,6 +65,8 @@ def score_under_both(
             Without it, each model uses its own projection inside its forward, and there is no exact KL.
         graph (`AbstractContextManager`, *optional*):
             A context for the policy's forward in which gradients are enabled, so that its log-probs carry a gradient.
+        with_hidden (`bool`, *optional*, defaults to `False`):
+            Whether the policy's scores hold its hidden states.
         model_inputs (`Sequence[RowInputs]`, *optional*):
             Inputs of the prompts besides their tokens, as in [`~rlhf_bayes.lm.score_completions`].
 
@@ -73,7 +76,7 @@ def score_under_both(
     _, _, completion_ids, mask, _ = sequences
     options: dict[str, Any] = {"hidden_only": heads is not None, "model_inputs": model_inputs}
     with graph or nullcontext():
-        policy = score_completions(model, *sequences, **options)
+        policy = score_completions(model, *sequences, with_hidden=with_hidden, **options)
     with reference.active(model) as ref_model:
         ref = score_completions(ref_model, *sequences, with_values=False, **options)
     if heads is None:
@@ -81,7 +84,8 @@ def score_under_both(
     with heads(ref_model) as (head, ref_head), torch.set_grad_enabled(graph is not None):
         columns = token_log_probs_and_exact_kl(policy.hidden, head, ref.hidden, ref_head, completion_ids[mask])
         log_probs, ref_log_probs, entropy, token_kl = (scatter(column, mask) for column in columns)
-    return CompletionScores(log_probs, entropy, policy.values, None), ref_log_probs, token_kl
+    hidden = policy.hidden if with_hidden else None
+    return CompletionScores(log_probs, entropy, policy.values, hidden), ref_log_probs, token_kl
 
 
 def scored_by_length(
