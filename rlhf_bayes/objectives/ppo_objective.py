@@ -1,7 +1,7 @@
 """PPO with its critic: the clipped policy gradient of E[r] − β·KL(π‖π0), and the value loss."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -253,7 +253,7 @@ class PPOObjective:
         count, total, squares = self.world.reduce(local)
         mean = total / count.clamp(min=1.0)
         spread = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4  # 1e-4 as in RLOO
-        return PPOBatch(**batch.columns() | {"advantage_shift": mean, "advantage_scale": spread})
+        return replace(batch, advantage_shift=mean, advantage_scale=spread)
 
     def _report_rollout(self, rollout: Rollout) -> None:
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding

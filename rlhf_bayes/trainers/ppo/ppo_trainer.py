@@ -33,7 +33,9 @@ class PPOTrainer(RolloutTrainer):
         J(θ) = E_πθ[r(x) − β·log(πθ(x)/π0(x))]        (Korbak, Perez & Buckley 2022, arXiv 2205.11275, eq. 3–4)
         J/β = ELBO,   log Z − ELBO = KL(πθ‖π*)         (their eq. 5–7)
 
-    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names.
+    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names, also for
+    vision-language models and prompts with images. The token that stands for images has probability 0 in completions,
+    under policy and prior alike, since no model could read it there.
 
     The token reward is −β·log(πθ/π0) of the token, plus the score at the last token. Advantages come from GAE with
     discount 1: the advantage at t contains the log-ratios from t on, and with an exact critic it is 0 everywhere at
@@ -157,8 +159,9 @@ class PPOTrainer(RolloutTrainer):
         self.beta = beta_of(args, likelihood)
         self.critic: Critic | None = None
         if args.critic != "ridge":
+            models = self._reward_models()
             self.critic = attach_critic(
-                self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
+                self.model, self.text_tokenizer, args.critic, value_model, models, args.seed, self.reads_images
             )
         self.objective = self._make_objective()
         if optimizers[0] is not None:
