@@ -2,7 +2,7 @@ r"""PPO with an explicit KL penalty to the prior: trains a language model toward
 
 The objective is that of Korbak, Perez & Buckley 2022 (arXiv 2205.11275, equations 3 and 4). Departures from the PPO
 of Ziegler et al. 2019: β is fixed unless `--target_kl` is given, because it defines the posterior; the critic is
-fitted in closed form after each rollout; the result is evaluated by its distance to the posterior in nats, log Z − ELBO.
+fitted in closed form after each rollout; the result is evaluated by its distance to the posterior, log Z − ELBO, nats.
 
 Without arguments, in about two minutes on two CPU cores, a bundled tiny model learns to write kind reviews:
 

@@ -71,8 +71,8 @@ class PPOTrainer(RolloutTrainer):
         value_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
             The initial critic, with `critic="shared"` or `critic="separate"`: a critic saved by this trainer, or, with
             `"separate"`, a model whose trunk is used (it must have the policy's tokenizer). Default: a zero head on
-            the policy's trunk; with `"separate"` a LoRA adapter on the policy's base, a copy of the reward model's trunk, or a copy of
-            the policy's.
+            the policy's trunk; with `"separate"` a LoRA adapter on the policy's base, a copy of the reward model's
+            trunk, or a copy of the policy's.
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
             Evidence in nats instead of `reward_funcs`: that of any posterior, `posterior.likelihood`. It is used as
             the reward with β = 1, so `beta`, `target_kl` and the fields that change rewards must be left out. Evidence
