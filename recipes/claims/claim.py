@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,15 @@ class Claim:
         self.console.print(f"  {self.cells}: {function.__name__} {what}: {took}")
         return content["result"]
 
+    def runs(
+        self, function: Callable[..., Any], variants: Mapping[str, Mapping[str, Any]], **common: Any
+    ) -> dict[str, list[Any]]:
+        """Name -> the results of `function` for all seeds, with the settings of that name and those in common."""
+        return {
+            name: [self.cell(function, seed=seed, **settings, **common) for seed in self.seeds]
+            for name, settings in variants.items()
+        }
+
     @property
     def seeds(self) -> range:
         """The seeds of everything that is random."""
@@ -150,7 +159,15 @@ def parse_flags(name: str, title: str, trains: bool, defaults: dict[str, Any]) -
     for flag, (value, text) in flags.items():
         kind = str if value is None else type(value)
         parser.add_argument(f"--{flag}", type=kind, default=value, help=f"{text} Default: {value}.".strip())
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        exact = not trains and any(word.lstrip("-").partition("=")[0] in REAL for word in unknown)
+        why = (
+            ": this claim is computed on a model whose completions are enumerated, and has no real run"
+            if exact
+            else ""
+        )
+        parser.error(f"unrecognized arguments {' '.join(unknown)}{why}")
     if trains and (args.model_name_or_path is None) != (args.dataset_name is None):
         parser.error("`--model_name_or_path` and `--dataset_name` must be given together: prompts fit a model.")
     return args

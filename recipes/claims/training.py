@@ -1,6 +1,7 @@
 """Training runs of claims: rewards, prior and prompts by their settings, and the curve of a run."""
 
 import functools
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ METHODS = {
     "gdc-alpha": (GDCTrainer, GDCConfig, {"divergence": "alpha", "alpha": 0.5}),
     "log-variance": (GDCTrainer, GDCConfig, {"divergence": "log_variance"}),
 }
+SATISFIED = 0.5  # a completion of more reward is satisfying
 SENTIMENT = "rlhf_bayes.toy.rewards:sentiment_reward"
 MEASURES = ("kl_to_prior", "entropy", "prior_perplexity", "distinct_1", "distinct_2", "self_bleu", "duplicates",
             "gap", "forward_kl", "tv", "reward", "log_z", "posterior_reward", "posterior_kl_to_prior")  # fmt: skip
@@ -43,10 +45,19 @@ def mentions(word: str, texts: Sequence[Any]) -> list[int]:
     return [len(re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE)) for text in texts]
 
 
+REWARDS: dict[str, Callable[[str], Callable[..., list[float]]]] = {"word": contains}
+"""Kind -> what makes a reward function from the rest of its name, after the colon. A script may add its own kind."""
+
+
+@functools.cache
 def reward_of(name: str) -> Callable[..., list[float]]:
-    """`word:WORD` is 1 where a completion contains the word; any other name is `module:function`."""
-    kind, _, word = name.partition(":")
-    return contains(word) if kind == "word" else cli.load_reward_func(name)
+    """
+    The reward function of a name: `KIND:REST` for a kind in `REWARDS`, otherwise `module:function`.
+
+    A proxy of a known reward has that one as its attribute `gold`, and curves then have both.
+    """
+    kind, _, rest = name.partition(":")
+    return REWARDS[kind](rest) if kind in REWARDS else cli.load_reward_func(name)
 
 
 def model_of(model: dict[str, Any]) -> str:
@@ -105,12 +116,17 @@ class Curve(TrainerCallback):
         policy.train(was_training)
         self.from_prior, self.texts = found.from_prior, found.from_policy.texts
         texts = [text for rows in self.texts for text in rows]
-        rewards = reward_of(self.reward)(
-            prompts=[prompt for prompt in self.prompts for _ in range(self.model["draws"])],
-            completions=texts,
-            completion_ids=[ids for rows in found.from_policy.completion_ids for ids in rows],
-        )
+        reward = reward_of(self.reward)
+        columns = {
+            "prompts": [prompt for prompt in self.prompts for _ in range(self.model["draws"])],
+            "completions": texts,
+            "completion_ids": [ids for rows in found.from_policy.completion_ids for ids in rows],
+        }
+        rewards = reward(**columns)
         point = {"step": step, **numbers_of(found), "reward": sum(rewards) / len(rewards)}
+        point["satisfied"] = sum(reward > SATISFIED for reward in rewards) / len(rewards)
+        if hasattr(reward, "gold"):
+            point["gold"] = sum(reward.gold(**columns)) / len(rewards)
         if self.reward.startswith("word:"):
             point["mentions"] = sum(mentions(self.reward[5:], texts)) / len(texts)
         self.points.append(point)
@@ -145,7 +161,7 @@ def train(
         **options: further fields of the trainer's configuration.
     """
     trainer_class, config_class, fields = METHODS[method]
-    against = None if condition or beta is None else target_beta or beta
+    against = None if condition else (target_beta or beta or None)
     curve = Curve(model, posterior_of(model, reward, against), reward, max(1, steps // points), seed)
     evidence: dict[str, Any] = {"reward_funcs": reward_of(reward)}
     if beta is None:
@@ -179,3 +195,30 @@ def train(
         curve.measure(trainer.accelerator.unwrap_model(trainer.model), 0)
         trainer.train()
     return {"points": curve.points, "texts": [rows[0] for rows in curve.texts]}
+
+
+def last(runs: Sequence[dict[str, Any]], measure: str) -> list[float]:
+    """A measure at the end of each run; nan for what could not be trusted."""
+    ends = [run["points"][-1][measure] for run in runs]
+    return [math.nan if end is None else end for end in ends]
+
+
+def draw_curves(axes: Any, runs: dict[str, Sequence[dict[str, Any]]], measure: str, title: str) -> None:
+    """Draw a measure over training: the mean over the seeds of each setting, and their range."""
+    for index, (name, of) in enumerate(runs.items()):
+        steps = [point["step"] for point in of[0]["points"]]
+        values = [[math.nan if point[measure] is None else point[measure] for point in run["points"]] for run in of]
+        means, lows, highs = zip(*((sum(x) / len(x), min(x), max(x)) for x in zip(*values, strict=True)), strict=True)
+        axes.plot(steps, means, color=f"C{index}", marker=".", label=name)
+        axes.fill_between(steps, lows, highs, color=f"C{index}", alpha=0.15, linewidth=0)
+    axes.set(title=title, xlabel="optimizer step")
+
+
+def table_rows(runs: dict[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each point of each run."""
+    return [
+        {"run": name, "seed": seed, **point}
+        for name, of in runs.items()
+        for seed, run in enumerate(of)
+        for point in run["points"]
+    ]

@@ -58,7 +58,7 @@ def verdict(quantity: Measured, low: float = -math.inf, high: float = math.inf) 
     """
     Whether a quantity lies between two bounds, as a statement says.
 
-        "agrees":       its whole 95% interval lies in [low, high]
+        "agrees":       its whole 95% interval lies in (low, high), the bounds excluded: 0 is not above 0
         "disagrees":    its whole 95% interval lies outside
         "cannot tell":  the interval contains a bound, or is not known
 
@@ -82,9 +82,9 @@ def verdict(quantity: Measured, low: float = -math.inf, high: float = math.inf) 
     if not low < high or (math.isinf(low) and math.isinf(high)):
         raise ValueError(f"`low` must be below `high`, and one of them finite, got {low} and {high}.")
     least, greatest = quantity.interval
-    if low <= least and greatest <= high:
+    if low < least and greatest < high:
         return AGREES
-    if greatest < low or high < least:
+    if greatest <= low or high <= least:
         return DISAGREES
     return CANNOT_TELL
 

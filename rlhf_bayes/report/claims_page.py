@@ -42,7 +42,8 @@ class Statement:
     @property
     def number(self) -> str:
         """The number with its error."""
-        error = "" if self.standard_error == 0 else f" ± {self.standard_error:.2g}"
+        exact = self.standard_error == 0 and math.isinf(self.freedom)
+        error = "" if exact else f" ± {self.standard_error:.2g}"
         return f"{self.mean:.4g}{error} {self.unit}".strip().replace("-", "−")
 
     @property

@@ -15,7 +15,8 @@ from rlhf_bayes.numerics.verdicts import Measured, measured, verdict, verdict_of
         (1.0, 0.52, "cannot tell"),  # 1 − 1.96 · 0.52 = −0.02
         (-1.0, 0.52, "cannot tell"),
         (-1.0, 0.5, "disagrees"),
-        (0.0, 0.0, "agrees"),
+        (0.0, 0.0, "disagrees"),  # not above 0
+        (1e-9, 0.0, "agrees"),
         (-1e-9, 0.0, "disagrees"),
         (math.nan, 0.1, "cannot tell"),
         (3.0, math.nan, "cannot tell"),

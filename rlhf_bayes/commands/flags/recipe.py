@@ -114,6 +114,8 @@ def parse_flags(
     own_model = model_args.model_name_or_path is not None
     if flag.likelihood is not None:  # the default β is that of the bundled reward
         toy_defaults = {name: value for name, value in toy_defaults.items() if name != "beta"}
+    if any("prior_probe" in of.__dataclass_fields__ for of in classes):
+        defaults = {"prior_probe": 32, **defaults}
     parser = TrlParser(tuple(classes))
     parser.set_defaults_with_config(**({**defaults} if own_model else {**defaults, **toy_defaults}))
     return own_model, parser.parse_args_and_config()
