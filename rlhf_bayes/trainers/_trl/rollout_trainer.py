@@ -11,7 +11,7 @@ TRL release moves one.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
+from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
 from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
@@ -77,6 +78,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
     """The evidence, if it is a likelihood rather than a reward."""
+    asked_for_prefixes: Sequence[int] = ()
+    """Numbers of the reward functions that are also asked for the rewards of prefixes."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
         # RLOO would reload the reference from the model's path, without changes that were made to an instance. With
@@ -201,6 +204,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._failures.errors += unusable_rewards(
             rewards, self.reward_funcs, self.reward_func_names, self.args.infinite_where_forbidden
         )
+        self._in_flight.prefix_rewards = self._prefix_rewards(inputs, prompts, completion_ids_list)
         self._failures.stop_all(self.accelerator.num_processes)
         first = self.accelerator.process_index * len(prompts)
         self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
@@ -209,6 +213,15 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         eos = set(self._eos_ids)
         self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
+
+    def _prefix_rewards(self, inputs, prompts, completion_ids) -> Tensor | None:
+        if not self.asked_for_prefixes:
+            return None
+        funcs = [self.reward_funcs[number] for number in self.asked_for_prefixes]
+        rewards = prefix_rewards(funcs, self._tokenizer, inputs, prompts, completion_ids).to(self.accelerator.device)
+        weights, clip_range = self.reward_weights[self.asked_for_prefixes], self.args.reward_clip_range
+        combined = combine_rewards(rewards.flatten(0, 1), weights, clip_range).view(rewards.shape[:2])  # (B, T)
+        return combined.nan_to_num(0.0)
 
     @property
     def step_is_rollout(self) -> bool:
@@ -256,6 +269,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
             rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
+            prefix_rewards=in_flight.prefix_rewards,
             drawn_from=self.drawn_from,
             features={} if self.evidence is None else self.evidence.features,
         )
