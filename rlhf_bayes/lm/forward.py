@@ -100,6 +100,7 @@ def _patch_forward(lm: PreTrainedModel) -> None:
         completion_mask=None,
         temperature=1.0,
         hidden_only=False,
+        with_hidden=False,
         with_values=True,
         trunk_only=False,
         **kwargs,
@@ -120,7 +121,8 @@ def _patch_forward(lm: PreTrainedModel) -> None:
             return CompletionScores(None, None, values, hidden)
         head = LMHead.of(self, temperature)
         log_probs, entropy = token_log_probs_and_entropy(hidden, completion_ids[completion_mask], head)
-        return CompletionScores(scatter(log_probs, completion_mask), scatter(entropy, completion_mask), values, None)
+        columns = (scatter(column, completion_mask) for column in (log_probs, entropy))
+        return CompletionScores(*columns, values, hidden if with_hidden else None)
 
     lm.forward = types.MethodType(forward, lm)
     lm._scores_completions = True
@@ -134,6 +136,7 @@ def score_completions(
     completion_mask: Tensor,
     temperature: float = 1.0,
     hidden_only: bool = False,
+    with_hidden: bool = False,
     with_values: bool = True,
 ) -> CompletionScores:
     """
@@ -154,18 +157,21 @@ def score_completions(
             Divides the logits.
         hidden_only (`bool`):
             Return hidden states in place of log-probs and entropies, to compare two models token by token.
+        with_hidden (`bool`):
+            Return hidden states besides.
         with_values (`bool`):
             Run the critic too, where the model has one.
     """
     sequences = prompt_ids, prompt_mask, completion_ids, completion_mask
-    options = {"temperature": temperature, "hidden_only": hidden_only, "with_values": with_values}
+    options = {"temperature": temperature, "with_values": with_values}
+    options |= {"hidden_only": hidden_only, "with_hidden": with_hidden}
     if not runs_plainly(model):
         return _score_batch(model, *sequences, **options)
     groups = equal_length_groups(prompt_mask.sum(1).tolist())
     parts = [_score_batch(model, *(x[rows] for x in sequences), unpadded=True, **options) for rows in groups]
     order = torch.tensor([row for rows in groups for row in rows], device=prompt_ids.device).argsort()
     columns = (None if x[0] is None else torch.cat(x)[order] for x in zip(*(part[:-1] for part in parts), strict=True))
-    if not hidden_only:
+    if not (hidden_only or with_hidden):
         return CompletionScores(*columns, None)
     by_row = [
         states

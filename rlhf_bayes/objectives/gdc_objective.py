@@ -49,6 +49,7 @@ class GDCObjective(ABC, Generic[B]):
     """
 
     batch_type: type[B]
+    states = None  # it has no critic, which would read hidden states
 
     def __init__(
         self,

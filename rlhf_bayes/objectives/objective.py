@@ -1,6 +1,6 @@
 """The protocol of objectives, for training loops."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -54,11 +54,15 @@ class Objective(Protocol[B]):
         beta (`float`): the current β, units of reward per nat of evidence.
         batch_type (`type`): the dataclass that `batch` returns.
         replays (`bool`): whether a step learns from other completions than those of the last rollout.
+        states (`Callable`, *optional*): what a rollout must keep of the policy's last hidden states: (N, H) -> (N, S).
     """
 
     beta: float
     batch_type: type[B]
     replays: bool
+
+    @property
+    def states(self) -> Callable[[Tensor], Tensor] | None: ...
 
     def batch(self, rollout: Rollout) -> B:
         """The batch to learn from a rollout. The rollout's metrics are logged, and it may be kept for replay."""

@@ -1,6 +1,6 @@
 """PPO with its critic: the clipped policy gradient of E[r] − β·KL(π‖π0), and the value loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -22,6 +22,7 @@ from rlhf_bayes.objectives.batch import Batch
 from rlhf_bayes.objectives.objective import LossSums, Step, scored
 from rlhf_bayes.objectives.posterior_metrics import moments_of_all, posterior_metrics
 from rlhf_bayes.objectives.posterior_target import check_same_beta
+from rlhf_bayes.objectives.ridge_critic import RidgeCritic
 from rlhf_bayes.objectives.rollout import Rollout
 from rlhf_bayes.objectives.world import World, own_rows
 
@@ -39,7 +40,7 @@ class PPOBatch(Batch):
     ref_token_log_probs: Tensor
     """(B, T): log π0 of each token."""
     old_values: Tensor
-    """(B, T): the critic's forecasts when the completions were drawn."""
+    """(B, T): the critic's forecasts u when the completions were drawn."""
     token_entropy: Tensor
     """(B, T): entropy of π(· | prefix) when the completions were drawn."""
     value_shift: Tensor
@@ -83,6 +84,8 @@ class PPOObjective:
             KL(π‖π0), nats per sequence, to which β adapts. Default: β is fixed.
         kl_horizon (`int`, *optional*, defaults to `10_000`):
             Completions over which a KL far from `target_kl` changes β by a fifth.
+        critic ([`RidgeCritic`], *optional*):
+            A critic that is fitted after each rollout, in place of one in the policy. There is no value loss then.
 
     Source: Schulman et al. 2017, arXiv 1707.06347; the KL penalty: Ziegler et al. 2019, 1909.08593; the optimum:
     Korbak, Perez & Buckley 2022, 2205.11275, equations 3 to 7.
@@ -105,12 +108,19 @@ class PPOObjective:
         critic_warmup_steps: int = 0,
         target_kl: float | None = None,
         kl_horizon: int = 10_000,
+        critic: RidgeCritic | None = None,
     ):
         self.world, self.beta, self.lam = world, beta, lam
         self.epsilon_low, self.epsilon_high, self.cliprange_value = epsilon_low, epsilon_high, cliprange_value
         self.vf_coef, self.normalize_advantages = vf_coef, normalize_advantages
         self.critic_warmup_steps = critic_warmup_steps
         self.target_kl, self.kl_horizon = target_kl, kl_horizon
+        self.critic = critic
+
+    @property
+    def states(self) -> Callable[[Tensor], Tensor] | None:
+        """What of the hidden states a rollout must hold, if the critic reads them: (N, H) -> (N, S)."""
+        return None if self.critic is None else self.critic.states
 
     @property
     def critic_warms_up(self) -> bool:
@@ -119,7 +129,9 @@ class PPOObjective:
 
     def batch(self, rollout: Rollout) -> PPOBatch:
         """The rollout with everything that its advantages need. It logs metrics, and adapts β to `target_kl`."""
-        values = _valued(rollout.values)  # (B, T)
+        critic = self.critic
+        features = None if critic is None else self._features(critic, rollout)
+        values = _valued(rollout.values) if features is None or critic is None else critic.forecast(features)  # (B, T)
         mask = rollout.completion_mask.bool() & ~rollout.rewards.isnan()[:, None]
         batch = PPOBatch(
             **rollout.sequences,
@@ -129,7 +141,7 @@ class PPOObjective:
             ref_token_log_probs=rollout.ref_token_log_probs,
             old_values=values,
             token_entropy=rollout.token_entropy,
-            value_shift=self._value_shift(rollout),
+            value_shift=self._value_shift(rollout, values),
             advantage_shift=rollout.rewards.new_tensor(0.0),
             advantage_scale=rollout.rewards.new_tensor(1.0),
             beta=torch.tensor(self.beta, device=rollout.rewards.device),
@@ -140,6 +152,8 @@ class PPOObjective:
         columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
         forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
         self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
+        if features is not None and critic is not None and self.world.training:
+            critic.learn(features, self._returns(rollout), mask)
         self._report_rollout(rollout)
         return batch
 
@@ -154,7 +168,8 @@ class PPOObjective:
     def loss(self, scores: CompletionScores, batch: PPOBatch) -> LossSums:
         """Policy and value loss, summed over tokens."""
         mask = batch.loss_mask  # (B, T)
-        log_probs, values = scored(scores)[0], _valued(scores.values)  # (B, T)
+        log_probs = scored(scores)[0]  # (B, T)
+        values = _valued(scores.values) if self.critic is None else batch.old_values  # (B, T)
         advantages, targets = self._advantages(log_probs.detach(), values.detach(), batch)
         advantages = (advantages - batch.advantage_shift) / batch.advantage_scale
         # padding is set to 0 before exp, since its log-probs belong to no token and their ratio could overflow
@@ -162,8 +177,9 @@ class PPOObjective:
         policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
         value_loss = clipped_value_loss(values, batch.old_values, targets, self.cliprange_value)
         policy_weight = 0.0 if self.critic_warms_up else 1.0
-        loss = policy_weight * masked_sum(policy_loss, mask) + self.vf_coef * masked_sum(value_loss, mask)
-        columns = self._columns_to_report(scores, log_ratio, advantages, batch)
+        value_weight = self.vf_coef if self.critic is None else 0.0
+        loss = policy_weight * masked_sum(policy_loss, mask) + value_weight * masked_sum(value_loss, mask)
+        columns = self._columns_to_report(scores, values, log_ratio, advantages, batch)
         columns |= {"ppo/policy_loss": policy_loss, "ppo/value_loss": value_loss}
         sums = {name: masked_sum(column.detach(), mask) for name, column in columns.items()}
         return LossSums(loss, sums | {"tokens": mask.sum().float()})
@@ -180,25 +196,40 @@ class PPOObjective:
             self.world.log(name, total / tokens)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint: β, which may have adapted."""
-        return {"beta": self.beta}
+        """The state for a checkpoint: β, which may have adapted, and what a critic that is fitted has learnt."""
+        return {"beta": self.beta} | ({} if self.critic is None else {"critic": self.critic.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned. Raises ValueError if β is another and is not adapted."""
         if self.target_kl is None:
             check_same_beta(self.beta, state["beta"])
         self.beta = state["beta"]
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
 
     def _advantages(self, log_probs: Tensor, values: Tensor, batch: PPOBatch) -> tuple[Tensor, Tensor]:
         log_ratios = k1(log_probs, batch.ref_token_log_probs)  # (B, T)
         values = values + batch.value_shift[:, None]
         return kl_penalised_advantages(batch.rewards, log_ratios, values, batch.loss_mask, batch.beta, self.lam)
 
-    def _value_shift(self, rollout: Rollout) -> Tensor:
-        rewards = rollout.rewards.nan_to_num(0.0)
+    def _features(self, critic: RidgeCritic, rollout: Rollout) -> Tensor:
+        """What the critic reads of each prefix: (B, T, F)."""
+        if rollout.states is None:
+            raise ValueError(
+                "`rollout` must hold `states` for a `RidgeCritic`, got None: keep `objective.states(...)`."
+            )
+        log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T)
+        paid = -self.beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
+        return critic.features(rollout.states, rollout.prefix_rewards, paid)
+
+    def _returns(self, rollout: Rollout) -> Tensor:
+        """r − β·log(π/π0) of each completion: (B,)."""
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs).sum(-1)  # (B,)
-        forecasts = _valued(rollout.values)[:, 0]  # (B,): before the first token, so a function of the prompt
-        columns = torch.stack([rewards - self.beta * log_ratios, forecasts], dim=-1)
+        return rollout.rewards.nan_to_num(0.0) - self.beta * log_ratios
+
+    def _value_shift(self, rollout: Rollout, values: Tensor) -> Tensor:
+        forecasts = values[:, 0]  # (B,): before the first token, so a function of the prompt
+        columns = torch.stack([self._returns(rollout), forecasts], dim=-1)
         returns, everyones_forecasts = self.world.gather(columns).unbind(-1)  # (B_global,)
         baselines = prompt_baseline(returns, everyones_forecasts, rollout.num_generations)
         return own_rows(self.world, baselines) - forecasts
@@ -225,13 +256,13 @@ class PPOObjective:
             self.beta = adapted_beta(self.beta, kls.mean().item(), self.target_kl, len(kls), self.kl_horizon)
 
     def _columns_to_report(
-        self, scores: CompletionScores, log_ratio: Tensor, advantages: Tensor, batch: PPOBatch
+        self, scores: CompletionScores, values: Tensor, log_ratio: Tensor, advantages: Tensor, batch: PPOBatch
     ) -> dict[str, Tensor]:
         """Metric -> its values at each token, (B, T)."""
         ratio = log_ratio.detach().exp()
         low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        moved = (_valued(scores.values).detach() - batch.old_values).abs()
+        moved = (values.detach() - batch.old_values).abs()
         clip = self.cliprange_value
         return {
             "entropy": scored(scores)[1],

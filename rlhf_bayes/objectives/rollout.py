@@ -40,6 +40,10 @@ class Rollout:
     """(B, T): exact KL(π(· | prefix) ‖ π0(· | prefix)); None where FSDP shards the weights."""
     values: Tensor | None = None
     """(B, T): the critic's value of each prefix, where the policy has a critic."""
+    states: Tensor | None = None
+    """(B, T, S): what the objective's `states` keeps of the policy's last hidden state before each token."""
+    prefix_rewards: Tensor | None = None
+    """(B, T): r of the tokens before t, where the reward functions are asked for it; 0 before the first token."""
     drawn_from: Literal["policy", "prior", "snapshot"] = "policy"
     """What drew the completions; a snapshot is the policy at an earlier time."""
     features: dict[str, Tensor] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.judgement import JUDGEMENT_COLUMNS, Judgement, check_pairs, read_judgement
 from rlhf_bayes.rewards.normalization import Normalization
 from rlhf_bayes.rewards.pooled_reward import PooledReward, PromptCenters, prompt_centers
+from rlhf_bayes.rewards.prefix_rewards import takes_prefixes
 from rlhf_bayes.rewards.reward_ensemble import EnsembleMember, RewardEnsemble, load_reward
 from rlhf_bayes.rewards.reward_model import RewardModel
 from rlhf_bayes.rewards.scoring import RewardFunc, RewardScorer, check_rows, score
@@ -30,4 +31,5 @@ __all__ = [
     "prompt_centers",
     "read_judgement",
     "score",
+    "takes_prefixes",
 ]

@@ -3,6 +3,7 @@
 import functools
 import re
 
+from rlhf_bayes.rewards import takes_prefixes
 from rlhf_bayes.toy.lexicon import (
     ADVERBS,
     BAD_ADVERBS,
@@ -57,11 +58,13 @@ def _text(completion: str | list[dict[str, str]]) -> str:
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
+@takes_prefixes
 def sentiment_reward(completions: list[str] | list[list[dict[str, str]]], **columns: object) -> list[float]:
     """Sentiment of each completion in (-1, 1) by the toy lexicon; the prompt does not count."""
     return [sentiment(_text(completion)) for completion in completions]
 
 
+@takes_prefixes
 def vader_reward(completions: list[str] | list[list[dict[str, str]]], **columns: object) -> list[float]:
     """
     VADER's compound score of each completion in (-1, 1) (Hutto & Gilbert 2014), for any English text.

@@ -1,6 +1,6 @@
 """Rollouts on the enumerable toy, drawn from exact tables, and the gradients of an objective. Not a test module."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def rollout_of(
     rewards: Tensor,
     log_proposal: Tensor | None = None,
     drawn_from: str = "policy",
+    states: Callable[[Tensor], Tensor] | None = None,
 ) -> Rollout:
     """
     The rollout of completions that have been chosen.
@@ -36,6 +37,7 @@ def rollout_of(
         columns (`Tensor` (P, n)): for each prompt, which of the toy's completions.
         rewards (`Tensor` (P, N)): r of all completions.
         log_proposal (`Tensor` (P, N), *optional*): log q of all completions; by default log π.
+        states (`Callable`, *optional*): the objective's `states`.
     """
     for model in (policy, prior):
         enable_completion_scoring(model)
@@ -46,8 +48,15 @@ def rollout_of(
     padded, mask = pad_ids(completion_ids, "right", torch.device("cpu"))
     sequences = (padded_prompts, prompt_mask, padded, mask)
     with torch.no_grad():
-        scores, ref_scores = (score_completions(model, *sequences, toy.temperature) for model in (policy, prior))
+        scores, ref_scores = (
+            score_completions(model, *sequences, toy.temperature, with_hidden=True) for model in (policy, prior)
+        )
     log_q = scores.log_probs.sum(-1) if log_proposal is None else log_proposal.gather(1, columns).flatten()
+    kept = None
+    if states is not None:
+        rows = states(scores.hidden)  # (N, S)
+        kept = rows.new_zeros(*mask.shape, rows.size(-1))
+        kept[mask.bool()] = rows
     return Rollout(
         *sequences,
         prompt_keys=torch.arange(prompts).repeat_interleave(n),
@@ -59,6 +68,7 @@ def rollout_of(
         rewards=rewards[:prompts].gather(1, columns).flatten(),
         num_generations=n,
         drawn_from=drawn_from,
+        states=kept,
     )
 
 

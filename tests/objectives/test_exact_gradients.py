@@ -1,6 +1,7 @@
 """The expected gradient of each objective is that of its exact loss, by autograd over all completions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from rlhf_bayes.objectives import (
     ReplayBuffer,
 )
 from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
+from rlhf_bayes.objectives.ridge_critic import RidgeCritic
 from rlhf_bayes.testing import EnumerableLM
 
 from ..gradients import assert_mean_gradient
@@ -158,6 +160,43 @@ def test_ppo_ascends_the_kl_regularised_reward(temperature):
         # the loss is a mean over tokens, J one over completions
         samples.append(-gradient * rollout.completion_mask.sum() / len(rollout.rewards))
     assert_mean_gradient(torch.stack(samples), expected)
+
+
+def test_a_fitted_critic_and_rewards_of_prefixes_do_not_bias_ppo(toy):
+    """Whatever the critic was fitted to: here to prefix rewards that say the contrary of the reward."""
+    policy, prior = toy.random_policy(noise=0.1, seed=2), toy.random_policy(noise=0.0)
+    expected = torch.cat([gradient.flatten() for gradient in toy.objective_gradient(policy).values()])  # (D,)
+    world = world_of(policy)
+    objective = PPOObjective(world, beta=toy.beta, critic=RidgeCritic(world))
+    with torch.no_grad():
+        log_policy = toy.log_probs(policy)
+    generator, samples = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        rollout = rollout_of(
+            toy, policy, prior, drawn(log_policy, 32, generator), toy.rewards, states=objective.states
+        )
+        ids = rollout.completion_ids.float()
+        rollout = replace(rollout, prefix_rewards=3 - 2 * (ids.cumsum(-1) - ids))
+        gradient = gradient_of(objective, policy, rollout)
+        samples.append(-gradient * rollout.completion_mask.sum() / len(rollout.rewards))
+    assert_mean_gradient(torch.stack(samples), expected)
+    assert objective.critic.forecast(torch.ones(1, 1, objective.critic.sums.gram.size(0) - 1)).abs() > 1e-3
+
+
+def test_ppo_with_a_fitted_critic_has_no_gradient_at_the_posterior():
+    toy = EnumerableLM(vocab_size=4, max_completion_length=3)
+    policy, prior = toy.random_policy(noise=0.1, seed=5), toy.random_policy(noise=0.0)
+    rewards = toy.beta * (toy.log_probs(policy).detach() - toy.log_prior + 0.7)  # log Z = 0.7
+    world = world_of(policy)
+    objective = PPOObjective(world, beta=toy.beta, critic=RidgeCritic(world))
+    columns = torch.arange(len(toy.completion_ids)).expand(3, -1)
+    rollout = rollout_of(toy, policy, prior, columns, rewards, states=objective.states)
+    rollout = replace(rollout, prefix_rewards=rollout.completion_ids.float())
+    # the first rollout has siblings as its baseline, the second the critic, which has seen one constant return
+    for _ in range(2):
+        assert gradient_of(objective, policy, rollout).abs().max() < 1e-4
+    moved = replace(rollout, rewards=1.05 * rollout.rewards)
+    assert gradient_of(objective, policy, moved).abs().max() > 3e-4
 
 
 def test_ppo_has_no_gradient_at_the_posterior():

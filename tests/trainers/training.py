@@ -131,9 +131,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def largest_change(before: dict[str, Tensor], after: dict[str, Tensor], critic: bool = False) -> float:
     """Largest change of the policy's weights, or of the critic's."""
-    return max(
+    changes = [
         (after[name] - before[name]).abs().max().item() for name in before if (".critic." in f".{name}") == critic
-    )
+    ]
+    return max(changes, default=0.0)
 
 
 def logged(trainer: PPOTrainer | GDCTrainer, name: str) -> list[float]:

@@ -1,5 +1,6 @@
 """What the recipes have in common: flags, prompts, a training run, and an evaluation before and after it."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from rlhf_bayes.likelihoods import Likelihood, ProductLikelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_sampling
+from rlhf_bayes.trainers.ppo.old_names import check_old_flags
 
 
 @dataclass
@@ -108,12 +110,15 @@ def parse_flags(
         toy_defaults (`Mapping[str, Any]`):
             Further defaults for the bundled model, which is used where no `model_name_or_path` is named.
     """
+    check_old_flags(sys.argv[1:])
     # parsed once beforehand, since the bundled model has defaults of its own
     first_look = TrlParser((ModelConfig, _LikelihoodFlag), add_help=False, allow_abbrev=False)
     model_args, flag, *_ = first_look.parse_args_and_config(return_remaining_strings=True)
     own_model = model_args.model_name_or_path is not None
     if flag.likelihood is not None:  # the default β is that of the bundled reward
         toy_defaults = {name: value for name, value in toy_defaults.items() if name != "beta"}
+    if any("prior_probe" in of.__dataclass_fields__ for of in classes):
+        defaults = {"prior_probe": 32, **defaults}
     parser = TrlParser(tuple(classes))
     parser.set_defaults_with_config(**({**defaults} if own_model else {**defaults, **toy_defaults}))
     return own_model, parser.parse_args_and_config()

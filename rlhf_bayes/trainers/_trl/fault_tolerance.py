@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from rlhf_bayes.trainers.faults.interruption import finished_before_signals
@@ -61,28 +61,40 @@ class FaultTolerantTrainer(Trainer):
         Raises:
             ValueError: if there is no checkpoint to resume from, or it was cut short.
             FloatingPointError: after `max_nonfinite_steps` gradients that were not finite.
+            RuntimeError: after a collapse of the policy, if `stop_on_collapse`.
             SystemExit: with status 0, after SIGTERM, if `save_on_sigterm`.
         """
         output_dir = self.args.output_dir
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir, self.accelerator.num_processes)
         watch = StepWatch(self)
-        self.add_callback(watch)
+        callbacks = [watch, *self.training_callbacks()]
+        for callback in callbacks:
+            self.add_callback(callback)
         try:
             with watch.listening():
                 output = super().train(checkpoint, *args, **kwargs)
             watch.check_gradients()
+            self.check_outcome()
         except Exception as error:
             self.on_failure(error)
             error.add_note(where_to_go_on(output_dir, self.state.global_step))
             raise
         finally:
-            self.remove_callback(watch)
+            for callback in callbacks:
+                self.remove_callback(callback)
         if watch.terminated and self.state.global_step < self.state.max_steps:
             step = self.state.global_step
             logger.warning(f"SIGTERM: saved at step {step}. {where_to_go_on(output_dir, step)}")
             self.accelerator.end_training()  # a process that exits before its process group is closed may abort
             raise SystemExit(0)
         return output
+
+    def training_callbacks(self) -> list[TrainerCallback]:
+        """Further callbacks for the time of a training."""
+        return []
+
+    def check_outcome(self) -> None:
+        """Called when a training has ended without an error; raises one if it ended for a reason that is one."""
 
     def on_failure(self, error: Exception) -> None:
         """Called in every process that ends with an error, before the error is raised."""

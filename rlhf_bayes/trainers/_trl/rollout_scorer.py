@@ -61,17 +61,29 @@ class RolloutScorer:
                 # a head that FSDP shards can be used only inside the model's forward
                 heads=None if trainer.is_fsdp_enabled else self._heads,
                 graph=graph_kept(trainer.model, trainer.args) if learns else None,
+                with_hidden=trainer.objective.states is not None,
             )
             if learns:
-                self.in_flight.graph = policy
+                self.in_flight.graph = policy._replace(hidden=None)
             scored = {
                 "token_log_probs": policy.log_probs.detach(),
                 "ref_token_log_probs": ref_token_log_probs,
                 "token_entropy": policy.entropy,
                 "token_kl": token_kl,
                 "values": None if policy.values is None else policy.values.detach(),
+                "states": self._states(policy.hidden, mask),
             }
             return scored | {"log_proposal": self._log_proposal(sequences, scored)}
+
+    def _states(self, hidden: Tensor | None, mask: Tensor) -> Tensor | None:
+        """What the objective reads of the hidden states, (N, H) of the valid tokens: (B, T, S)."""
+        keep = self.trainer.objective.states
+        if keep is None or hidden is None:
+            return None
+        kept = keep(hidden.detach())  # (N, S)
+        states = kept.new_zeros(*mask.shape, kept.size(-1))
+        states[mask] = kept
+        return states
 
     def _log_proposal(self, sequences: tuple, scored: dict[str, Tensor | None]) -> Tensor:
         """log q of each completion, (B,), nats."""

@@ -11,13 +11,14 @@ TRL release moves one.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from rlhf_bayes.likelihoods import combine_rewards
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
@@ -30,16 +31,19 @@ from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
+from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
 from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
 from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
+from rlhf_bayes.trainers.rollout.alarms import Alarms
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
+from rlhf_bayes.trainers.rollout.prior_probe import PriorProbe
 from rlhf_bayes.trainers.rollout.prompt_order import SamplerByEpoch
 from rlhf_bayes.trainers.rollout.reference import Reference
 from rlhf_bayes.trainers.rollout.reward_funcs import LikelihoodReward
@@ -74,6 +78,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
     """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
     """The evidence, if it is a likelihood rather than a reward."""
+    asked_for_prefixes: Sequence[int] = ()
+    """Numbers of the reward functions that are also asked for the rewards of prefixes."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
         # RLOO would reload the reference from the model's path, without changes that were made to an instance. With
@@ -107,6 +113,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
         self.proposal: str | Snapshot = "policy"
         """What completions are drawn from in training: "policy", "prior", or a snapshot of the policy."""
+        self.alarms = Alarms(self)
         self._in_flight: RolloutInFlight | None = None
         self._step_in_progress: OptimizerStep | None = None
         share_base(self.reward_funcs, lambda: self.model)
@@ -130,6 +137,14 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         metrics, self._metrics["train"] = self._metrics["train"], defaultdict(list)
         self._generate_and_score_completions(rows)
         self._metrics["train"], self._in_flight = metrics, None
+
+    def training_callbacks(self) -> list[TrainerCallback]:
+        """The alarms, and the probe of the prior."""
+        return [self.alarms, PriorProbe(self)]
+
+    def check_outcome(self) -> None:
+        """Raise the error of a training that ended because its policy collapsed."""
+        self.alarms.check()
 
     # Rollouts
 
@@ -189,6 +204,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._failures.errors += unusable_rewards(
             rewards, self.reward_funcs, self.reward_func_names, self.args.infinite_where_forbidden
         )
+        self._in_flight.prefix_rewards = self._prefix_rewards(inputs, prompts, completion_ids_list)
         self._failures.stop_all(self.accelerator.num_processes)
         first = self.accelerator.process_index * len(prompts)
         self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
@@ -197,6 +213,15 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         eos = set(self._eos_ids)
         self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
         return rewards
+
+    def _prefix_rewards(self, inputs, prompts, completion_ids) -> Tensor | None:
+        if not self.asked_for_prefixes:
+            return None
+        funcs = [self.reward_funcs[number] for number in self.asked_for_prefixes]
+        rewards = prefix_rewards(funcs, self._tokenizer, inputs, prompts, completion_ids).to(self.accelerator.device)
+        weights, clip_range = self.reward_weights[self.asked_for_prefixes], self.args.reward_clip_range
+        combined = combine_rewards(rewards.flatten(0, 1), weights, clip_range).view(rewards.shape[:2])  # (B, T)
+        return combined.nan_to_num(0.0)
 
     @property
     def step_is_rollout(self) -> bool:
@@ -208,7 +233,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         alone = (
             self.accelerator.distributed_type == DistributedType.NO
         )  # an engine needs its forward in the same step as the loss
-        whole = self.args.steps_per_generation == 1 and not self.objective.replays
+        whole = self.args.steps_per_generation == 1 and not (self.objective.replays or self.alarms.alone)
         return alone and whole and self.proposal == "policy"
 
     def _generate_and_score_completions(self, inputs):
@@ -216,7 +241,12 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         # the reference pass and RLOO switch adapters, which would leave the critic's adapter frozen
         with kept_trainable(self.model):
             output = super()._generate_and_score_completions(inputs)
-        batch = self.objective.batch(self._rollout(inputs, output, in_flight))
+        rollout = self._rollout(inputs, output, in_flight)
+        if self.mode == "train":
+            self.alarms.see(rollout)
+            if self.alarms.alone:
+                return output
+        batch = self.objective.batch(rollout)
         self.beta = self.objective.beta
         self.after_rollout()
         columns = output | batch.columns()
@@ -239,6 +269,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
             rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
+            prefix_rewards=in_flight.prefix_rewards,
             drawn_from=self.drawn_from,
             features={} if self.evidence is None else self.evidence.features,
         )
@@ -348,6 +379,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
             "sizes": rollout_sizes(self.args),
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "objective": self.rollout_state(),
+            "alarms": self.alarms.state_dict(),
         }
         save_rollout_state(output_dir, self.accelerator, state)
 
@@ -360,6 +392,8 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         state, in_flight = read_rollout_state(checkpoint, self.accelerator, rollout_sizes(self.args))
         if state is not None:
             self.load_rollout_state(state["objective"])
+            if "alarms" in state:  # checkpoints of earlier versions have none
+                self.alarms.load_state_dict(state["alarms"])
         if in_flight:
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"].update(state["metrics"])

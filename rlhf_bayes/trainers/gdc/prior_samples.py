@@ -3,10 +3,10 @@
 from typing import Any, final
 
 from datasets import IterableDataset
-from rich.progress import track
 from transformers import TrainerCallback
 
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
+from rlhf_bayes.trainers.rollout.prior_probe import draw_in_batches
 
 
 @final
@@ -23,25 +23,14 @@ class PriorSamples(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer, processes = self.trainer, args.world_size
+        trainer = self.trainer
         if state.global_step > 0:
             return
         drawing, trainer.proposal = trainer.proposal, "prior"
         trainer.model.train()
         rows = list({str(row): row for row in trainer.train_dataset}.values())
-        per_batch = args.generation_batch_size // args.num_generations  # prompts
-        starts = [
-            start
-            for _ in range(args.prior_samples // args.num_generations)
-            for start in range(0, len(rows), per_batch)
-        ]
-        local = args.generation_batch_size // processes
         try:
-            for start in track(starts, "Draws from the prior", disable=args.disable_tqdm or args.process_index > 0):
-                # the last batch is filled up with the first rows, so that all processes draw the same number
-                batch = [rows[(start + index) % len(rows)] for index in range(per_batch)]
-                repeated = [row for row in batch for _ in range(args.num_generations)]
-                trainer.draw(repeated[args.process_index * local : (args.process_index + 1) * local])
+            draw_in_batches(trainer.draw, rows, args.prior_samples, args, "Draws from the prior")
         finally:
             trainer.proposal = drawing
 

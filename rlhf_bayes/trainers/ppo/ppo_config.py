@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlhf_bayes.trainers.field_help import document_fields
+from rlhf_bayes.trainers.ppo.old_names import OLD_FIELDS, names_successors
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
 _KL_ESTIMATORS = {
@@ -17,6 +18,7 @@ _KL_ESTIMATORS = {
 }
 
 
+@names_successors(OLD_FIELDS, "field")
 @document_fields
 @dataclass
 class PPOConfig(RolloutConfig):
@@ -55,11 +57,24 @@ class PPOConfig(RolloutConfig):
         default="shared",
         metadata={
             "help": (
+                "'ridge': a linear forecast from the policy's last hidden state and from rewards of prefixes, fitted "
+                "in closed form after each rollout; it needs no learning rate, and adds no weights to the policy. "
                 "'shared': a value head on the policy's last hidden state. 'separate': a trunk of its own, which is "
                 "`value_model`, or a LoRA adapter on the policy's base, or a copy of the reward model or of the "
                 "policy."
             ),
-            "choices": ["shared", "separate"],
+            "choices": ["ridge", "shared", "separate"],
+        },
+    )
+    prefix_rewards: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Whether the 'ridge' critic reads the rewards of prefixes: a control variate, which reduces the noise "
+                "of the gradient and never moves the optimum. A reward function is then called on every prefix of "
+                "each completion. Default: those marked with `rlhf_bayes.rewards.takes_prefixes` are asked; True asks "
+                "all of them, False none."
+            )
         },
     )
     critic_warmup_steps: int = field(
@@ -85,7 +100,7 @@ class PPOConfig(RolloutConfig):
             "vf_coef": (self.vf_coef, lambda x: 0 <= x < math.inf, "at least 0"),
             "cliprange_value": (self.cliprange_value, lambda x: 0 < x < math.inf, "positive, or None for no clipping"),
             "critic_warmup_steps": (self.critic_warmup_steps, lambda x: x >= 0, "at least 0"),
-            "critic": (self.critic, ("shared", "separate").__contains__, "'shared' or 'separate'"),
+            "critic": (self.critic, ("ridge", "shared", "separate").__contains__, "'ridge', 'shared' or 'separate'"),
             "target_kl": (self.target_kl, lambda x: 0 < x < math.inf, "positive (nats per sequence), or None"),
             "kl_horizon": (self.kl_horizon, lambda x: x >= 1, "at least 1 (episodes)"),
             "epsilon": (self.epsilon, lambda x: 0 < x <= 1, "in (0, 1]"),
@@ -97,8 +112,26 @@ class PPOConfig(RolloutConfig):
         if self.kl_estimator != "k1":
             reason = _KL_ESTIMATORS.get(self.kl_estimator, "it is not known")
             raise ValueError(f"`kl_estimator` must be 'k1', got {self.kl_estimator!r}: {reason}. Leave it at 'k1'.")
+        self._check_critic()
         if self.target_kl is not None and self.beta == 0:
             raise ValueError(
                 f"`beta` must be positive with `target_kl`={self.target_kl}, got 0: β adapts by factors. Start from, "
                 "say, `beta=0.05`."
             )
+
+    def _check_critic(self) -> None:
+        if self.critic != "ridge" and self.prefix_rewards:
+            raise ValueError(
+                f"`prefix_rewards` must be left out with `critic`={self.critic!r}, got True: only the 'ridge' critic "
+                "reads them. Set `critic='ridge'`."
+            )
+        if self.critic != "ridge":
+            return
+        of_gradient = ("critic_warmup_steps", "vf_coef", "cliprange_value")
+        for name in of_gradient:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`{name}` must be left out with `critic='ridge'`, got {getattr(self, name)}: it belongs to a "
+                    "critic that learns by gradient, and this one is fitted in closed form. Leave it out, or set "
+                    "`critic='shared'`."
+                )

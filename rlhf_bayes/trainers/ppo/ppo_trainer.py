@@ -8,11 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_bayes.likelihoods import Likelihood
-from rlhf_bayes.lm.critic import CRITIC
+from rlhf_bayes.lm.critic import CRITIC, Critic
 from rlhf_bayes.objectives import PPOObjective
+from rlhf_bayes.objectives.ridge_critic import RidgeCritic
 from rlhf_bayes.rewards import RewardModel
+from rlhf_bayes.rewards.prefix_rewards import functions_of_prefixes
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
+from rlhf_bayes.trainers.ppo.old_names import OLD_ARGUMENTS, OLD_METHODS, names_successors, said_of
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
@@ -22,6 +25,7 @@ from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
 logger = logging.getLogger(__name__)
 
 
+@names_successors(OLD_ARGUMENTS, "argument")
 class PPOTrainer(RolloutTrainer):
     r"""
     Proximal policy optimisation of E[r] − β·KL(πθ‖π0).
@@ -118,12 +122,19 @@ class PPOTrainer(RolloutTrainer):
                 f"`weight_decay` must be 0 with `critic_warmup_steps` under DeepSpeed, got {args.weight_decay}: its "
                 "optimizer would shrink the policy's weights while only the critic learns. Set `weight_decay=0.0`."
             )
+        if value_model is not None and args.critic == "ridge":
+            raise ValueError(
+                "`value_model` must be left out with `critic='ridge'`, which is fitted anew in each run. Leave it "
+                "out, or set `critic='shared'` or `critic='separate'`."
+            )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
         check_evidence(args, reward_funcs, likelihood, reward_processing_classes)
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
         self.evidence = None if likelihood is None else reward_funcs[0]
+        if args.critic == "ridge":
+            self.asked_for_prefixes = functions_of_prefixes(reward_funcs, args.prefix_rewards)
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
@@ -144,9 +155,11 @@ class PPOTrainer(RolloutTrainer):
             peft_config=peft_config,
         )
         self.beta = beta_of(args, likelihood)
-        self.critic = attach_critic(
-            self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
-        )
+        self.critic: Critic | None = None
+        if args.critic != "ridge":
+            self.critic = attach_critic(
+                self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
+            )
         self.objective = self._make_objective()
         if optimizers[0] is not None:
             # they are added to the last group, since a scheduler made earlier has no learning rate for a new group
@@ -154,9 +167,16 @@ class PPOTrainer(RolloutTrainer):
                 parameter for parameter in self._critic_parameters() if parameter.requires_grad
             )
 
+    def __getattr__(self, name: str):
+        # called for names that are no attribute
+        if name in OLD_METHODS:
+            raise AttributeError(said_of([name], OLD_METHODS, "is no method of PPOTrainer"))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def _make_objective(self) -> PPOObjective:
+        world = TrainerWorld(self)
         return PPOObjective(
-            TrainerWorld(self),
+            world,
             beta=self.beta,
             lam=self.args.lam,
             epsilon_low=self.epsilon_low,
@@ -167,6 +187,7 @@ class PPOTrainer(RolloutTrainer):
             critic_warmup_steps=self.args.critic_warmup_steps,
             target_kl=self.args.target_kl,
             kl_horizon=self.args.kl_horizon,
+            critic=RidgeCritic(world) if self.args.critic == "ridge" else None,
         )
 
     def _reward_models(self) -> list[tuple[nn.Module, PreTrainedTokenizerBase]]:
@@ -182,7 +203,8 @@ class PPOTrainer(RolloutTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # while only the critic learns, the gradient must not reach a trunk that it shares with the policy
-        self.critic.detach_trunk = self.objective.critic_warms_up and self.args.critic == "shared"
+        if self.critic is not None:
+            self.critic.detach_trunk = self.objective.critic_warms_up and self.args.critic == "shared"
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.objective.critic_warms_up:
             # gradients are set to None rather than 0, since weight decay moves weights whose gradient is 0

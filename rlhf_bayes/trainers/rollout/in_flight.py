@@ -21,6 +21,8 @@ class RolloutInFlight:
     """Log-probs, entropies, exact KLs and values of each token, (B, T), and log q of each completion, (B,)."""
     rewards_per_func: Tensor | None = None
     """(B, F): results of each reward function; nan for None, -inf where a completion is forbidden."""
+    prefix_rewards: Tensor | None = None
+    """(B, T): r of the tokens before t, where the reward functions are asked for it."""
     ended: Tensor | None = None
     """(B,) bool: whether EOS was drawn."""
     graph: CompletionScores | None = None

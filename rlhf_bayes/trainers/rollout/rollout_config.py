@@ -46,6 +46,26 @@ class RolloutConfig(FaultConfig, RLOOConfig):
             )
         },
     )
+    prior_probe: int = field(
+        default=0,
+        metadata={
+            "help": (
+                "Completions that the prior draws before training for each prompt of one batch, to print what β asks "
+                "for, whether the distance to it can be measured, and which β or how many completions would do. The "
+                "training is the same with and without. 0: none. The recipes draw 32."
+            )
+        },
+    )
+    stop_on_collapse: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether to end the training, with a checkpoint and an error, once the policy is certainly worse than "
+                "the untrained prior (its ELBO is below the prior's expected evidence), or its entropy is far below "
+                "the posterior's. Without it there is one warning of each."
+            )
+        },
+    )
     reward_timeout: float | None = field(
         default=None,
         metadata={
@@ -115,6 +135,7 @@ class RolloutConfig(FaultConfig, RLOOConfig):
             "reward_clip_range": (self.reward_clip_range, lambda x: x[0] < x[1], "(low, high) with low < high"),
             "temperature": (self.temperature, lambda x: 0 < x < math.inf, "positive and finite"),
             "reward_timeout": (self.reward_timeout, lambda x: 0 < x < math.inf, "positive (seconds), or None"),
+            "prior_probe": (self.prior_probe, lambda x: x >= 0, "at least 0 (completions)"),
             "reward_retries": (self.reward_retries, lambda x: x >= 0, "at least 0"),
         }
 

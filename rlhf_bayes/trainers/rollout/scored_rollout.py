@@ -29,6 +29,7 @@ def score_under_both(
     sequences: tuple,
     heads: Callable[[nn.Module], AbstractContextManager[list[LMHead]]] | None,
     graph: AbstractContextManager | None = None,
+    with_hidden: bool = False,
 ) -> tuple[CompletionScores, Tensor, Tensor | None]:
     """
     Score completions under policy and prior, by two forwards and one pass over the vocabulary.
@@ -45,13 +46,15 @@ def score_under_both(
             Without it, each model uses its own projection inside its forward, and there is no exact KL.
         graph (`AbstractContextManager`, *optional*):
             A context for the policy's forward in which gradients are enabled, so that its log-probs carry a gradient.
+        with_hidden (`bool`, *optional*, defaults to `False`):
+            Whether the policy's scores hold its hidden states.
 
     Returns:
         The policy's scores, and log-probs of the prior and exact KLs of each token, (B, T), nats, 0 on padding.
     """
     _, _, completion_ids, mask, _ = sequences
     with graph or nullcontext():
-        policy = score_completions(model, *sequences, hidden_only=heads is not None)
+        policy = score_completions(model, *sequences, hidden_only=heads is not None, with_hidden=with_hidden)
     with reference.active(model) as ref_model:
         ref = score_completions(ref_model, *sequences, hidden_only=heads is not None, with_values=False)
     if heads is None:
@@ -59,7 +62,8 @@ def score_under_both(
     with heads(ref_model) as (head, ref_head), torch.set_grad_enabled(graph is not None):
         columns = token_log_probs_and_exact_kl(policy.hidden, head, ref.hidden, ref_head, completion_ids[mask])
         log_probs, ref_log_probs, entropy, token_kl = (scatter(column, mask) for column in columns)
-    return CompletionScores(log_probs, entropy, policy.values, None), ref_log_probs, token_kl
+    hidden = policy.hidden if with_hidden else None
+    return CompletionScores(log_probs, entropy, policy.values, hidden), ref_log_probs, token_kl
 
 
 def scored_by_length(

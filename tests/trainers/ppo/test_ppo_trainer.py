@@ -33,7 +33,7 @@ class Seeded(TrainerCallback):
         torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["ridge", "shared", "separate"])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
 def test_at_the_posterior_nothing_moves(toy, tmp_path, critic, lam):
     policy = toy.random_policy(noise=0.1, seed=5)
@@ -41,9 +41,10 @@ def test_at_the_posterior_nothing_moves(toy, tmp_path, critic, lam):
     table = toy.beta * (toy.log_probs(policy).detach() - toy.log_prior)
     assert table.abs().max() > 0.1
     recorder = Recorder()
+    value_loss = {} if critic == "ridge" else {"vf_coef": 1.0}
     trained = trainer(
         toy,
-        config(tmp_path, max_steps=2, learning_rate=1.0, critic=critic, lam=lam, vf_coef=1.0),
+        config(tmp_path, max_steps=2, learning_rate=1.0, critic=critic, lam=lam, **value_loss),
         policy,
         table_reward(toy, table),
         ref_model=toy.random_policy(noise=0.0),
@@ -108,7 +109,7 @@ def test_the_first_advantages_are_the_returns(toy, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["ridge", "shared", "separate"])
 def test_it_learns_the_posterior(toy, tmp_path, critic):
     before = toy.reverse_kl(toy.model).mean().item()
     changes = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear", "max_grad_norm": 1.0}

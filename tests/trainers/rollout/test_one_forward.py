@@ -13,6 +13,7 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 STEPS = {"max_steps": 3, "learning_rate": 0.2}
 RUNS = {
     "ppo": (config, {}, None),
+    "ppo-ridge": (config, {"critic": "ridge"}, None),
     "ppo-separate": (config, {"critic": "separate", "num_iterations": 2}, None),
     "ppo-warm-up": (config, {"critic_warmup_steps": 2}, None),
     "ppo-lora": (config, {"critic": "separate"}, LORA),

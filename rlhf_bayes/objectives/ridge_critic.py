@@ -1,0 +1,112 @@
+"""A critic that is fitted in closed form after each rollout, on hidden states and on rewards of prefixes."""
+
+import functools
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from rlhf_bayes.numerics.ridge import RegressionSums, ridge_fits, with_constant
+from rlhf_bayes.objectives.world import World
+
+_PENALTIES = torch.tensor([*(10.0**exponent for exponent in range(-4, 2)), torch.inf])
+_DECAY = 0.95  # of the sums, from one rollout to the next: the policy, whose returns they hold, moves
+_MOST_STATES = 512  # entries of a hidden state; larger states are projected
+
+
+@final
+class RidgeCritic:
+    r"""
+    Forecasts the return of a whole completion from its prefix, by ridge regression on past rollouts.
+
+        u(prompt, x_<t) = b + aᵀ·[h_t, r(x_<t), r(x_<t)·t/T, paid_t, t/T, (t/T)²]  ≈  E_π[r − β·log(π/π0)(x) | x_<t]
+
+    h_t is the policy's last hidden state, r(x_<t) the reward of the prefix where the reward functions can be asked for
+    it, and paid_t = −β·Σ_{i<t} log(π/π0)(x_i) the penalty that is known already. Their coefficients are fitted, so the
+    data decide how far the critic forecasts the reward to go, coefficients of 1, or the return as a whole, 0.
+
+    The penalty is chosen by what each would have forecast of the rollouts so far, each before it was learnt from; an
+    infinite one, which forecasts the mean, is among them. A forecast never uses the rollout that it is for, so the
+    gradient stays unbiased with λ = 1. The critic has no weights in the policy and needs no learning rate.
+
+    Args:
+        world ([`World`]):
+            The training loop, over whose processes sums are added.
+    """
+
+    def __init__(self, world: World):
+        self.world = world
+        self.sums: RegressionSums | None = None
+        self.errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
+        """(K,): for each penalty, the sum of squared errors of its forecasts, units of the reward squared."""
+        self._fits: Tensor | None = None
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The part of hidden states, (N, H), that is used: (N, F) fp32. Large ones are projected at random."""
+        size = hidden.size(-1)
+        if size <= _MOST_STATES:
+            return hidden.float()
+        return hidden.float() @ _projection(size).to(hidden.device)
+
+    def features(self, states: Tensor, prefix_rewards: Tensor | None, paid: Tensor) -> Tensor:
+        """
+        The features of each prefix: (B, T, F).
+
+        Args:
+            states (`torch.Tensor`): what `states` returned, of each prefix (B, T, S).
+            prefix_rewards (`torch.Tensor`, *optional*): r of the tokens before t (B, T).
+            paid (`torch.Tensor`): −β·Σ_{i<t} log(π/π0)(x_i) (B, T), units of the reward.
+        """
+        time = torch.linspace(0, 1, paid.size(1), device=paid.device).expand_as(paid)  # (B, T)
+        columns = [paid, time, time**2]
+        if prefix_rewards is not None:
+            columns += [prefix_rewards, prefix_rewards * time]
+        return torch.cat([states, torch.stack(columns, dim=-1)], dim=-1)
+
+    def forecast(self, features: Tensor) -> Tensor:
+        """u before each token, (B, T), units of the reward; 0 before the first rollout."""
+        if self._fits is None:
+            return features.new_zeros(features.shape[:-1])
+        best = self._fits[int(self.errors.argmin())].to(features)  # (1 + F,)
+        return with_constant(features) @ best
+
+    def learn(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """
+        Learn from a rollout whose forecasts have been made.
+
+        Args:
+            features (`torch.Tensor`): (B, T, F).
+            returns (`torch.Tensor`): r − β·log(π/π0) of each completion (B,).
+            mask (`torch.Tensor`): bool (B, T), right-padded.
+        """
+        lengths = mask.sum(-1, keepdim=True).expand_as(mask)  # (B, T)
+        rows, targets = features[mask], returns[:, None].expand_as(mask)[mask]  # (N, F), (N,)
+        # a completion counts once, however many tokens it has: its tokens share one return
+        weights = 1 / lengths[mask].float()
+        if self._fits is not None:
+            residuals = targets[:, None] - with_constant(rows) @ self._fits.T.to(rows)  # (N, K)
+            errors = self.world.reduce((weights[:, None] * residuals.square()).sum(0))  # (K,)
+            self.errors = _DECAY * self.errors + errors.double().cpu()
+        sums = RegressionSums.of(rows, targets, weights)
+        sums = RegressionSums(self.world.reduce(sums.gram).cpu(), self.world.reduce(sums.cross).cpu())
+        self.sums = sums if self.sums is None else self.sums.plus(sums, _DECAY)
+        self._fits = ridge_fits(self.sums, _PENALTIES)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for a checkpoint."""
+        sums = {} if self.sums is None else {"gram": self.sums.gram, "cross": self.sums.cross}
+        return sums | {"errors": self.errors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
+        self.errors = state["errors"]
+        if "gram" in state:
+            self.sums = RegressionSums(state["gram"], state["cross"])
+            self._fits = ridge_fits(self.sums, _PENALTIES)
+
+
+@functools.cache
+def _projection(size: int) -> Tensor:
+    """(H, S), the same in every process and run: it keeps distances but for a few percent."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(size, _MOST_STATES, generator=generator) / _MOST_STATES**0.5

@@ -1,0 +1,97 @@
+"""Rewards of the prefixes of completions, which a critic may read: they reduce noise, and never change the target."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_bayes.rewards.scoring import NOT_PASSED_BY_TRL, PASSED_BY_TRL
+from rlhf_bayes.rewards.validation import callable_name, is_async_callable
+
+_MARK = "takes_prefixes"
+Function = TypeVar("Function", bound=Callable)
+
+
+def takes_prefixes(func: Function) -> Function:
+    """
+    Mark a reward function that may be asked for the reward of a prefix of a completion, by a decorator.
+
+    Say so of a function that has a meaning on half a text and costs little, such as one that looks up words: it is
+    called on as many texts as there are tokens. `PPOTrainer` then uses these rewards to tell which token earned what.
+    The reward of a completion, and so the optimum, stays what it is.
+    """
+    setattr(func, _MARK, True)
+    return func
+
+
+def functions_of_prefixes(reward_funcs: Sequence[Any], asked: bool | None) -> list[int]:
+    """
+    Which reward functions are asked for the rewards of prefixes, by their number.
+
+    Args:
+        reward_funcs (`Sequence`):
+            Reward functions of a trainer.
+        asked (`bool`, *optional*):
+            `prefix_rewards` of the configuration: True for all, False for none, None for those that are marked.
+
+    Raises:
+        ValueError: if it is True, and a function is a module or async.
+    """
+    if asked is None:
+        return [n for n, func in enumerate(reward_funcs) if getattr(getattr(func, "__wrapped__", func), _MARK, False)]
+    for func in reward_funcs if asked else ():
+        if isinstance(func, nn.Module) or is_async_callable(func):
+            kind = "a module" if isinstance(func, nn.Module) else "async"
+            raise ValueError(
+                f"`prefix_rewards` must be left out, or False, with the reward function '{callable_name(func)}', "
+                f"which is {kind}: it would be called on as many texts as there are tokens. Leave it out, and mark "
+                "the functions that can be asked with the decorator `rlhf_bayes.rewards.takes_prefixes`."
+            )
+    return list(range(len(reward_funcs))) if asked else []
+
+
+def prefix_rewards(
+    reward_funcs: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[dict[str, Any]],
+    prompts: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+) -> Tensor:
+    """
+    The rewards of the first t tokens of each completion, for t = 0, …, T − 1: (B, T, F), on the CPU.
+
+    It is nan for t = 0, on padding, and where a function returns `None`.
+
+    Args:
+        reward_funcs (`Sequence`):
+            F functions of TRL's protocol.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Decodes the prefixes; special tokens are skipped, as TRL does.
+        inputs (`Sequence[dict]`):
+            The rows of the dataset, one for each completion.
+        prompts, completion_ids:
+            Of each completion.
+    """
+    lengths = [len(ids) for ids in completion_ids]
+    rows = [row for row, length in enumerate(lengths) for _ in range(1, length)]
+    prefixes = [list(ids[:stop]) for ids in completion_ids for stop in range(1, len(ids))]
+    texts = tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+    chat = not isinstance(prompts[0], str)
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    names = [name for name in inputs[0] if name not in (*NOT_PASSED_BY_TRL, *PASSED_BY_TRL)]
+    columns = {name: [inputs[row][name] for row in rows] for name in names}
+    columns |= {"prompts": [prompts[row] for row in rows], "completions": completions, "completion_ids": prefixes}
+    by_function = [
+        [torch.nan if reward is None else reward for reward in func(**columns)] if rows else []
+        for func in reward_funcs
+    ]
+    rewards = torch.tensor(by_function).view(len(reward_funcs), -1).T  # (N, F)
+    result = torch.full((len(lengths), max(lengths, default=0), len(reward_funcs)), torch.nan)
+    start = 0
+    for row, length in enumerate(lengths):
+        count = max(length - 1, 0)
+        result[row, 1 : 1 + count] = rewards[start : start + count]
+        start += count
+    return result
