@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import real_reward
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ class Task:
     model: Path
     prompts: list[str]
     reward: Reward
-    """Of TRL's protocol. It sees the decoded completion, without special tokens; no task's reward reads the prompt."""
+    """Of TRL's protocol. It gets the decoded completion, without special tokens."""
     beta: float
     length: int = LENGTH
     num_generations: int = NUM_GENERATIONS
@@ -86,4 +87,13 @@ def bitstories(folders: Folders) -> Task:
     return Task("bitstories", model, first_words(folders), vader_reward, beta=0.25)
 
 
-TASKS: dict[str, Callable[[Folders], Task]] = {"stories": stories, "bitstories": bitstories}
+def convincing(folders: Folders) -> Task:
+    model, prompts, beta = folders.shared / "models" / "stories260K", first_words(folders), 0.25
+    trained = real_reward.trained_reward(
+        folders.output / "reward_model", model, folders.shared / "data", prompts, LENGTH
+    )
+    reward = real_reward.as_reward(real_reward.evidence(trained), beta)
+    return Task("convincing", model, prompts, reward, beta)
+
+
+TASKS: dict[str, Callable[[Folders], Task]] = {"stories": stories, "bitstories": bitstories, "convincing": convincing}

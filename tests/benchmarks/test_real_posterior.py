@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from rlhf_bayes import toy as toy_data
+from rlhf_bayes.rewards import load_reward
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 from .scripts import load
@@ -14,7 +16,9 @@ from .scripts import load
 pytestmark = pytest.mark.slow
 
 # the benchmark takes them from its folder when it runs as a script
-load("equal_samples")
+for name in ("equal_samples", "preference_files", "reward_methods"):
+    load(name)
+real_reward = load("real_reward")
 fast, tasks = load("cached_llama"), load("real_tasks")
 estimates, worker, report = load("posterior_distances"), load("real_posterior_worker"), load("real_report")
 real_posterior = load("real_posterior")
@@ -140,6 +144,23 @@ def test_log_z_of_a_batch_has_the_expectation_of_enumeration(task):
     assert abs(plain - exact) < error
     assert abs(corrected - (2 * exact - mean)) < 2 * error
     assert abs(toy.log_z()[2] - exact) > 2 * error  # so there is a bias to see
+
+
+def test_a_reward_model_of_preferences_and_a_soft_condition_are_the_evidence(preferences, tmp_path, monkeypatch):
+    monkeypatch.setattr(real_reward, "MAX_LENGTH", 64)
+    monkeypatch.setattr(real_reward, "NORMALIZE_SAMPLES", 16)
+    base, prompts = Path(toy_data.model_path()), ["The film was", "The hotel was"]
+    folder = real_reward.trained_reward(tmp_path / "reward", base, preferences, prompts, length=8)
+    completions = ["good", "very good, said the Fox", "bad for catfish", "two cats."]
+    likelihood = real_reward.evidence(folder)
+    found = likelihood.log_likelihood(["The film was"] * 4, completions, [[1]] * 4).tolist()
+    rewards = load_reward(folder)(prompts=["The film was"] * 4, completions=completions)
+    assert real_reward.names_an_animal(completions) == [0, 1, 0, 1]
+    nats = [reward / 0.8 + 1.5 * animal for reward, animal in zip(rewards, (0, 1, 0, 1), strict=True)]
+    assert found == pytest.approx(nats, rel=1e-5)
+    reward = real_reward.as_reward(likelihood, beta=0.25)
+    assert reward(["The film was"] * 4, completions, [[1]] * 4) == pytest.approx([0.25 * x for x in nats], rel=1e-5)
+    assert real_reward.trained_reward(folder, base / "nowhere", preferences, prompts, 8) == folder  # not trained twice
 
 
 def test_the_set_of_rates_grows_until_the_best_is_inside():

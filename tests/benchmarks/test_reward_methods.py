@@ -1,4 +1,3 @@
-import gzip
 import json
 import math
 import statistics
@@ -15,34 +14,6 @@ pytestmark = pytest.mark.slow
 
 files = load("preference_files")
 methods = load("reward_methods")
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Both sets of preferences, with made-up rows in the form of the real ones: the longer text wins."""
-    folder = tmp_path_factory.mktemp("preferences")
-    arguments, pairs, dialogues = [], [], []
-    for topic in range(6):
-        texts = ["the film was " + "very " * n + "good" for n in (0, 2, 5, 9)]
-        ids = [f"topic{topic}/arg{n}" for n in range(4)]
-        arguments += [{"id": i, "stance": "Yes", "text": text} for i, text in zip(ids, texts, strict=True)]
-        for first, second in ((0, 1), (3, 1), (2, 0), (1, 2), (0, 3), (2, 3)):
-            better = "a1" if first > second else "a2"
-            votes = [[7, better, 0.3], [8, better, 0.5], [9, "equal", 0.1], [topic, "a1", 0.4]]
-            pairs.append({"topic": f"t{topic}", "title": f"Film {topic}", "a1": ids[first], "a2": ids[second]})
-            pairs[-1] |= {"gold": better, "votes": votes}
-            dialogue = {"prompt": f"\n\nHuman: film {topic}?\n\nAssistant:", "chosen": " " + texts[max(first, second)]}
-            dialogues.append(dialogue | {"rejected": " " + texts[min(first, second)]})
-    write(folder / "ukp_convarg1" / "arguments.jsonl.gz", arguments)
-    write(folder / "ukp_convarg1" / "pairs.jsonl.gz", pairs)
-    write(folder / "hh_rlhf" / "pairs.jsonl.gz", dialogues)
-    return folder
 
 
 def test_votes_follow_the_texts_when_a_pair_is_turned():
@@ -63,8 +34,8 @@ def test_votes_follow_the_texts_when_a_pair_is_turned():
     }
 
 
-def test_no_group_is_on_both_sides_of_a_split(folder):
-    rows = files.load_ukp(folder)
+def test_no_group_is_on_both_sides_of_a_split(preferences):
+    rows = files.load_ukp(preferences)
     pairs = files.split(rows, seed=3, share=0.25)
     train, test = pairs.train, pairs.test
     assert not {row["group"] for row in train} & {row["group"] for row in test}
@@ -123,8 +94,8 @@ def test_differences_are_taken_within_a_seed():
     assert (name, log_loss) == ([methods.VOTES], ["-0.3750 ± 0.1250"])
 
 
-def test_words_find_that_longer_texts_win(folder):
-    pairs = files.split(files.load_ukp(folder), seed=0, share=0.25)
+def test_words_find_that_longer_texts_win(preferences):
+    pairs = files.split(files.load_ukp(preferences), seed=0, share=0.25)
     for max_words in (0, None):
         metrics = methods.metrics_of(methods.judge_words(pairs, seed=0, max_words=max_words), pairs)
         assert metrics["accuracy"] == 1
@@ -132,12 +103,12 @@ def test_words_find_that_longer_texts_win(folder):
 
 
 @pytest.mark.parametrize("data", ["ukp", "hh"])
-def test_every_method_is_judged_on_the_same_pairs(data, folder, tmp_path, capsys, monkeypatch):
+def test_every_method_is_judged_on_the_same_pairs(data, preferences, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(methods, "quiet", lambda: None)  # for the tests that come after in this process
     image, figures = tmp_path / "reliability.png", tmp_path / "figures.json"
     chosen = [part for name in methods.METHODS[data] for part in ("--method", name)]
     options = ["--seeds", "1", "--train-pairs", "12", "--test-pairs", "7", "--batch", "4", "--max-length", "64"]
-    source = ["--data", data, "--folder", str(folder), "--model", toy.model_path()]
+    source = ["--data", data, "--folder", str(preferences), "--model", toy.model_path()]
     methods.main([*source, *options, *chosen, "--plot", str(image), "--json", str(figures)])
     output = capsys.readouterr().out
     assert "36 pairs. Left out: 0 with an empty text" in output

@@ -1,5 +1,6 @@
 """What the recipes have in common: flags, prompts, a training run, and an evaluation before and after it."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from rlhf_bayes.likelihoods import Likelihood, ProductLikelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_sampling
+from rlhf_bayes.trainers.ppo.old_names import check_old_flags
 
 
 @dataclass
@@ -108,6 +110,7 @@ def parse_flags(
         toy_defaults (`Mapping[str, Any]`):
             Further defaults for the bundled model, which is used where no `model_name_or_path` is named.
     """
+    check_old_flags(sys.argv[1:])
     # parsed once beforehand, since the bundled model has defaults of its own
     first_look = TrlParser((ModelConfig, _LikelihoodFlag), add_help=False, allow_abbrev=False)
     model_args, flag, *_ = first_look.parse_args_and_config(return_remaining_strings=True)

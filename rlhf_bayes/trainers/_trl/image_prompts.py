@@ -10,6 +10,7 @@ TRL release moves one.
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class ImagePromptRLOO(RepairedRLOO):
 
     model_inputs: list[RowInputs] | None = None
     """Inputs of the prompts of the current rollout besides their tokens; None with a tokenizer."""
-    data_rows: list[dict[str, Any]]
+    data_rows: Sequence[dict[str, Any]] = ()
     """The rows of the dataset that the current rollout is drawn for, as reward functions get them."""
 
     @property

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from rlhf_bayes.trainers.field_help import document_fields
+from rlhf_bayes.trainers.ppo.old_names import OLD_FIELDS, names_successors
 from rlhf_bayes.trainers.rollout.rollout_config import NumberRules, RolloutConfig
 
 _KL_ESTIMATORS = {
@@ -17,6 +18,7 @@ _KL_ESTIMATORS = {
 }
 
 
+@names_successors(OLD_FIELDS, "field")
 @document_fields
 @dataclass
 class PPOConfig(RolloutConfig):

@@ -15,6 +15,7 @@ from rlhf_bayes.rewards import RewardModel
 from rlhf_bayes.rewards.prefix_rewards import functions_of_prefixes
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
+from rlhf_bayes.trainers.ppo.old_names import OLD_ARGUMENTS, OLD_METHODS, names_successors, said_of
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
@@ -24,6 +25,7 @@ from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
 logger = logging.getLogger(__name__)
 
 
+@names_successors(OLD_ARGUMENTS, "argument")
 class PPOTrainer(RolloutTrainer):
     r"""
     Proximal policy optimisation of E[r] − β·KL(πθ‖π0).
@@ -169,6 +171,12 @@ class PPOTrainer(RolloutTrainer):
             self.optimizer.param_groups[-1]["params"].extend(
                 parameter for parameter in self._critic_parameters() if parameter.requires_grad
             )
+
+    def __getattr__(self, name: str):
+        # called for names that are no attribute
+        if name in OLD_METHODS:
+            raise AttributeError(said_of([name], OLD_METHODS, "is no method of PPOTrainer"))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _make_objective(self) -> PPOObjective:
         world = TrainerWorld(self)
