@@ -6,7 +6,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
