@@ -148,9 +148,8 @@ def test_flags(parser_class, tmp_path):
 
 def test_yaml(tmp_path):
     file = tmp_path / "ppo.yaml"
-    file.write_text(
-        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nkl_horizon: 500\nbeta: 1e-2\ncritic: shared\nvf_coef: 0.5\n"
-    )
+    settings = "use_cpu: true\nbf16: false\nkl_horizon: 500\nbeta: 1e-2\ncritic: shared\nvf_coef: 0.5\n"
+    file.write_text(f"output_dir: {tmp_path}\n{settings}")
     (args,) = TrlParser(PPOConfig).parse_args_and_config(["--config", str(file), "--vf_coef", "0.25"])
     assert (args.kl_horizon, args.beta, args.vf_coef) == (500, 0.01, 0.25)
 
