@@ -195,7 +195,7 @@ def test_the_callback_tells_all_processes_what_one_would_find(workplace, engine)
 def test_recipes_end_well(workplace, engine):
     folder = launched(workplace, engine) / "recipes"
     left = {"trainer_state.json", "evaluation.json", "sampling.json", "draws.jsonl", "prior.jsonl"}
-    assert left | {"model.safetensors", "curves.png", "critic"} <= set(os.listdir(folder / "ppo"))
-    assert {"adapter_model.safetensors", "critic"} <= set(os.listdir(folder / "ppo-lora"))
+    assert left | {"model.safetensors", "curves.png"} <= set(os.listdir(folder / "ppo"))
+    assert {"adapter_model.safetensors"} <= set(os.listdir(folder / "ppo-lora"))
     assert {"model.safetensors", "curves.png"} <= set(os.listdir(folder / "gdc"))
     assert {"model.safetensors", "reward_model.json"} <= set(os.listdir(folder / "reward"))
