@@ -39,7 +39,7 @@ FLOOR, RLOO, PPO, SEPARATE, OLD, GDC = range(6)
 METHODS = {
     FLOOR: ("floor", {"method": "floor"}),
     RLOO: ("RLOO", {"method": "rloo"}),
-    PPO: ("PPO, shared critic", {"method": "ppo", "critic": "shared"}),
+    PPO: ("PPO", {"method": "ppo"}),
     SEPARATE: ("PPO, separate critic", {"method": "ppo", "critic": "separate"}),
     GDC: ("GDC, forward KL", {"method": "gdc"}),
     OLD: ("PPO of trl 1.12", {"method": "ppo_1_12"}),
@@ -51,13 +51,13 @@ SETTINGS = {
     "LoRA, 4 epochs": {"lora": True, "epochs": 4},
 }
 AIMS = (
-    ("PPO, shared critic: at least 0.9 × the speed of RLOO", PPO, RLOO, "total", 0.9),
-    ("PPO, shared critic: at least 1.5 × the speed of trl 1.12", PPO, OLD, "total", 1.5),
+    ("PPO: at least 0.9 × the speed of RLOO", PPO, RLOO, "total", 0.9),
+    ("PPO: at least 1.5 × the speed of trl 1.12", PPO, OLD, "total", 1.5),
     ("PPO, separate critic, beside trl 1.12, whose critic is always separate", SEPARATE, OLD, "total", None),
     # 1 / 1.1 and 1 / 1.15
-    ("PPO, shared critic: at least 0.91 × the speed of the floor", PPO, FLOOR, "total", 0.91),
+    ("PPO: at least 0.91 × the speed of the floor", PPO, FLOOR, "total", 0.91),
     ("GDC: at least 0.87 × the speed of the floor", GDC, FLOOR, "total", 0.87),
-    ("PPO, shared critic: at least 2 × less memory than trl 1.12 (an aim with LoRA)", PPO, OLD, "memory", 2.0),
+    ("PPO: at least 2 × less memory than trl 1.12 (an aim with LoRA)", PPO, OLD, "memory", 2.0),
 )
 Results = dict[tuple[str, int], list[dict[str, float]]]
 

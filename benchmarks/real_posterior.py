@@ -51,6 +51,8 @@ METHODS: dict[str, Method] = {
     "GRPO": Method("grpo"),
     "GRPO, rewards not scaled": Method("grpo", {"scale_rewards": "none"}),
     "PPO": Method("ppo"),
+    "PPO, without rewards of prefixes": Method("ppo", {"prefix_rewards": False}),
+    "PPO, a value head as critic": Method("ppo", {"critic": "shared"}),
     "PPO, 4 epochs × 4 minibatches": Method("ppo", FOUR_BY_FOUR, MANY_UPDATES),
     "PPO, TRL's learning rate": Method("ppo", {}, (1e-6,)),
     "GDC, js": Method("gdc", {"divergence": "js"}),

@@ -53,7 +53,7 @@ class Row:
 
     method: str  # floor, rloo, ppo, gdc, or ppo_1_12
     lora: bool = False
-    critic: str = "shared"
+    critic: str = "ridge"
     epochs: int = 1
 
 

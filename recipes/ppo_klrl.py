@@ -1,8 +1,8 @@
 r"""PPO with an explicit KL penalty to the prior: trains a language model towards π0(x|c)·exp(r(c,x)/β)/Z(c).
 
 The objective is that of Korbak, Perez & Buckley 2022 (arXiv 2205.11275, equations 3 and 4). Departures from the PPO
-of Ziegler et al. 2019: β is fixed unless `--target_kl` is given, because it defines the posterior; the critic is a
-value head on the policy's trunk; the result is evaluated by its distance to the posterior in nats, log Z − ELBO.
+of Ziegler et al. 2019: β is fixed unless `--target_kl` is given, because it defines the posterior; the critic is
+fitted in closed form after each rollout; the result is evaluated by its distance to the posterior, log Z − ELBO, nats.
 
 Without arguments, in about two minutes on two CPU cores, a bundled tiny model learns to write kind reviews:
 

@@ -70,13 +70,13 @@ class Claim:
         """
         text = json.dumps([inspect.getsource(function), settings], sort_keys=True)
         key = f"{function.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        file, started = self.folder / "cells" / f"{key}.json", time.perf_counter()
+        file, started = self.folder / "cells" / f"{key}.json", time.process_time()
         self.cells += 1
         kept = file.is_file()
         if not kept:
             result = function(**settings)
             file.parent.mkdir(parents=True, exist_ok=True)
-            content = {"settings": settings, "seconds": time.perf_counter() - started, "result": result}
+            content = {"settings": settings, "seconds": time.process_time() - started, "result": result}
             part = file.with_suffix(".part")
             part.write_text(json.dumps(content), encoding="utf-8")
             part.replace(file)  # a script that is stopped leaves no half of a file
@@ -147,7 +147,7 @@ class Claim:
         for statement in result.statements:
             line = f"  {statement.verdict:<12} {statement.text}: {statement.number} ({statement.bounds})"
             self.console.print(line, markup=False, soft_wrap=True)
-        self.console.print(f"  [bold]{result.verdict}[/], {self.seconds:.0f} s. Page: {page}", soft_wrap=True)
+        self.console.print(f"  [bold]{result.verdict}[/], {self.seconds:.0f} s of CPU. Page: {page}", soft_wrap=True)
 
 
 def parse_flags(name: str, title: str, trains: bool, defaults: dict[str, Any]) -> argparse.Namespace:

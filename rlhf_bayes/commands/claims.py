@@ -13,7 +13,18 @@ from rich.console import Console
 # in an installed wheel, and in a clone: the scripts are recipes, which the package does not import
 _FOLDERS = (Path(__file__).parent / "claim_scripts", Path(__file__).parents[2] / "recipes" / "claims")
 # in the order in which they are run; the first ones take seconds
-_ORDER = ("equivalences", "collapse", "dissociation", "conditional", "points", "two_turns")
+_ORDER = (
+    "equivalences",
+    "collapse",
+    "dissociation",
+    "frontier",
+    "conditional",
+    "prototype",
+    "criticism",
+    "overoptimization",
+    "points",
+    "two_turns",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

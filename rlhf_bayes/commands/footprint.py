@@ -25,14 +25,14 @@ class Roles:
     Args:
         lora_r (`int`, *optional*): Rank of the policy's adapter; None trains all weights.
         lora_target_modules (`str` or `list[str]`, *optional*): As in PEFT. Default: PEFT's for the model's family.
-        critic (`str`): `"shared"` or `"separate"`.
+        critic (`str`): `"ridge"`, which has no weights in the policy, `"shared"` or `"separate"`.
         reward (`str`): `"function"`, `"adapter"` (on the policy's base) or `"model"`.
         reward_members (`int`): Number of adapters or models of an ensemble.
     """
 
     lora_r: int | None = None
     lora_target_modules: Any = None
-    critic: str = "shared"
+    critic: str = "ridge"
     reward: str = "model"
     reward_members: int = 1
 
@@ -118,7 +118,9 @@ def footprint(config: PreTrainedConfig, roles: Roles, run: Run) -> Footprint:
     found = Footprint()
     found.roles["policy"] = _part(frozen, trained, FLOAT if roles.lora_r is not None else size, run)
     found.roles["reference"] = _part(0 if roles.lora_r is not None else whole, 0, size, run)
-    if roles.critic == "shared":
+    if roles.critic == "ridge":
+        critic = Part()
+    elif roles.critic == "shared":
         critic = _part(0, hidden + 1, FLOAT, run)
     elif roles.lora_r is None:
         critic = _part(0, trunk + hidden + 1, size, run)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-target-modules", nargs="+", metavar="NAME", help="Names, or all-linear. Default: PEFT's of the family."
     )
-    parser.add_argument("--critic", choices=("shared", "separate"), default="shared")
+    parser.add_argument("--critic", choices=("ridge", "shared", "separate"), default="ridge")
     parser.add_argument(
         "--reward", choices=("function", "adapter", "model"), help="Default: adapter with --lora, else model."
     )

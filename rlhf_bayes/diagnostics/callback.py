@@ -14,6 +14,8 @@ from rlhf_bayes.diagnostics.over_prompts import Estimate
 from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.lm import LanguageModel, Prompt
+from rlhf_bayes.lm.adapters import base_causal_lm
+from rlhf_bayes.lm.head import excluded_tokens
 from rlhf_bayes.posterior import Posterior
 
 PREFIX = "eval_posterior_fit/"
@@ -58,8 +60,8 @@ class PosteriorCallback(TrainerCallback):
             The latest evaluation, on the main process.
 
     Raises:
-        ValueError: if there are no prompts, the prior draws other completions than the trainer, or the weights are
-            sharded (FSDP, ZeRO-3): then evaluate the saved model.
+        ValueError: if there are no prompts, the prior draws other completions than the trainer, the trainer has a
+            processor of images, or the weights are sharded (FSDP, ZeRO-3): then evaluate the saved model.
         RuntimeError: on the other processes, if an evaluation fails on the main process.
     """
 
@@ -162,6 +164,12 @@ def _check(posterior: Posterior, trainer: Trainer, n: int) -> None:
             f"`posterior` must have a prior with the trainer's `chat_template_kwargs` = {wanted}, got "
             f"{prior.chat_template_kwargs}: its chats would be other prompts. Pass `chat_template_kwargs` to the "
             "prior's `LanguageModel`."
+        )
+    policy: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if excluded_tokens(base_causal_lm(policy)):
+        raise ValueError(
+            f"`trainer` must train on text, got a processor of images, {type(trainer.processing_class).__name__}: the "
+            "evaluation reads text only. The trainer's own `eval_posterior/…` metrics are of prompts with images."
         )
     accelerator = trainer.accelerator
     plugin = accelerator.state.deepspeed_plugin

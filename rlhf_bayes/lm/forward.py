@@ -5,6 +5,7 @@ It works behind DDP, DeepSpeed and FSDP too.
 
 import functools
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from rlhf_bayes.lm.adapters import base_causal_lm, described, is_prompt_learning
 from rlhf_bayes.lm.critic import CRITIC, Critic, states_before
 from rlhf_bayes.lm.generation import equal_length_groups, generates_what_it_scores
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy
+from rlhf_bayes.lm.model_inputs import RowInputs, collated
 from rlhf_bayes.lm.pretrained import check_decoder_only, has_whole_weights
 from rlhf_bayes.lm.probe import disagreement, evaluating, plain_logits, rounding
 from rlhf_bayes.lm.trunk import trunk_of
@@ -75,6 +77,12 @@ def runs_plainly(model: nn.Module) -> bool:
             Prepared by [`enable_completion_scoring`]; an engine may have wrapped it since.
     """
     return getattr(base_causal_lm(getattr(model, "module", model)), "_runs_plainly", False)
+
+
+def _counts_positions_itself(model: nn.Module) -> bool:
+    """Whether positions depend on the images (Qwen-VL, GLM-V): such a model must find them by itself."""
+    lm = base_causal_lm(getattr(model, "module", model))
+    return hasattr(trunk_of(lm), "get_rope_index")
 
 
 def _check_is_causal_lm(lm: nn.Module) -> None:
@@ -138,6 +146,7 @@ def score_completions(
     hidden_only: bool = False,
     with_hidden: bool = False,
     with_values: bool = True,
+    model_inputs: Sequence[RowInputs] | None = None,
 ) -> CompletionScores:
     """
     Score completions by one teacher-forced pass of a model prepared by [`enable_completion_scoring`].
@@ -161,12 +170,22 @@ def score_completions(
             Return hidden states besides.
         with_values (`bool`):
             Run the critic too, where the model has one.
+        model_inputs (`Sequence[RowInputs]`, *optional*):
+            Inputs of each of the B prompts besides its tokens: those of its images.
+
+    Raises:
+        ValueError: if there are `model_inputs` for a model that is run in plain passes.
     """
     sequences = prompt_ids, prompt_mask, completion_ids, completion_mask
     options = {"temperature": temperature, "with_values": with_values}
     options |= {"hidden_only": hidden_only, "with_hidden": with_hidden}
     if not runs_plainly(model):
-        return _score_batch(model, *sequences, **options)
+        return _score_batch(model, *sequences, model_inputs=model_inputs, **options)
+    if model_inputs is not None:
+        raise ValueError(
+            f"`model_inputs` must be None for {described(model)}, which is run in passes without padding, got those "
+            f"of {len(model_inputs)} rows. Take a model that knows masks and positions."
+        )
     groups = equal_length_groups(prompt_mask.sum(1).tolist())
     parts = [_score_batch(model, *(x[rows] for x in sequences), unpadded=True, **options) for rows in groups]
     order = torch.tensor([row for rows in groups for row in rows], device=prompt_ids.device).argsort()
@@ -188,6 +207,7 @@ def _score_batch(
     completion_ids: Tensor,
     completion_mask: Tensor,
     unpadded: bool = False,
+    model_inputs: Sequence[RowInputs] | None = None,
     **options: Any,
 ) -> CompletionScores:
     width = completion_mask.size(1)
@@ -198,12 +218,17 @@ def _score_batch(
     attention_mask = torch.cat(
         [prompt_mask.long(), completion_mask.long()], dim=1
     )  # (B, P + T), without the columns that were cut off
+    others: dict[str, Tensor] = {}
+    if model_inputs:
+        lengths, widths = prompt_mask.sum(1).tolist(), (prompt_ids.size(1), completion_ids.size(1))
+        others = collated(model_inputs, lengths, *widths, prompt_ids.device)
     # without left padding, positions are those that any model counts by itself; some take no others
-    positions = {} if unpadded else {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
+    if not unpadded and not (others and _counts_positions_itself(model)):
+        others["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     scores = model(
         input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
         attention_mask=attention_mask,
-        **positions,
+        **others,
         completion_ids=completion_ids,
         completion_mask=completion_mask.bool(),
         **options,

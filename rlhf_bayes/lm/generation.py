@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from rlhf_bayes.lm.adapters import base_causal_lm
+from rlhf_bayes.lm.head import excluded_tokens
+from rlhf_bayes.lm.model_inputs import RowInputs, collated
 from rlhf_bayes.lm.probe import disagreement, plain_logits
 
 
@@ -134,7 +136,13 @@ def equal_length_groups(lengths: Sequence[int]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def generates_what_it_scores(model: nn.Module, rows: list[Tensor], steps: int, tolerance: float) -> bool:
+def generates_what_it_scores(
+    model: nn.Module,
+    rows: list[Tensor],
+    steps: int,
+    tolerance: float,
+    model_inputs: Sequence[RowInputs] | None = None,
+) -> bool:
     """
     Whether `generate`, in a left-padded batch and with its cache, computes the logits of plain passes.
 
@@ -147,7 +155,11 @@ def generates_what_it_scores(model: nn.Module, rows: list[Tensor], steps: int, t
             Tokens to generate.
         tolerance (`float`):
             Nats by which log-probs may differ in the mean.
+        model_inputs (`Sequence[RowInputs]`, *optional*):
+            Inputs of the prompts besides their tokens.
     """
+    inputs = [{} for _ in rows] if model_inputs is None else model_inputs
+    lengths, device = [len(row) for row in rows], rows[0].device
     padded, mask = (
         nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side="left")
         for x in (rows, [torch.ones_like(row) for row in rows])
@@ -155,9 +167,11 @@ def generates_what_it_scores(model: nn.Module, rows: list[Tensor], steps: int, t
     config = sampling_config(steps, [], 0, 1.0)
     config.do_sample, config.eos_token_id, config.output_logits = False, None, True
     config.return_dict_in_generate, config.min_new_tokens = True, steps
+    config.suppress_tokens = list(excluded_tokens(base_causal_lm(model))) or None
+    others = collated(inputs, lengths, max(lengths), 0, device)
     with raw_generation_config(model):
         try:
-            output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config)
+            output = model.generate(input_ids=padded, attention_mask=mask, generation_config=config, **others)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -165,7 +179,8 @@ def generates_what_it_scores(model: nn.Module, rows: list[Tensor], steps: int, t
     drawn = output.sequences[:, padded.size(1) :]  # (B, T)
     for row, prompt in enumerate(rows):
         whole = torch.cat([prompt, drawn[row]])[None]
-        plain = plain_logits(model, whole)[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (T, V)
+        own = collated(inputs[row : row + 1], lengths[row : row + 1], len(prompt), drawn.size(1), device)
+        plain = plain_logits(model, whole, **own)[0, len(prompt) - 1 : -1].float().log_softmax(-1)  # (T, V)
         steps_of = torch.stack([logits[row] for logits in output.logits]).float().log_softmax(-1)
         index = drawn[row, :, None]
         if not disagreement(plain.gather(-1, index), steps_of.gather(-1, index)) <= tolerance:

@@ -1,7 +1,7 @@
 """Token log-probabilities, entropies and exact KLs from hidden states, without a (B, T, V) tensor."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +38,8 @@ class LMHead:
             Final soft-capping (Gemma 2).
         temperature (`float`):
             Divides the logits: π ∝ π^(1/temperature) for each token.
+        excluded (`tuple[int, ...]`):
+            Tokens of probability 0: see [`exclude_tokens`].
     """
 
     projection: nn.Module
@@ -45,6 +47,7 @@ class LMHead:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
+    excluded: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, model: PreTrainedModel, temperature: float = 1.0) -> "LMHead":
@@ -56,6 +59,7 @@ class LMHead:
             scale=_logit_scale(config),
             softcap=getattr(config, "final_logit_softcapping", None),
             temperature=temperature,
+            excluded=excluded_tokens(model),
         )
 
     @property
@@ -80,7 +84,29 @@ class LMHead:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.temperature != 1.0:
             logits = logits / self.temperature
+        if self.excluded:
+            logits = logits.index_fill(-1, torch.tensor(self.excluded, device=logits.device), -torch.inf)
         return logits.log_softmax(-1)
+
+
+def exclude_tokens(model: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """
+    Give tokens the probability 0 wherever completions of the model are scored; `generate` must suppress them too.
+
+    A vision-language model cannot read a completion with the token that stands for a part of an image.
+
+    Args:
+        model (`PreTrainedModel`):
+            A causal LM (unwrapped: no PEFT, no engine).
+        tokens (`Sequence[int]`):
+            Their ids.
+    """
+    model._excluded_tokens = tuple(tokens)
+
+
+def excluded_tokens(model: nn.Module) -> tuple[int, ...]:
+    """The tokens that [`exclude_tokens`] excluded from completions of a causal LM."""
+    return vars(model).get("_excluded_tokens", ())
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:

@@ -14,7 +14,7 @@ from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.forward import enable_completion_scoring, runs_plainly, score_completions
 from rlhf_bayes.lm.generation import draw_plainly, first_eos_mask, raw_generation_config, sampling_config
 from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_weights
-from rlhf_bayes.lm.prompt_ids import ends_texts_with_eos, without_final_eos
+from rlhf_bayes.lm.prompt_ids import check_reads_text, check_texts, ends_texts_with_eos, without_final_eos
 from rlhf_bayes.numerics.masked import masked_sum
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class LanguageModel:
             configurations. They are part of the prompt.
 
     Raises:
-        ValueError: if the tokenizer has no EOS, a number is out of range, or the model is no causal LM or cannot be
-            read whole (see [`load_causal_lm`] and [`enable_completion_scoring`]).
+        ValueError: if the tokenizer has no EOS or is a processor of images, a number is out of range, or the model is
+            no causal LM or cannot be read whole (see [`load_causal_lm`] and [`enable_completion_scoring`]).
     """
 
     def __init__(
@@ -105,6 +105,7 @@ class LanguageModel:
             model = model_or_path
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        check_reads_text(model, tokenizer)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.max_completion_length = max_completion_length
@@ -374,6 +375,7 @@ def check_prompt_fits(model: PreTrainedModel, prompt_length: int, max_completion
 def _checked_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or len(prompts) == 0:
         raise ValueError(f"`prompts` must be a non-empty list of texts or of chats, got {prompts!r}.")
+    check_texts(prompts, "a `LanguageModel`")
     return list(prompts)
 
 

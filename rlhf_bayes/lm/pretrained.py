@@ -1,5 +1,6 @@
 """Loads causal LMs from disk or the hub, and refuses models whose checkpoint does not hold all weights."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,11 +9,23 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import deepspeed
 
 from rlhf_bayes.lm.adapters import check_can_be_read_again, described
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -60,10 +73,45 @@ def load_causal_lm(path: str | Path, is_trainable: bool = False, **init_kwargs: 
     if is_adapter(path):
         return _load_adapter(str(path), is_trainable, init_kwargs)
     named = {name: init_kwargs[name] for name in ("revision", "trust_remote_code") if name in init_kwargs}
-    check_decoder_only(AutoConfig.from_pretrained(path, **named), str(path))
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **init_kwargs)
+    config = AutoConfig.from_pretrained(path, **named)
+    check_decoder_only(config, str(path))
+    # most vision-language models are not among the causal LMs, though they are distributions over completions
+    is_vlm = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    model, info = auto_class.from_pretrained(path, output_loading_info=True, **init_kwargs)
     check_whole(path, info)
     return model
+
+
+def read_renamed_weights(model: Any, folder: str | Path) -> None:
+    """
+    Read a model's weights from a folder where they have other names than in the model; do nothing where they have not.
+
+    `save_pretrained` stores some families (vision-language models, mixtures of experts) by the names of their first
+    release. `load_state_dict`, by which transformers' `Trainer` resumes, finds none of these, and only warns.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model; nothing is done for others, PEFT-wrapped ones for instance.
+        folder (`str` or `Path`):
+            A folder that its `save_pretrained` wrote.
+
+    Raises:
+        ValueError: if the folder does not hold all weights.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    stored: set[str] = set()
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            stored |= set(weights.keys())
+    own = model.state_dict().keys()
+    if not (stored - own and own - stored):
+        return
+    read, info = type(model).from_pretrained(folder, dtype=model.dtype, output_loading_info=True)
+    check_whole(folder, info)
+    model.load_state_dict(read.state_dict())
+    logger.info("The weights in '%s' have other names than those of the model, and were read by these.", folder)
 
 
 def load_trunk(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,7 +6,9 @@ from torch import Tensor
 from rlhf_bayes.numerics.masked import zero_padding
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float | Tensor = 0.95
+) -> tuple[Tensor, Tensor]:
     """
     Advantages and returns of right-padded completions.
 
@@ -20,7 +22,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: 
         values (`torch.Tensor`): values of the states before each token (B, T), in units of the reward.
         mask (`torch.Tensor`): bool (B, T), right-padded. Padding of `rewards` and `values` may hold anything.
         gamma (`float`, defaults to `1.0`): discount. Below 1 the optimum is no longer the posterior.
-        lam (`float`, defaults to `0.95`): 0 gives the one-step residual, 1 the return minus the value.
+        lam (`float` or scalar `torch.Tensor`, defaults to `0.95`): 0 gives the one-step residual, 1 the return minus
+            the value.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T) and returns (B, T), fp32 or better, 0 on padding.

@@ -139,7 +139,7 @@ def adapted_beta(beta: float, kl: float, target_kl: float, episodes: int, horizo
 
 
 def kl_penalised_advantages(
-    score: Tensor, log_ratios: Tensor, values: Tensor, mask: Tensor, beta: float | Tensor, lam: float
+    score: Tensor, log_ratios: Tensor, values: Tensor, mask: Tensor, beta: float | Tensor, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """
     Advantages of KL-penalised reward, for a critic that predicts the return of the whole completion.
@@ -158,7 +158,7 @@ def kl_penalised_advantages(
         values (`torch.Tensor`): u_t before each token (B, T), in units of the reward.
         mask (`torch.Tensor`): bool (B, T), right-padded.
         beta (`float` or scalar `torch.Tensor`): units of the reward per nat.
-        lam (`float`): λ of GAE.
+        lam (`float` or scalar `torch.Tensor`): λ of GAE.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T), and targets for u (B, T). The targets are the returns

@@ -1,12 +1,14 @@
 """Typed batches of completions that an objective learns from, and operations on their rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from rlhf_bayes.lm.model_inputs import RowInputs
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Batch:
     B completions; subclasses add the fields that an objective learns from.
 
     A field is a tensor with a row for each completion, (B, …), or with one value for all of them, (). Fields of
-    tokens, (B, T), are padded on the right.
+    tokens, (B, T), are padded on the right. A list has an entry for each completion.
     """
 
     prompt_ids: Tensor
@@ -26,6 +28,8 @@ class Batch:
     """(B, T): token ids of the completions, padded on the right."""
     completion_mask: Tensor
     """(B, T): 1 for the tokens of the completion, the first EOS included."""
+    model_inputs: list[RowInputs] | None = field(default=None, kw_only=True)
+    """B mappings: what a vision-language model reads of each prompt besides its tokens; None for other models."""
 
     def __len__(self) -> int:
         return len(self.completion_mask)
@@ -45,15 +49,13 @@ class Batch:
         """A batch from a mapping, which may have other entries too. An optional field that is missing becomes None."""
         return cls(**{field.name: columns[field.name] for field in fields(cls) if field.name in columns})
 
-    def columns(self) -> dict[str, Tensor]:
-        """Name -> tensor, for hosts that shuffle and split dictionaries."""
+    def columns(self) -> dict[str, Any]:
+        """Name -> tensor or list, for hosts that shuffle and split dictionaries."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     def take(self, rows: Tensor | slice) -> Self:
         """The given rows, (M,) indices or a slice, in this order."""
-        return type(self)(
-            **{name: tensor if tensor.dim() == 0 else tensor[rows] for name, tensor in self.columns().items()}
-        )
+        return type(self)(**{name: _taken(column, rows) for name, column in self.columns().items()})
 
     def split(self, sizes: Sequence[int]) -> list[Self]:
         """Batches with the given numbers of rows, in order."""
@@ -65,8 +67,15 @@ B = TypeVar("B", bound=Batch)
 
 
 def joined(batches: Sequence[B]) -> B:
-    """One batch with all rows of several, padded to the longest. Values without rows are taken from the first."""
+    """
+    One batch with all rows of several, padded to the longest. Values without rows are taken from the first.
+
+    Raises:
+        ValueError: if one has a field that another has not, since its rows could not be kept whole.
+    """
     columns = [batch.columns() for batch in batches]
+    if any(part.keys() != columns[0].keys() for part in columns):
+        raise ValueError(f"Batches must have the same fields to be joined, got {[sorted(part) for part in columns]}.")
     return type(batches[0])(**{name: _joined([part[name] for part in columns], name) for name in columns[0]})
 
 
@@ -78,7 +87,15 @@ def by_length(batches: list[B]) -> list[B]:
     return whole.take(whole.lengths.argsort(stable=True)).split([len(batch) for batch in batches])
 
 
-def _joined(parts: list[Tensor], name: str) -> Tensor:
+def _taken(column: Any, rows: Tensor | slice) -> Any:
+    if isinstance(column, list):
+        return [column[row] for row in torch.arange(len(column))[rows].tolist()]
+    return column if column.dim() == 0 else column[rows]
+
+
+def _joined(parts: list[Any], name: str) -> Any:
+    if isinstance(parts[0], list):
+        return [row for part in parts for row in part]
     if parts[0].dim() == 0:
         return parts[0]
     if parts[0].dim() == 1:

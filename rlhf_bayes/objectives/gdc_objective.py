@@ -87,7 +87,7 @@ class GDCObjective(ABC, Generic[B]):
             everyone.prompt_keys, everyone.log_prior, everyone.log_proposal, everyone.log_likelihood
         )
         columns = self.columns(rollout, everyone, estimate)
-        own = {name: own_rows(self.world, column) for name, column in columns.items()}
+        own: dict[str, Any] = {name: own_rows(self.world, column) for name, column in columns.items()}
         batch = self.batch_type(
             **rollout.sequences,
             prompt_keys=rollout.prompt_keys,

@@ -1,7 +1,7 @@
 """PPO with its critic: the clipped policy gradient of E[r] − β·KL(π‖π0), and the value loss."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -25,6 +25,8 @@ from rlhf_bayes.objectives.posterior_target import check_same_beta
 from rlhf_bayes.objectives.ridge_critic import RidgeCritic
 from rlhf_bayes.objectives.rollout import Rollout
 from rlhf_bayes.objectives.world import World, own_rows
+
+_MOST_TRUST = 0.1  # 1 − λ for a critic that explains everything
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class PPOBatch(Batch):
     """(): standard deviation of these advantages, or 1."""
     beta: Tensor
     """(): β of the rollout."""
+    lam: Tensor
+    """(): λ of the rollout."""
 
 
 @final
@@ -68,8 +72,9 @@ class PPOObjective:
             The training loop.
         beta (`float`):
             β, units of reward per nat.
-        lam (`float`, *optional*, defaults to `1.0`):
-            λ of generalised advantage estimation.
+        lam (`float`, *optional*):
+            λ of generalised advantage estimation. Default: 1 − s/10 with a [`RidgeCritic`] that has explained the
+            share s of the variance of past returns, else 1.
         epsilon_low, epsilon_high (`float`, *optional*, defaults to `0.2`):
             The ratio is clipped to [1 − epsilon_low, 1 + epsilon_high].
         cliprange_value (`float`, *optional*):
@@ -99,7 +104,7 @@ class PPOObjective:
         world: World,
         *,
         beta: float,
-        lam: float = 1.0,
+        lam: float | None = None,
         epsilon_low: float = 0.2,
         epsilon_high: float = 0.2,
         cliprange_value: float | None = None,
@@ -145,6 +150,7 @@ class PPOObjective:
             advantage_shift=rollout.rewards.new_tensor(0.0),
             advantage_scale=rollout.rewards.new_tensor(1.0),
             beta=torch.tensor(self.beta, device=rollout.rewards.device),
+            lam=torch.tensor(self._lam(), device=rollout.rewards.device),
         )
         advantages, targets = self._advantages(rollout.token_log_probs, values, batch)
         if self.normalize_advantages:
@@ -210,7 +216,13 @@ class PPOObjective:
     def _advantages(self, log_probs: Tensor, values: Tensor, batch: PPOBatch) -> tuple[Tensor, Tensor]:
         log_ratios = k1(log_probs, batch.ref_token_log_probs)  # (B, T)
         values = values + batch.value_shift[:, None]
-        return kl_penalised_advantages(batch.rewards, log_ratios, values, batch.loss_mask, batch.beta, self.lam)
+        return kl_penalised_advantages(batch.rewards, log_ratios, values, batch.loss_mask, batch.beta, batch.lam)
+
+    def _lam(self) -> float:
+        if self.lam is not None:
+            return self.lam
+        # λ < 1 puts the critic's forecast in place of later rewards: less noise, but the critic's errors
+        return 1.0 if self.critic is None else 1.0 - _MOST_TRUST * self.critic.explained
 
     def _features(self, critic: RidgeCritic, rollout: Rollout) -> Tensor:
         """What the critic reads of each prefix: (B, T, F)."""
@@ -241,7 +253,7 @@ class PPOObjective:
         count, total, squares = self.world.reduce(local)
         mean = total / count.clamp(min=1.0)
         spread = (squares / count.clamp(min=1.0) - mean**2).clamp(min=0.0).sqrt() + 1e-4  # 1e-4 as in RLOO
-        return PPOBatch(**batch.columns() | {"advantage_shift": mean, "advantage_scale": spread})
+        return replace(batch, advantage_shift=mean, advantage_scale=spread)
 
     def _report_rollout(self, rollout: Rollout) -> None:
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
@@ -252,6 +264,7 @@ class PPOObjective:
         for name, value in (metrics | moments_of_all(self.world, rollout)).items():
             self.world.log(name, value)
         self.world.log("ppo/beta", self.beta)
+        self.world.log("ppo/lam", self._lam())
         if self.world.training and self.target_kl is not None:
             self.beta = adapted_beta(self.beta, kls.mean().item(), self.target_kl, len(kls), self.kl_horizon)
 

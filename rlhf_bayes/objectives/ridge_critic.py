@@ -19,7 +19,7 @@ class RidgeCritic:
     r"""
     Forecasts the return of a whole completion from its prefix, by ridge regression on past rollouts.
 
-        u(prompt, x_<t) = b + aᵀ·[h_t, r(x_<t), r(x_<t)·t/T, paid_t, t/T, (t/T)²]  ≈  E_π[r − β·log(π/π0)(x) | x_<t]
+        u(prompt, x_<t) = b + aᵀ·[h_t, r(x_<t), t·r(x_<t), paid_t, t, t²]  ≈  E_π[r − β·log(π/π0)(x) | x_<t]
 
     h_t is the policy's last hidden state, r(x_<t) the reward of the prefix where the reward functions can be asked for
     it, and paid_t = −β·Σ_{i<t} log(π/π0)(x_i) the penalty that is known already. Their coefficients are fitted, so the
@@ -41,6 +41,12 @@ class RidgeCritic:
         """(K,): for each penalty, the sum of squared errors of its forecasts, units of the reward squared."""
         self._fits: Tensor | None = None
 
+    @property
+    def explained(self) -> float:
+        """Share of the variance of past returns that its forecasts explained, each made before: in [0, 1]."""
+        of_mean = self.errors[-1].item()  # the error of the infinite penalty
+        return 0.0 if of_mean == 0 else 1 - self.errors.min().item() / of_mean
+
     def states(self, hidden: Tensor) -> Tensor:
         """The part of hidden states, (N, H), that is used: (N, F) fp32. Large ones are projected at random."""
         size = hidden.size(-1)
@@ -57,7 +63,8 @@ class RidgeCritic:
             prefix_rewards (`torch.Tensor`, *optional*): r of the tokens before t (B, T).
             paid (`torch.Tensor`): −β·Σ_{i<t} log(π/π0)(x_i) (B, T), units of the reward.
         """
-        time = torch.linspace(0, 1, paid.size(1), device=paid.device).expand_as(paid)  # (B, T)
+        # not a share of T, which is the longest of this batch only
+        time = torch.arange(paid.size(1), device=paid.device).float().expand_as(paid)  # (B, T)
         columns = [paid, time, time**2]
         if prefix_rewards is not None:
             columns += [prefix_rewards, prefix_rewards * time]

@@ -1,9 +1,11 @@
 """A rollout: completions and their scores, which an objective learns from."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
+
+from rlhf_bayes.lm.model_inputs import RowInputs
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Rollout:
     """What drew the completions; a snapshot is the policy at an earlier time."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """name -> (B,): features of the completions, where the evidence reports them."""
+    model_inputs: list[RowInputs] | None = None
+    """B mappings: what a vision-language model reads of each prompt besides its tokens; None for other models."""
 
     @property
-    def sequences(self) -> dict[str, Tensor]:
-        """The four tensors that a model needs to score the completions, with the names of [`Batch`]."""
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    def sequences(self) -> dict[str, Any]:
+        """What a model needs to score the completions, with the names of [`Batch`]."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "model_inputs")
         return {name: getattr(self, name) for name in names}

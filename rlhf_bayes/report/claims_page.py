@@ -70,7 +70,7 @@ class ClaimResult:
     """Of the figure."""
     settings: dict[str, Any]
     seconds: float
-    """Computing time of all runs, those of earlier calls included."""
+    """CPU time of all runs, those of earlier calls included."""
     samples: dict[str, list[str]] = field(default_factory=dict)
     """Completions by the name of what drew them."""
 
@@ -160,7 +160,7 @@ def _summary(results: Sequence[ClaimResult]) -> str:
         "Each verdict is computed: a statement agrees if the whole 95% interval of its number lies between its "
         "bounds, and disagrees if the whole interval lies outside. A claim disagrees if one of its statements does."
     )
-    header = ["claim", "verdict", "statements that agree", "what does not agree", "seconds"]
+    header = ["claim", "verdict", "statements that agree", "what does not agree", "CPU seconds"]
     return table(header, rows, kind="texts") + f'<p class="note">{escape(note)}</p>'
 
 

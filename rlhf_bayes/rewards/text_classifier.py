@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from rlhf_bayes.lm.prompt_ids import check_texts
 from rlhf_bayes.rewards.folding import scale_in_weights
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.lengths import LengthLimit, num_positions, shown_rows
@@ -185,6 +186,7 @@ class TextClassifier:
                 f"The tokenizer of the reward model '{self.name}' must have a `chat_template`, since prompts are "
                 "chats; got None. Set it, or pass another tokenizer in `reward_processing_classes`."
             )
+        check_texts([prompt], f"the reward model '{self.name}'")
         return self.tokenizer.apply_chat_template(list(prompt) + list(completion), tokenize=False)  # pyright: ignore
 
     def _encoded(self, pairs: list[tuple], first: int, max_length: int | None) -> BatchEncoding:

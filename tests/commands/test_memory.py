@@ -53,7 +53,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_a_forward_pass_keeps(lora, c
     assert found == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
+@pytest.mark.parametrize("critic", ["ridge", "shared", "separate"])
 @pytest.mark.parametrize("lora", [True, False])
 def test_weights_are_those_of_a_trainer(tmp_path, critic, lora):
     enumerable = EnumerableLM(vocab_size=4, max_completion_length=3)

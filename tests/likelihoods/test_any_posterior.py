@@ -129,7 +129,7 @@ def evidence(toy, make_classifier, reader_tokenizer):
 
 
 TRAINERS = {
-    "ppo": (PPOConfig, {"vf_coef": 0.0}),
+    "ppo": (PPOConfig, {}),
     "forward_kl": (GDCConfig, {"divergence": "forward_kl"}),
     "log_variance": (GDCConfig, {"divergence": "log_variance"}),
 }

@@ -18,7 +18,7 @@ from transformers import (
 
 from rlhf_bayes import LanguageModel
 from rlhf_bayes.commands.flags.named import load_language_model
-from rlhf_bayes.lm.pretrained import load_causal_lm, load_trunk
+from rlhf_bayes.lm.pretrained import load_causal_lm, load_trunk, read_renamed_weights
 
 from ..trainers.training import config, trainer
 from .families import tiny_model, tiny_tokenizer
@@ -184,3 +184,13 @@ def test_a_base_that_was_trained_on_more_tokens_is_resized(tmp_path):
     loaded = load_causal_lm(tmp_path / "adapter")
     with torch.no_grad():
         assert_close(loaded.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_weights_are_read_under_the_names_that_they_were_stored_by(tmp_path):
+    stored, other = tiny_model("qwen3_moe"), tiny_model("qwen3_moe", seed=1)
+    stored.save_pretrained(tmp_path)
+    left_over = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).unexpected_keys
+    assert left_over  # what a resumed `Trainer` leaves as it was
+    read_renamed_weights(other, tmp_path)
+    for name, weight in stored.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name

@@ -1,6 +1,6 @@
 """Typed batches: rows taken, split, joined and ordered by length, none lost and none changed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -70,3 +70,17 @@ def test_columns_go_there_and_back():
     del columns["row"]
     with pytest.raises(TypeError, match="row"):
         NumberedBatch.from_columns(columns)
+
+
+def test_inputs_of_images_stay_with_their_rows():
+    batch = replace(numbered(), model_inputs=[{"pixel_values": torch.tensor([row])} for row in range(6)])
+
+    def rows_of(*batches):
+        return [[int(inputs["pixel_values"]) for inputs in batch.model_inputs] for batch in batches]
+
+    assert rows_of(*batch.split([1, 3, 2])) == [[0], [1, 2, 3], [4, 5]]
+    assert rows_of(batch.take(torch.tensor([4, 0]))) == [[4, 0]]
+    ordered = by_length(batch.split([2, 2, 2]))
+    assert rows_of(*ordered) == [part.row.tolist() for part in ordered] == [[1, 3], [5, 4], [2, 0]]
+    with pytest.raises(ValueError, match="Batches must have the same fields to be joined"):
+        joined([numbered(), batch])

@@ -45,7 +45,7 @@ def test_rows_come_back_as_they_were_and_none_twice():
         assert [len(part) for part in parts] == [5, 7]
         assert [part.beta.item() for part in parts] == [0.5, 0.5]
         joined = {
-            name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "beta"
+            name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].columns() if name != "beta"
         }
         identity = joined["identity"]
         assert len(identity.unique()) == 12

@@ -75,7 +75,8 @@ class Recording:
             batch = make_batch(rollout)
             self.rollouts.append(rollout)
             self.modes.append(self.mode)
-            self.batches.append({name: tensor.clone() for name, tensor in batch.columns().items()})
+            columns = batch.columns().items()
+            self.batches.append({name: x.clone() if isinstance(x, Tensor) else list(x) for name, x in columns})
             return batch
 
         self.objective.batch = recorded

@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from rlhf_bayes.lm.pretrained import read_renamed_weights
 from rlhf_bayes.trainers.faults.interruption import finished_before_signals
 from rlhf_bayes.trainers.faults.resuming import check_resumable, checkpoint_to_resume, where_to_go_on
 from rlhf_bayes.trainers.faults.step_watch import StepWatch
@@ -30,6 +31,8 @@ PRIVATE_NAMES = {
     "_inner_training_loop": ("batch_size", "args", "resume_from_checkpoint"),
     "_run_epoch": ("model", "epoch"),
     "_save_checkpoint": ("model", "trial"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
 }
 PRIVATE_ATTRIBUTES = ("_get_output_dir",)
 TRL_ATTRIBUTES = ("_metrics",)
@@ -113,6 +116,16 @@ class FaultTolerantTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     # Checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which reads a state dict of its own
+            read_renamed_weights(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            read_renamed_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
     def save_after(self, error: Exception) -> None:
         """Save a checkpoint in all processes, unless the run saves none or just did; a failure is noted in `error`."""

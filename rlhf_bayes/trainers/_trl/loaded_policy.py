@@ -84,7 +84,8 @@ def policy_to_train(
         args ([`~trl.RLOOConfig`]):
             The trainer's configuration. Within the context it has no `model_init_kwargs`, which are for a path.
         trl_arguments (`dict[str, Any]`):
-            Further arguments of RLOO. The processor at the path, or `quantization_config`, is added to them.
+            Further arguments of RLOO. The processor at the path (for an instance, where it has a vision tower), or
+            `quantization_config`, is added to them.
         quantization_config (`BitsAndBytesConfig`, *optional*):
             Quantization of a model that is loaded from a path.
     """
@@ -94,7 +95,9 @@ def policy_to_train(
             trl_arguments["processing_class"] = _loaded_processor(model, args)
         reload = partial(loaded_policy, model, args, quantization_config)
         model = reload()
-    elif quantization_config is not None:  # the oldest supported TRL has no such argument
+    elif hasattr(model.config, "vision_config") and trl_arguments.get("processing_class") is None:
+        trl_arguments["processing_class"] = _loaded_processor(model.config._name_or_path, args)
+    if reload is None and quantization_config is not None:  # the oldest supported TRL has no such argument
         trl_arguments["quantization_config"] = quantization_config
     args.model_init_kwargs = None if reload is not None else init_kwargs
     try:

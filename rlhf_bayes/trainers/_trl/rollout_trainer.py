@@ -34,13 +34,14 @@ from rlhf_bayes.objectives.proposal import Snapshot
 from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
 from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
+from rlhf_bayes.trainers._trl.image_prompts import ImagePromptRLOO, probe_with_image
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
-from rlhf_bayes.trainers._trl.rloo_repairs import RepairedRLOO
-from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer
+from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer, images_are_read
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
 from rlhf_bayes.trainers.rollout.alarms import Alarms
-from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_text_only, check_tokenizer
+from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
+from rlhf_bayes.trainers.rollout.images import check_processor
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prior_probe import PriorProbe
@@ -71,7 +72,7 @@ PRIVATE_NAMES = {
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "beta")
 
 
-class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
+class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     """RLOO's rollouts for other objectives. Not for direct use: see [`PPOTrainer`]."""
 
     objective: Objective
@@ -90,6 +91,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._failures, self._step_end = RewardFailures(), None
         try:
             with policy_to_train(model, args, trl_arguments, quantization_config) as (model, reload):
+                probe_with_image(model, trl_arguments.get("processing_class"))
                 passed = probe_if_whole(model) if peft_config is not None or hasattr(model, "peft_config") else None
                 # the oldest supported TRL creates adapters with random weights before it sets the seed
                 set_seed(args.seed)
@@ -97,14 +99,16 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         finally:
             args.beta = beta
         self.beta = beta
-        check_text_only(self.processing_class, type(self).__name__)
         check_tokenizer(self._tokenizer)
         enable_completion_scoring(self.model)
+        datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
+        check_processor(self.processing_class, self.model, self.use_vllm, **datasets)
         engine = self.use_vllm or self.use_transformers_continuous_batching
         check_plain_passes(self.model, self.accelerator.num_processes, engine)
         if peft_config is None:
             check_not_moved(self.model, passed, "the trainer made its reference adapter")
         self.reference = Reference.of(self.model, ref_model, reload, passed)
+        self.exclude_image_token(self.model, self.reference.module)
         remove_dropout(self.model)
         if self.reference.module is not None:
             self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
@@ -116,6 +120,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self.alarms = Alarms(self)
         self._in_flight: RolloutInFlight | None = None
         self._step_in_progress: OptimizerStep | None = None
+        self._images_checked = False
         share_base(self.reward_funcs, lambda: self.model)
 
     # The objective
@@ -195,7 +200,10 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         prompt_ids, completion_ids = input_ids.split((input_ids.size(1) - logits_to_keep, logits_to_keep), dim=1)
         prompt_mask, mask = attention_mask.bool().split((prompt_ids.size(1), logits_to_keep), dim=1)
         sequences = (prompt_ids, prompt_mask, completion_ids, mask)
-        rollout.scored = scored_by_length(RolloutScorer(self, rollout), sequences, batch_size or len(input_ids))
+        rollout.scored = scored_by_length(
+            RolloutScorer(self, rollout), sequences, batch_size or len(input_ids), self.model_inputs
+        )
+        self._images_checked = self._images_checked or images_are_read(self, sequences)
         return rollout.scored["token_log_probs"], None, None
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -204,7 +212,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         self._failures.errors += unusable_rewards(
             rewards, self.reward_funcs, self.reward_func_names, self.args.infinite_where_forbidden
         )
-        self._in_flight.prefix_rewards = self._prefix_rewards(inputs, prompts, completion_ids_list)
+        self._in_flight.prefix_rewards = self._prefix_rewards(self.data_rows, prompts, completion_ids_list)
         self._failures.stop_all(self.accelerator.num_processes)
         first = self.accelerator.process_index * len(prompts)
         self._in_flight.rewards_per_func = rewards[first : first + len(prompts)]
@@ -266,6 +274,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
         return Rollout(
             **{name: output[name] for name in names},
             **in_flight.scored,
+            model_inputs=self.model_inputs,
             prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
             rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
@@ -344,7 +353,7 @@ class RolloutTrainer(FaultTolerantTrainer, RepairedRLOO):
 
     def score(self, model: nn.Module, batch: Batch) -> CompletionScores:
         """Score the batch's completions under a model, with gradient where that is enabled."""
-        return score_completions(model, *batch.sequences, self.temperature)
+        return score_completions(model, *batch.sequences, self.temperature, model_inputs=batch.model_inputs)
 
     @property
     def _eos_ids(self) -> list[int]:

@@ -31,9 +31,9 @@ class GDCTrainer(RolloutTrainer):
     for completions drawn from a proposal q, by default the policy itself; or the log-variance loss, half the variance
     of log π − log π0 − log_likelihood over a prompt's completions, from any proposal.
 
-    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names. The Z of
-    each prompt is pooled over all its completions so far, since the target never changes and each batch's estimate is
-    unbiased.
+    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names, images in
+    prompts included (see [`PPOTrainer`]). The Z of each prompt is pooled over all its completions so far, since the
+    target never changes and each batch's estimate is unbiased.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

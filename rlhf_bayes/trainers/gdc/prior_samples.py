@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.rollout.prior_probe import draw_in_batches
+from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key
 
 
 @final
@@ -28,7 +29,7 @@ class PriorSamples(TrainerCallback):
             return
         drawing, trainer.proposal = trainer.proposal, "prior"
         trainer.model.train()
-        rows = list({str(row): row for row in trainer.train_dataset}.values())
+        rows = list({prompt_key(row): row for row in trainer.train_dataset}.values())
         try:
             draw_in_batches(trainer.draw, rows, args.prior_samples, args, "Draws from the prior")
         finally:

@@ -23,6 +23,7 @@ def attach_critic(
     value_model: "str | PreTrainedModel | None",
     reward_models: list[tuple[nn.Module, PreTrainedTokenizerBase]],
     seed: int,
+    reads_images: bool = False,
 ) -> Critic:
     """
     Put a critic inside the policy's causal LM, so that DDP, FSDP and DeepSpeed see one module with one forward.
@@ -42,9 +43,11 @@ def attach_critic(
             `value_model`.
         seed (`int`):
             Seed for the weights of a critic's adapter.
+        reads_images (`bool`, *optional*, defaults to `False`):
+            Whether prompts may have images, so that the critic needs a trunk of the policy's kind.
 
     Raises:
-        ValueError: if `value_model` does not fit `kind` or the policy.
+        ValueError: if `value_model` or the reward model does not fit `kind` or the policy.
     """
     lm = base_causal_lm(policy)
     hidden_size = lm.config.get_text_config().hidden_size
@@ -58,6 +61,11 @@ def attach_critic(
         critic = Critic(hidden_size)
     else:
         critic = _separate_critic(policy, tokenizer, value_model, saved, reward_models, seed)
+        if reads_images and critic.backbone is not None and type(critic.backbone) is not type(trunk_of(lm)):
+            raise ValueError(
+                f"The critic's trunk must read images as the policy's does, a {type(trunk_of(lm)).__name__}, got "
+                f"{_described(critic.backbone)}. Pass a `value_model` of the policy's kind, or set `critic='shared'`."
+            )
     if saved is not None:
         critic.load(saved)
     critic.to(lm.device)

@@ -72,7 +72,7 @@ OLD_FIELDS: Mapping[str, Successor] = {
     "adap_kl_ctrl": Successor("target_kl", "nats per sequence, for a β that adapts; None for a fixed one."),
     "target": Successor("target_kl", "nats per sequence.", same_value=True),
     "horizon": Successor("kl_horizon", "the same number of completions.", same_value=True),
-    "init_value_model": Successor("value_model", "an argument of the trainer."),
+    "init_value_model": Successor("value_model", "an argument of the trainer, with `critic='separate'`."),
 }
 """Fields of the former `PPOConfig`, the last of them of its predecessor up to TRL 0.11."""
 
@@ -98,14 +98,17 @@ OLD_METHODS: Mapping[str, Successor] = {
 
 OTHER_DEFAULTS: Mapping[str, tuple[Any, str]] = {
     "temperature": (0.7, "of the policy and of the prior: it belongs to the posterior"),
-    "lam": (0.95, "with 1 the gradient is unbiased however bad the critic is"),
+    "lam": (
+        0.95,
+        "λ is chosen by how much the critic explains, up to 1, where the gradient is unbiased however bad it is",
+    ),
     "cliprange_value": (0.2, "the scale of the reward is not known"),
     "num_iterations": (4, "`num_ppo_epochs` there"),
     "max_completion_length": (53, "`response_length` there"),
     "learning_rate": (3e-6, "TRL's RLOO has this default"),
     "normalize_advantages": (True, "there always"),
     "num_generations": (1, "completions of a prompt; their siblings correct the critic"),
-    "critic": ("separate", "a head on the policy's trunk costs no second model"),
+    "critic": ("separate", "it is fitted in closed form: no second model, and no learning rate"),
 }
 """Field of today -> its default there, and a remark. To train as before, set those of there."""
 

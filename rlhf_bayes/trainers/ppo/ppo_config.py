@@ -33,13 +33,14 @@ class PPOConfig(RolloutConfig):
             )
         },
     )
-    lam: float = field(
-        default=1.0,
+    lam: float | None = field(
+        default=None,
         metadata={
             "help": (
                 "λ of generalised advantage estimation, in [0, 1]. With 1 the gradient is unbiased however bad the "
-                "critic is. Below 1, early tokens see the KL of later ones only through the critic, so it pays only "
-                "with a trained critic (`value_model`). The discount is 1: another one would move the optimum."
+                "critic is; below 1, the critic's forecast stands for what later tokens earn, which has less noise. "
+                "Default: 1 − s/10 with the 'ridge' critic, where s is the share of the variance of the returns that "
+                "it has forecast so far; 1 with others. The discount is 1: another one would move the optimum."
             )
         },
     )
@@ -54,7 +55,7 @@ class PPOConfig(RolloutConfig):
     )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     critic: str = field(
-        default="shared",
+        default="ridge",
         metadata={
             "help": (
                 "'ridge': a linear forecast from the policy's last hidden state and from rewards of prefixes, fitted "

@@ -35,14 +35,18 @@ class PPOTrainer(RolloutTrainer):
         J(θ) = E_πθ[r(x) − β·log(πθ(x)/π0(x))]        (Korbak, Perez & Buckley 2022, arXiv 2205.11275, eq. 3–4)
         J/β = ELBO,   log Z − ELBO = KL(πθ‖π*)         (their eq. 5–7)
 
-    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names.
+    A drop-in for [`~trl.RLOOTrainer`]: same constructor, datasets, reward functions, flags and metric names, also for
+    vision-language models and prompts with images. The token that stands for images has probability 0 in completions,
+    under policy and prior alike, since no model could read it there.
 
     The token reward is −β·log(πθ/π0) of the token, plus the score at the last token. Advantages come from GAE with
     discount 1: the advantage at t contains the log-ratios from t on, and with an exact critic it is 0 everywhere at
-    the optimum. There are three departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593); each was measured
-    to
-    come closer to the posterior (`benchmarks/exact_posterior.py`):
+    the optimum. There are four departures from the PPO of Ziegler et al. 2019 (arXiv 1909.08593); each was measured to
+    come closer to the posterior (`benchmarks/exact_posterior.py`, `benchmarks/real_posterior.py`):
 
+    - The critic is fitted in closed form after each rollout ([`~rlhf_bayes.objectives.ridge_critic.RidgeCritic`]),
+      and reads the rewards of prefixes where the reward functions can be asked for them. λ depends on how much it
+      explains.
     - The critic forecasts u, the return of the whole completion, and the KL of the prefix is added in closed form:
       V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i). At the optimum u is the constant β·log Z(c).
     - Advantages are recomputed at each update, with the current policy and critic. This is right since the posterior
@@ -67,10 +71,10 @@ class PPOTrainer(RolloutTrainer):
             The prior π0. Default: with PEFT, the base model (adapters off, or the adapter as it was passed); else a
             frozen copy of the policy's weights as passed.
         value_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
-            The initial critic: a critic saved by this trainer, or, with `critic="separate"`, a model whose trunk is
-            used (it must have the policy's tokenizer). Default: a zero head on the policy's trunk; with
-            `critic="separate"` a LoRA adapter on the policy's base, a copy of the reward model's trunk, or a copy of
-            the policy's.
+            The initial critic, with `critic="shared"` or `critic="separate"`: a critic saved by this trainer, or, with
+            `"separate"`, a model whose trunk is used (it must have the policy's tokenizer). Default: a zero head on
+            the policy's trunk; with `"separate"` a LoRA adapter on the policy's base, a copy of the reward model's
+            trunk, or a copy of the policy's.
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
             Evidence in nats instead of `reward_funcs`: that of any posterior, `posterior.likelihood`. It is used as
             the reward with β = 1, so `beta`, `target_kl` and the fields that change rewards must be left out. Evidence
@@ -79,7 +83,7 @@ class PPOTrainer(RolloutTrainer):
     Metrics, besides TRL's: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` (nats per
     sequence), `posterior/gap_standard_error`, `posterior/importance_ess` (see [`posterior_metrics`]);
     `ppo/policy_loss`, `ppo/value_loss` (units of the reward, and squared), `ppo/approx_kl` (nats per token, of the
-    update), `ppo/policy_clip_fraction`, `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`.
+    update), `ppo/policy_clip_fraction`, `ppo/value_clip_fraction`, `ppo/explained_variance`, `ppo/beta`, `ppo/lam`.
 
     Raises:
         ValueError, TypeError: on input that cannot be trained on, before the model is loaded where that is possible.
@@ -157,8 +161,9 @@ class PPOTrainer(RolloutTrainer):
         self.beta = beta_of(args, likelihood)
         self.critic: Critic | None = None
         if args.critic != "ridge":
+            models = self._reward_models()
             self.critic = attach_critic(
-                self.model, self.processing_class, args.critic, value_model, self._reward_models(), args.seed
+                self.model, self.text_tokenizer, args.critic, value_model, models, args.seed, self.reads_images
             )
         self.objective = self._make_objective()
         if optimizers[0] is not None:

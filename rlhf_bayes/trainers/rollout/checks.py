@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import ProcessorMixin
 from trl import RLOOConfig
 
 from rlhf_bayes.lm.adapters import described
@@ -86,20 +85,6 @@ def check_enough_prompts(args: RLOOConfig, train_dataset: Any) -> None:
         f"{args.num_generations} of a row. Draw more of each, take smaller batches, or repeat the rows: "
         f"`concatenate_datasets([train_dataset] * {-(-prompts // rows)})`."
     )
-
-
-def check_text_only(processing_class: Any, trainer: str) -> None:
-    """
-    Refuse processors of images or sound.
-
-    Raises:
-        ValueError: if it is more than a tokenizer.
-    """
-    if isinstance(processing_class, ProcessorMixin):
-        raise ValueError(
-            f"`processing_class` must be a tokenizer, got {type(processing_class).__name__}: {trainer} trains text "
-            "models only. Pass the processor's `.tokenizer` for text-only data."
-        )
 
 
 def check_plain_passes(model: nn.Module, num_processes: int, engine: bool) -> None:

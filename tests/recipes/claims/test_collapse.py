@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_bayes.testing import EnumerableLM
 
-TINY = ("--seeds", 2, "--steps", 2, "--max_prompts", 2, "--draws", 4, "--batch", 8, "--exact_steps", 1)
+TINY = ("--seeds", 1, "--steps", 2, "--max_prompts", 2, "--draws", 4, "--batch", 8, "--exact_steps", 1)
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_collapse(run_claim):
     assert kept.mean == pytest.approx(least[0] - least[1], abs=1e-5)
     assert {row["run"] for row in rows} >= {"PPO, β = 0", "GDC, on condition", "posterior"}
     posterior = [row for row in rows if row["run"] == "posterior"]
-    assert len(posterior) == 2
+    assert len(posterior) == 1
     assert all(float(row["reward"]) == 1 and float(row["mentions"]) >= 1 for row in posterior)
     assert all(math.isfinite(float(row["entropy"])) for row in rows)
     assert result.samples["PPO, β = 0"]

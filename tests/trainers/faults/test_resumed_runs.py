@@ -107,8 +107,8 @@ def test_without_a_whole_one_a_run_stops_or_starts_anew(toy, tmp_path):
 def test_a_path_is_checked(toy, tmp_path):
     make("ppo", toy, tmp_path).train()
     broken = tmp_path / "checkpoint-4"
-    (broken / "critic" / "value_head.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"written to the end, got .*checkpoint-4`, of which `critic/value_head.safe"):
+    (broken / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=r"written to the end, got .*checkpoint-4`, of which `generation_config.json"):
         make("ppo", toy, tmp_path).train(resume_from_checkpoint=str(broken))
     with pytest.raises(ValueError, match=r"a folder that exists, got '.*checkpoint-5'"):
         make("ppo", toy, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))

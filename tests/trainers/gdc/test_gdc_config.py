@@ -96,8 +96,12 @@ def test_nan_is_refused_by_name(name, tmp_path):
 
 def test_every_number_that_is_new_is_among_the_nan_tests():
     numbers = {name for name, field in NEW_FIELDS.items() if field.type in (int, float, float | None, int | None)}
-    # those of both configurations are in test_ppo_config.py
-    numbers -= {"max_nonfinite_steps", "reward_retries", "reward_timeout", "prior_probe"}
+    numbers -= {
+        "max_nonfinite_steps",
+        "prior_probe",
+        "reward_retries",
+        "reward_timeout",
+    }  # of both configs: test_ppo_config.py
     assert numbers <= set(test_nan_is_refused_by_name.pytestmark[0].args[1])
 
 

@@ -223,7 +223,7 @@ def test_a_saved_critic_of_another_kind_is_refused(toy, tmp_path, saved, wanted,
 def test_a_critic_of_another_size_is_refused(toy, tmp_path):
     Critic(64).save_pretrained(tmp_path / "critic")
     with pytest.raises(ValueError, match=r"hidden size 64, the trunk it should read has 32: they must be equal"):
-        trainer(toy, config(tmp_path), value_model=str(tmp_path / "critic"))
+        trainer(toy, config(tmp_path, critic="shared"), value_model=str(tmp_path / "critic"))
 
 
 def test_a_trunk_with_another_vocabulary_is_refused(toy, tmp_path):

@@ -118,7 +118,7 @@ def test_neutral_settings_are_accepted(tmp_path):
     config(tmp_path, top_k=-1, min_p=0.0, generation_kwargs={"cache_implementation": "static"})
     config(tmp_path, beta=0.0)
     config(tmp_path, lam=0.0, epsilon=1.0, missing_eos_penalty=0.0, reward_clip_range=(-1.0, 1.0))
-    config(tmp_path, lam=1.0, target_kl=6.0, cliprange_value=0.2)
+    config(tmp_path, lam=1.0, target_kl=6.0, critic="shared", cliprange_value=0.2)
 
 
 def test_a_single_generation_is_accepted_with_all_derived_fields(tmp_path):
@@ -148,7 +148,8 @@ def test_flags(parser_class, tmp_path):
 
 def test_yaml(tmp_path):
     file = tmp_path / "ppo.yaml"
-    file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nkl_horizon: 500\nbeta: 1e-2\nvf_coef: 0.5\n")
+    settings = "use_cpu: true\nbf16: false\nkl_horizon: 500\nbeta: 1e-2\ncritic: shared\nvf_coef: 0.5\n"
+    file.write_text(f"output_dir: {tmp_path}\n{settings}")
     (args,) = TrlParser(PPOConfig).parse_args_and_config(["--config", str(file), "--vf_coef", "0.25"])
     assert (args.kl_horizon, args.beta, args.vf_coef) == (500, 0.01, 0.25)
 

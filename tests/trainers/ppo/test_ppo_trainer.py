@@ -69,7 +69,7 @@ def gradient_samples(toy, tmp_path, policy, steps, **changes):
         return toy_reward(prompts, completions, completion_ids)
 
     recorder = Recorder()
-    defaults = {"max_steps": steps, "learning_rate": 0.0, "lam": 1.0, "vf_coef": 0.0, "logging_strategy": "no"}
+    defaults = {"max_steps": steps, "learning_rate": 0.0, "lam": 1.0, "logging_strategy": "no"}
     sizes = {"per_device_train_batch_size": 96, "num_generations": 32, "temperature": toy.temperature}
     args = config(tmp_path, **defaults | sizes | changes)
     ref_model = toy.random_policy(noise=0.0)
@@ -134,14 +134,14 @@ def test_micro_batches_do_not_matter(toy, tmp_path):
 
     after = []
     for rows, accumulation in ((24, 1), (3, 8), (1, 24)):
-        changes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "vf_coef": 0.5}
+        changes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
         args = config(tmp_path, max_steps=4, num_iterations=2, target_kl=0.1, kl_horizon=50, **changes)
         trained = trainer(toy, args, reward_funcs=reward)
         trained.train()
         assert len({int(length) for length in trained.rollouts[0].completion_mask.sum(-1)}) > 1
         after.append((weights(trained.model), trained.beta, trained.state.log_history[0]))
     for other, beta, log in after[1:]:
-        assert_close(other, after[0][0], rtol=1e-4, atol=1e-6)
+        assert_close(other, after[0][0], rtol=1e-4, atol=1e-5)
         assert beta == pytest.approx(after[0][1])
         for name in ("posterior/gap", "posterior/elbo", "kl", "reward"):
             assert log[name] == pytest.approx(after[0][2][name], abs=1e-5), name
@@ -249,7 +249,7 @@ def test_in_the_warm_up_only_the_critic_learns(toy, tmp_path, critic, peft):
 
 def test_weight_decay_waits_for_the_end_of_the_warm_up(toy, tmp_path):
     changes = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1}
-    trained = trainer(toy, config(tmp_path, max_steps=2, critic_warmup_steps=2, **changes))
+    trained = trainer(toy, config(tmp_path, max_steps=2, critic="shared", critic_warmup_steps=2, **changes))
     start = weights(trained.model)
     trained.train()
     assert largest_change(start, weights(trained.model), critic=False) == 0
@@ -291,7 +291,7 @@ def test_arguments_of_another_class_are_refused(toy, tmp_path):
 
 
 def test_a_critic_warms_up_under_deepspeed_without_weight_decay(toy, tmp_path):
-    args = config(tmp_path, critic_warmup_steps=2, weight_decay=0.1)
+    args = config(tmp_path, critic="shared", critic_warmup_steps=2, weight_decay=0.1)
     args.deepspeed_plugin = object()
     with pytest.raises(ValueError, match=r"`weight_decay` must be 0 .* under DeepSpeed, got 0\.1"):
         trainer(toy, args, "some/path/that/is/not/reached")

@@ -104,7 +104,7 @@ def test_ppo_on_a_likelihood_is_ppo_on_its_reward_in_nats(toy, tmp_path):
     runs, recorders = [], []
     for arguments in ({}, {"likelihood": RewardLikelihood(toy_reward, 0.5)}):
         # the critic is 0 as it starts: nothing but the reward tells the two runs apart
-        changes = {"learning_rate": 0.0, "beta": 0.05 if arguments else 0.5, "vf_coef": 0.0}
+        changes = {"learning_rate": 0.0, "beta": 0.05 if arguments else 0.5}
         recorders.append(Recorder())
         model = toy.random_policy(seed=3)
         arguments |= {"ref_model": toy.random_policy(noise=0.0), "callbacks": [recorders[-1]]}

@@ -15,7 +15,7 @@ RUNS = {
     "ppo": (config, {}, None),
     "ppo-ridge": (config, {"critic": "ridge"}, None),
     "ppo-separate": (config, {"critic": "separate", "num_iterations": 2}, None),
-    "ppo-warm-up": (config, {"critic_warmup_steps": 2}, None),
+    "ppo-warm-up": (config, {"critic": "shared", "critic_warmup_steps": 2}, None),
     "ppo-lora": (config, {"critic": "separate"}, LORA),
     "ppo-checkpointing": (config, {"gradient_checkpointing": True}, LORA),
     "gdc": (gdc_config, {"num_iterations": 2}, None),

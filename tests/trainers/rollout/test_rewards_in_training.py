@@ -126,7 +126,7 @@ def test_a_bad_reward_is_named_and_leaves_the_checkpoint(toy, tmp_path, kind, is
         return bad(completions)
 
     bad_async.__name__ = "bad"
-    args = config(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    args = config(tmp_path, critic="shared", max_steps=3, save_strategy="steps", save_steps=1)
     trained = trainer(toy, args, None, bad_async if is_async else bad)
     with pytest.raises(error) as caught:
         trained.train()

@@ -151,7 +151,7 @@ def test_the_best_checkpoint_comes_back_with_its_critic(toy, tmp_path, critic, p
 
 
 def test_only_the_model_may_be_saved(toy, tmp_path):
-    make(toy, tmp_path, save_only_model=True, max_steps=5).train()
+    make(toy, tmp_path, critic="shared", save_only_model=True, max_steps=5).train()
     assert (tmp_path / "checkpoint-5" / "critic").is_dir()
     assert not (tmp_path / "checkpoint-5" / "rollout_state_0.pt").exists()
 

@@ -12,7 +12,7 @@ def test_scores_come_back_in_the_order_of_the_rows():
     sequences = (ids[:, :2], torch.ones(6, 2, dtype=torch.bool), ids, torch.arange(6) < torch.tensor(LENGTHS)[:, None])
     widths = []
 
-    def score_rows(prompt_ids, prompt_mask, completion_ids, completion_mask):
+    def score_rows(prompt_ids, prompt_mask, completion_ids, completion_mask, model_inputs):
         widths.append(int(completion_mask.sum(-1).max()))
         return {"row": completion_ids[:, 0], "length": completion_mask.sum(-1), "values": None}
 

@@ -119,7 +119,7 @@ def test_gradient_checkpointing_changes_no_role(toy, tmp_path, base):
 
 
 def test_there_is_one_base(toy, tmp_path, base):
-    made = make(toy, tmp_path, base, saved_reward(toy, base, tmp_path / "reward", "lora"))
+    made = make(toy, tmp_path, base, saved_reward(toy, base, tmp_path / "reward", "lora"), critic="shared")
     classifier = shared(made)._members.classifier.model
     heads = own_weights(classifier) - own_weights(made.model)
     assert len(heads) == 4  # the members', and the one that PEFT copied
