@@ -1,4 +1,4 @@
-"""The README and the layout stay true: every file is named, and the Python runs."""
+"""The README, the pages of docs/ and the layout stay true: every file is named, links lead somewhere, the Python runs."""
 
 import re
 from pathlib import Path
@@ -6,23 +6,50 @@ from pathlib import Path
 from .scripts import loaded_script
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+
+
+def python_of(*names: str) -> dict:
+    """What the Python of some pages defines, run one after the other, as a reader would."""
+    scope = {}
+    for name in names:
+        for block in re.findall(r"^```python\n(.*?)^```", PAGES[name], flags=re.MULTILINE | re.DOTALL):
+            exec(block, scope)
+    return scope
 
 
 def test_the_layout_is_that_of_the_files():
     with loaded_script(ROOT / "docs" / "layout.py") as script:
-        written = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+        written = PAGES["layout.md"]
         assert written == script.layout(), "write it anew: python docs/layout.py"
         silent = [line for line in written.splitlines() if line.lstrip().startswith("- ") and ": " not in line]
     assert silent == [], "begin these modules with a docstring"
 
 
-def test_the_python_runs():
-    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    scope = {}
-    for block in blocks:  # one after the other, as a reader would
-        exec(block, scope)
+def test_the_python_of_the_readme_runs():
+    scope = python_of("README.md")
+    assert scope["draws"].guarantee == "exact"
+    assert scope["found"].verdict.startswith(("KL(policy‖posterior) is", "Cannot tell"))
+
+
+def test_the_python_of_the_pages_runs():
+    scope = python_of("posterior.md", "sampling.md", "evaluation.md", "swap.md")
     assert scope["log_weights"].shape == (8,)
     assert scope["log_weights"].isfinite().all()
     assert scope["draws"].guarantee == "exact"
     assert scope["found"].verdict.startswith(("KL(policy‖posterior) is", "Cannot tell"))
+    assert scope["smiles"]([":) :)", ""]) == [2, 0]
+    tested = {"README.md", "posterior.md", "sampling.md", "evaluation.md", "swap.md"}
+    assert {name for name, text in PAGES.items() if "```python" in text} <= tested
+
+
+def test_links_lead_to_files():
+    for name, text in PAGES.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+        missing = [target for target in targets if not (folder / target).exists()]
+        assert missing == [], name
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].encode()) <= 10_000

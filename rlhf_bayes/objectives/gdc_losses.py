@@ -12,7 +12,7 @@ class GDCLoss:
     """A choice of `divergence` in [`GDCConfig`]."""
 
     help: str
-    """One line for `--help` and for the README's table."""
+    """One line for `--help` and for the table of docs/control.md."""
     has_pseudo_reward: bool
     """Whether it is an f-divergence, so that it has a pseudo-reward, and `baseline` and `max_pseudo_reward` apply."""
 

@@ -63,7 +63,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class SamplerRecord:
-    """A sampler as `rlhf-bayes sample`, the benchmarks, the tests and the README's table know it."""
+    """A sampler as `rlhf-bayes sample`, the benchmarks, the tests and the table of docs/sampling.md know it."""
 
     sampler: type
     """Its class."""

@@ -16,7 +16,7 @@ from rlhf_bayes.diagnostics.quantities import QUANTITIES
 from rlhf_bayes.report.run import Run, estimates_of
 from rlhf_bayes.report.tables import evaluation_table
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 TEXTS = ["a b", "a b c d e f", "a b", "a b a b a b"]
 # of TEXTS, by hand; None where test_diversity.py has it
 OF_TEXTS = {
@@ -61,7 +61,7 @@ def test_it_is_shown_where_its_record_says(fit, name):
     logged = "callback" in quantity.places and quantity.error_logged
     assert (f"{PREFIX}{name}_standard_error" in metrics) == logged
     if "callback" in quantity.places:
-        assert f"/{name}`" in README, "add the metric to the README's table"
+        assert f"/{name}`" in PAGE, "add the metric to the table of docs/metrics.md"
 
 
 @pytest.mark.parametrize("name", [name for name, quantity in QUANTITIES.items() if quantity.of_texts])

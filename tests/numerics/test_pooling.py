@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from rlhf_bayes.numerics import POOLING_RULES, pool
 from rlhf_bayes.numerics.pooling import pool_centered, uses_beta
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "reward_models.md").read_text(encoding="utf-8")
 REWARDS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 0.5]])  # (K, B)
 SCALES = {
     "mean": {},
@@ -105,9 +105,7 @@ def test_a_pool_lies_between_the_members_on_the_side_that_it_says(name):
 
 
 def test_the_table_in_the_readme_is_theirs():
-    rows = re.findall(
-        r"^\| `(\w+)` \| (.*) \| (.*) \|$", README.split("| rule | reward | posterior |")[1], re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", PAGE.split("| rule | reward | posterior |")[1], re.MULTILINE)
     expected = [(name, rule.formula, rule.help) for name, rule in POOLING_RULES.items()]
     assert rows[: len(expected)] == expected
 

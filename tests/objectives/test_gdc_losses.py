@@ -1,4 +1,4 @@
-"""What GDC minimises: one mapping, from which flags, checks and the README's table come."""
+"""What GDC minimises: one mapping, from which flags, checks and the table of the page come."""
 
 import re
 from pathlib import Path
@@ -14,7 +14,7 @@ from rlhf_bayes.objectives.gdc_losses import (
     names_that_take_forbidden,
 )
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "control.md").read_text(encoding="utf-8")
 
 
 def test_the_losses_are_the_divergences_and_the_log_variance():
@@ -29,7 +29,7 @@ def test_the_flag_and_its_help_come_from_them():
 
 
 def test_the_table_in_the_readme_is_theirs():
-    table = README.split("| `divergence` | minimises")[1].split("\n\n")[0]
+    table = PAGE.split("| `divergence` | minimises")[1].split("\n\n")[0]
     rows = re.findall(r'^\| `"(\w+)"` \| (.*) \|$', table, flags=re.MULTILINE)
     assert rows == [(name, loss.help) for name, loss in GDC_LOSSES.items()]
 

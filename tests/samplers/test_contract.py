@@ -25,7 +25,7 @@ from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 from .enumerated import policy_of, prior_of, seeded
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text(encoding="utf-8")
 
 
 def guided_smc(policy, value):
@@ -90,7 +90,7 @@ def test_the_default_is_what_targets_the_posterior():
 
 
 def test_the_table_in_the_readme_is_theirs():
-    table = README.split("| sampler (`rlhf_bayes.samplers`) |")[1].split("\n\n")[0]
+    table = PAGE.split("| sampler (`rlhf_bayes.samplers`) |")[1].split("\n\n")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", table, re.MULTILINE)
     assert rows == [(r.sampler.__name__, r.guarantee, r.help) for r in all_samplers.SAMPLERS.values()]
 
