@@ -1,4 +1,4 @@
-"""The README, the pages of docs/ and the layout stay true: every file is named, links lead somewhere, the Python runs."""
+"""README, pages of docs/ and layout stay true: every file is named, links lead somewhere, the Python runs."""
 
 import re
 from pathlib import Path
