@@ -58,7 +58,7 @@ class Claim:
         self.folder = Path(self.args.output_dir)
         self.statements: list[Statement] = []
         self.seconds, self.cells = 0.0, 0
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, emoji=False)
         self.console.print(f"[bold]{self.name}[/]: {self.title}")
 
     def cell(self, function: Callable[..., Any], **settings: Any) -> Any:

@@ -86,7 +86,15 @@ def train_case(cause: str, seed: int, steps: int, draws: int) -> dict[str, Any]:
         return {"bad": bad_share(log_policy, bad), "elbo": (evidence - ratio).mean().item()}
 
     points = loop(
-        toy, kl_rl_loss(toy, beta, rewards), seed, steps, points=50, policy=policy, observe=observe, until=stop
+        toy,
+        kl_rl_loss(toy, beta, rewards),
+        seed,
+        steps,
+        points=50,
+        policy=policy,
+        draws=64,
+        observe=observe,
+        until=stop,
     )["points"]
 
     table = {
@@ -125,7 +133,7 @@ def name_cause(run: dict[str, Any]) -> str | None:
 
 
 def main() -> None:
-    claim = Claim(__file__, __doc__, trains=False, seeds=4, steps=150, draws=400)
+    claim = Claim(__file__, __doc__, trains=False, seeds=4, steps=300, draws=400)
     runs = claim.runs(
         train_case, {cause: {"cause": cause} for cause in CAUSES}, steps=claim.args.steps, draws=claim.args.draws
     )
