@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf_bayes.lm.merging import merged
 from rlhf_bayes.rewards import Normalization, RewardEnsemble, RewardIndex, RewardModel, load_reward
 from rlhf_bayes.rewards.folding import scale_in_weights, write_index
 from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_head, load_adapters
@@ -130,7 +131,7 @@ def _single(folder: Path, reward: RewardModel | RewardEnsemble, member: str | No
 def _whole(model: nn.Module, index: RewardIndex | None) -> nn.Module:
     """The model without adapters, whose head gives raw logits."""
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merged(model)
     scale = scale_in_weights(index)
     if scale is not None:
         _set_head(model, *_raw(_head(model)[2], scale))
@@ -142,7 +143,7 @@ def _mean_of_heads(reward: RewardEnsemble, members: list[str]) -> tuple[nn.Modul
     rows = [index.members.index(member) for member in members]
     model = classifier.model
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merged(model)
     weight, bias = _raw(_head(model)[2], scale_in_weights(classifier.index))  # (K, H), (K,) or None
     gain, constant = torch.ones(len(rows)), torch.zeros(len(rows))
     reference = ""
