@@ -1,5 +1,6 @@
 """One thread, no hub, and the enumerable toy."""
 
+import logging
 import os
 import sys
 
@@ -43,6 +44,16 @@ def _refuse_unmarked_children(event: str, args: tuple) -> None:
 
 
 sys.addaudithook(_refuse_unmarked_children)
+
+
+@pytest.fixture(autouse=True)
+def own_log_levels():
+    """What a script sets in this process, to be quiet, does not outlive its test."""
+    loggers = [logging.getLogger(name) for name in ("rlhf_bayes", "trl", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,7 @@ def test_a_child_that_hangs_is_killed_with_its_own_children(monkeypatch, tmp_pat
 @pytest.mark.processes
 def test_cpu_time_is_that_of_descendants_too():
     code = "import subprocess, sys, time; subprocess.run([sys.executable, '-c', {!r}]); time.sleep(1000)"
-    loop = "import time\nwhile time.process_time() < 0.5: pass"
+    loop = "import time\nwhile time.process_time() < 0.8: pass"
     process = children.subprocess.Popen([sys.executable, "-c", code.format(loop)])
     try:
         children.wait_until(lambda: children.cpu_time([process.pid]) > 0.5, [process.pid])
