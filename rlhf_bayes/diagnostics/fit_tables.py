@@ -1,6 +1,8 @@
 """Shows fits, samples and training curves as tables and images."""
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,40 @@ def samples_table(prompts: Sequence[Any], draws: Mapping[str, ScoredDraws], titl
     return table
 
 
-def plot_history(log_history: Sequence[Mapping[str, float]], log_z: Estimate | None, path: str | Path) -> None:
+@dataclass(frozen=True)
+class _Panel:
+    """One panel of the curves of a training."""
+
+    title: str
+    unit: str
+    value: Callable[[Mapping[str, float]], float]
+    """Of an entry of the log; KeyError where it holds none."""
+    target: str | None = None
+    """The field of [`PosteriorFit`] that holds the value of the posterior."""
+
+
+_PANELS = (
+    _Panel("reward", "reward", lambda entry: entry["reward"], "posterior_reward"),
+    _Panel(
+        "KL to the prior", "nats per sequence", lambda entry: entry["posterior/kl_to_prior"], "posterior_kl_to_prior"
+    ),
+    _Panel("ELBO", "nats per sequence", lambda entry: entry["posterior/elbo"], "log_z"),
+    # the log has the mean over tokens
+    _Panel("entropy", "nats per sequence", lambda entry: entry["entropy"] * entry["completions/mean_length"]),
+)
+
+
+def plot_history(log_history: Sequence[Mapping[str, float]], fit: PosteriorFit | None, path: str | Path) -> None:
     """
-    Curves of a training run as an image: reward, KL to the prior, ELBO and log Z, entropy.
+    Curves of a training run as an image: reward, KL to the prior, ELBO, and entropy, with their values under π*.
+
+    A faint line is what was logged, the strong one its moving average. Each title says where the training ended.
 
     Args:
         log_history (`Sequence[Mapping[str, float]]`):
             `trainer.state.log_history`, with the keys of PPOTrainer. Panels without data stay empty.
-        log_z (`Estimate`, *optional*):
-            The best possible ELBO; drawn if it is trustworthy.
+        fit ([`PosteriorFit`], *optional*):
+            The trained policy's, whose values of the posterior are drawn where they are trustworthy.
         path (`str` or `Path`):
             The file of the image; its suffix determines the format.
     """
@@ -60,24 +87,49 @@ def plot_history(log_history: Sequence[Mapping[str, float]], log_z: Estimate | N
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    panels = {
-        "reward": ("reward", "reward"),
-        "posterior/kl_to_prior": ("KL to prior", "nats per sequence"),
-        "posterior/elbo": ("ELBO", "nats per sequence"),
-        "entropy": ("entropy", "nats per token"),
-    }
-    for axes, (key, (title, unit)) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), color="C0", label=title)
-        if key == "posterior/elbo" and log_z is not None and log_z.trustworthy:
-            low, high = log_z.mean - 2 * log_z.standard_error, log_z.mean + 2 * log_z.standard_error
-            axes.axhline(log_z.mean, color="C1", linestyle="--", label="log Z ± 2 standard errors")
+    for axes, panel in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        steps, values = _points(log_history, panel)
+        target = getattr(fit, panel.target) if fit is not None and panel.target is not None else None
+        target = target if target is not None and target.trustworthy else None
+        end = f", at the end {_ended(values):.3g}" if values else ""
+        if values:
+            axes.plot(steps, values, color="C0", alpha=0.25, linewidth=1)
+            axes.plot(steps, _moving_average(values), color="C0", label=f"{panel.title}, moving average")
+        if target is not None:
+            of_it = "log Z" if panel.target == "log_z" else "posterior"
+            low, high = target.mean - 2 * target.standard_error, target.mean + 2 * target.standard_error
+            axes.axhline(target.mean, color="C1", linestyle="--", label=f"{of_it} ± 2 standard errors")
             axes.axhspan(low, high, color="C1", alpha=0.2, linewidth=0)
-            if points:
-                steps, elbos = zip(*points, strict=True)
-                axes.fill_between(steps, elbos, log_z.mean, color="C0", alpha=0.1, label="gap = KL to posterior")
-            axes.legend(loc="lower right", frameon=False)
-        axes.set(title=title, ylabel=unit, xlabel="optimizer step")
+            end += f"; {of_it} {target.mean:.3g}"
+            if values and panel.target == "log_z":
+                averages = _moving_average(values)
+                axes.fill_between(steps, averages, target.mean, color="C0", alpha=0.1, label="gap = KL to posterior")
+        axes.set(title=f"{panel.title}{end}", ylabel=panel.unit, xlabel="optimizer step")
         axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def _points(log_history: Sequence[Mapping[str, float]], panel: _Panel) -> tuple[list[float], list[float]]:
+    steps, values = [], []
+    for entry in log_history:
+        try:
+            value = panel.value(entry)
+        except KeyError:
+            continue
+        steps.append(entry["step"])
+        values.append(value)
+    return steps, values
+
+
+def _moving_average(values: Sequence[float]) -> list[float]:
+    """Means over a window around each value, a tenth of them wide and narrower at the ends."""
+    reach = len(values) // 20
+    windows = (values[max(0, place - reach) : place + reach + 1] for place in range(len(values)))
+    return [statistics.fmean(window) for window in windows]
+
+
+def _ended(values: Sequence[float]) -> float:
+    """The mean of the last tenth."""
+    return statistics.fmean(values[-max(1, len(values) // 10) :])

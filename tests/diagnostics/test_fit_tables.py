@@ -1,12 +1,21 @@
 """Fits and curves as a user sees them."""
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from rlhf_bayes.diagnostics import Estimate, ScoredDraws, fit_table, plot_history, posterior_fits, samples_table
+from rlhf_bayes.diagnostics import (
+    Estimate,
+    ScoredDraws,
+    fit_table,
+    fit_tables,
+    plot_history,
+    posterior_fits,
+    samples_table,
+)
 
 GOOD = Estimate(1.234, 0.05, 1.1, 1.4, 0.04)
 BAD = Estimate(7.0, 3.0, 1.0, 13.0, 3.0, trustworthy=False)
@@ -55,10 +64,26 @@ def test_samples(draws):
     assert text.count("three [four]") == 2  # no markup of rich's
 
 
-def test_curves(tmp_path):
+def test_curves(draws, tmp_path):
     history = [{"step": step, "reward": 0.1 * step, "posterior/elbo": step - 3.0} for step in (1, 2, 3)]
-    for name, log_z in (("a.png", GOOD), ("b.png", BAD), ("c.png", None)):
-        plot_history(history, log_z, tmp_path / name)
+    _, policy, _ = posterior_fits(draws, draws, draws.log_prob, 0.5)
+    unknown = {"posterior_reward": BAD, "posterior_kl_to_prior": None}
+    fits = {
+        "a.png": replace(policy, log_z=GOOD, **unknown),
+        "b.png": replace(policy, log_z=BAD, **unknown),
+        "c.png": None,
+    }
+    for name, fit in fits.items():
+        plot_history(history, fit, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "c.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
+
+
+def test_the_moving_average_is_narrower_at_the_ends():
+    values = [float(step**2) for step in range(40)]
+    averages = fit_tables._moving_average(values)
+    assert averages[20] == pytest.approx(sum(step**2 for step in range(18, 23)) / 5)
+    assert averages[0] == pytest.approx((0 + 1 + 4) / 3)
+    assert averages[-1] == pytest.approx((37**2 + 38**2 + 39**2) / 3)
+    assert fit_tables._moving_average(values[:3]) == values[:3]

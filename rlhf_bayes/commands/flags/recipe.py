@@ -291,6 +291,6 @@ def _print_report(evaluation: Evaluation, trainer: Trainer, title: str) -> None:
         if evaluation.log_z.trustworthy:  # otherwise the verdict has said why not
             console.print(str(evaluation.log_z))
     curves = Path(output_dir) / "curves.png"
-    plot_history(trainer.state.log_history, evaluation.policy.log_z, curves)
+    plot_history(trainer.state.log_history, evaluation.policy, curves)
     console.print(f"Model in {output_dir}, curves in {curves}.")
     console.print(f"A page on all of it: rlhf-bayes report {output_dir}", highlight=False)
