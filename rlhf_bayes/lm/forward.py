@@ -243,8 +243,9 @@ def _score_batch(
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """Values of the valid positions in their places: (N,) -> (B, T), 0 elsewhere. It keeps the gradient."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    """Values of the valid positions in their places: (N, …) -> (B, T, …), 0 elsewhere. It keeps the gradient."""
+    inner = values.shape[1:]
+    return values.new_zeros(*mask.shape, *inner).masked_scatter(mask.view(*mask.shape, *(1 for _ in inner)), values)
 
 
 @torch.no_grad()

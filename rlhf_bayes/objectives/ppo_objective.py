@@ -158,6 +158,7 @@ class PPOObjective:
         columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
         forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
         self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
+        self.world.log("ppo/lam", batch.lam.item())
         if features is not None and critic is not None and self.world.training:
             critic.learn(features, self._returns(rollout), mask)
         self._report_rollout(rollout)
@@ -264,7 +265,6 @@ class PPOObjective:
         for name, value in (metrics | moments_of_all(self.world, rollout)).items():
             self.world.log(name, value)
         self.world.log("ppo/beta", self.beta)
-        self.world.log("ppo/lam", self._lam())
         if self.world.training and self.target_kl is not None:
             self.beta = adapted_beta(self.beta, kls.mean().item(), self.target_kl, len(kls), self.kl_horizon)
 

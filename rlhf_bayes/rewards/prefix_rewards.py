@@ -87,11 +87,9 @@ def prefix_rewards(
         [torch.nan if reward is None else reward for reward in func(**columns)] if rows else []
         for func in reward_funcs
     ]
-    rewards = torch.tensor(by_function).view(len(reward_funcs), -1).T  # (N, F)
-    result = torch.full((len(lengths), max(lengths, default=0), len(reward_funcs)), torch.nan)
-    start = 0
-    for row, length in enumerate(lengths):
-        count = max(length - 1, 0)
-        result[row, 1 : 1 + count] = rewards[start : start + count]
-        start += count
+    rewards = torch.tensor(by_function, dtype=torch.float32).view(len(reward_funcs), -1).T  # (N, F)
+    stops = torch.arange(max(lengths, default=0))  # (T,)
+    asked = (stops > 0) & (stops < torch.tensor(lengths)[:, None])  # (B, T), in the order of `prefixes`
+    result = torch.full((*asked.shape, len(reward_funcs)), torch.nan)
+    result[asked] = rewards
     return result

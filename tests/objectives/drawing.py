@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
+from rlhf_bayes.lm.forward import scatter
 from rlhf_bayes.lm.language_model import pad_ids
 from rlhf_bayes.objectives import Objective, OneProcess, PosteriorTarget, Rollout
 from rlhf_bayes.testing import EnumerableLM
@@ -52,11 +53,6 @@ def rollout_of(
             score_completions(model, *sequences, toy.temperature, with_hidden=True) for model in (policy, prior)
         )
     log_q = scores.log_probs.sum(-1) if log_proposal is None else log_proposal.gather(1, columns).flatten()
-    kept = None
-    if states is not None:
-        rows = states(scores.hidden)  # (N, S)
-        kept = rows.new_zeros(*mask.shape, rows.size(-1))
-        kept[mask.bool()] = rows
     return Rollout(
         *sequences,
         prompt_keys=torch.arange(prompts).repeat_interleave(n),
@@ -68,7 +64,7 @@ def rollout_of(
         rewards=rewards[:prompts].gather(1, columns).flatten(),
         num_generations=n,
         drawn_from=drawn_from,
-        states=kept,
+        states=None if states is None else scatter(states(scores.hidden), mask.bool()),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_bayes.lm import score_completions
 from rlhf_bayes.lm.adapters import base_causal_lm
+from rlhf_bayes.lm.forward import scatter
 from rlhf_bayes.lm.head import LMHead
 from rlhf_bayes.lm.model_inputs import RowInputs
 from rlhf_bayes.trainers._trl.engines import graph_kept, plain, whole_heads
@@ -88,12 +89,7 @@ class RolloutScorer:
     def _states(self, hidden: Tensor | None, mask: Tensor) -> Tensor | None:
         """What the objective reads of the hidden states, (N, H) of the valid tokens: (B, T, S)."""
         keep = self.trainer.objective.states
-        if keep is None or hidden is None:
-            return None
-        kept = keep(hidden.detach())  # (N, S)
-        states = kept.new_zeros(*mask.shape, kept.size(-1))
-        states[mask] = kept
-        return states
+        return None if keep is None or hidden is None else scatter(keep(hidden.detach()), mask)
 
     def _log_proposal(
         self, sequences: tuple, scored: dict[str, Tensor | None], model_inputs: Sequence[RowInputs] | None
