@@ -76,7 +76,8 @@ def test_a_launcher_ends_the_others_when_one_is_killed(tmp_path):
         wait_until(lambda: launcher.poll() is not None, [launcher.pid], [tmp_path])
     said = errors.read_text()
     assert launcher.returncode != 0
-    assert GO_ON in said  # the other process
+    # The other process meets the broken connection, or the launcher ends it before that.
+    assert GO_ON in said or f"Sending process {pids[0]} closing signal SIGTERM" in said
     assert "Signal 9" in said  # the launcher
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
