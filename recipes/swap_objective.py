@@ -106,7 +106,7 @@ def main() -> None:
         else:
             cli.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
 
-    cli.train_and_report(trainer, report if args.report_prompts > 0 else None)
+    cli.train_and_report(trainer, report if args.report_prompts > 0 else None, args.overwrite_output_dir)
 
 
 if __name__ == "__main__":
