@@ -69,6 +69,10 @@ def _run(name: str, words: list[str]) -> None:
     args = PARSERS[name]().parse_args(words) if name in PARSERS else words
     # only the command that is run is imported: trl takes seconds to import, and the report does not need it
     command = import_module(f".{COMMANDS[name].module}", __name__)
+    if "transformers" in sys.modules:
+        from rlhf_bayes.commands.quiet import quiet_libraries
+
+        quiet_libraries()
     if name in PARSERS:
         command.run(args)
     else:

@@ -192,7 +192,7 @@ def short_help(command: str) -> str:
     for title, flags in shown.groups.items():
         lines += ["", f"{title}:"]
         for flag in flags:
-            default = "" if flag.default is None else f" Default: {flag.default}."
+            default = "" if flag.default in (None, "False") else f" Default: {flag.default}."
             wrapped = textwrap.wrap(f"{flag.help}{default}", width - _INDENT)
             lines.append(f"  --{flag.name:<{_INDENT - 4}}{wrapped[0]}")
             lines += [" " * _INDENT + line for line in wrapped[1:]]

@@ -21,7 +21,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel, Posterior, toy
 from rlhf_bayes.commands import flags
-from rlhf_bayes.diagnostics import control_table, plot_control
+from rlhf_bayes.diagnostics import control_table, log_evaluation, plot_control
 from rlhf_bayes.likelihoods import MomentLikelihood
 
 ON_CPU = not torch.cuda.is_available()
@@ -167,5 +167,6 @@ def print_report(
         console.print(str(evaluation.log_z))
     curves = Path(trainer.args.output_dir) / "curves.png"
     plot_control(trainer.state.log_history, wanted, evaluation.policy.posterior_kl_to_prior, curves)
+    log_evaluation(trainer, evaluation, {"curves": curves})
     console.print(f"Model in {trainer.args.output_dir}, curves in {curves}.")
     console.print(f"A page on all of it: rlhf-bayes report {trainer.args.output_dir}", highlight=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from pandas import DataFrame
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.integrations import unset_hf_deepspeed_config
@@ -22,7 +23,7 @@ from rlhf_bayes import LanguageModel, RewardConfig, RewardTrainer, toy
 from rlhf_bayes.commands.flags import hold_out, load_preferences, model_init_kwargs, parse_flags, prompts_of_pairs
 from rlhf_bayes.commands.flags.output_folder import OutputArguments, clear_output_dir
 from rlhf_bayes.commands.flags.stopped import told_what_is_kept
-from rlhf_bayes.diagnostics import plot_reliability, preference_table
+from rlhf_bayes.diagnostics import log_to_trackers, plot_reliability, preference_table
 from rlhf_bayes.rewards.loading import load_tokenizer
 from rlhf_bayes.rewards.pairs import prompt_and_texts
 from rlhf_bayes.trainers.reward.held_out import HeldOutRewards
@@ -224,4 +225,6 @@ def report(trainer: RewardTrainer) -> None:
         console.print(f"{annotator} errs in {rate:.1%} of the votes, as learnt.")
     plot = folder / RELIABILITY_PLOT
     plot_reliability(pairs.bins, plot, num_pairs=pairs.chosen.shape[1])
+    table = DataFrame([{"model": "this model", **pairs.metrics}])
+    log_to_trackers(trainer, tables={"eval_report/held_out": table}, figures={"eval_report/calibration": plot})
     console.print(f"Reward model in {folder} with its card README.md, calibration in {plot}.")

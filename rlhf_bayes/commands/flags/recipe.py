@@ -19,7 +19,15 @@ from rlhf_bayes.commands.flags.flag_parser import FlagParser
 from rlhf_bayes.commands.flags.named import load_language_model, load_likelihood
 from rlhf_bayes.commands.flags.output_folder import OutputArguments, check_output_dir, clear_output_dir
 from rlhf_bayes.commands.flags.stopped import told_what_is_kept
-from rlhf_bayes.diagnostics import Evaluation, PosteriorProgress, evaluate, fit_table, plot_history, samples_table
+from rlhf_bayes.diagnostics import (
+    Evaluation,
+    PosteriorProgress,
+    evaluate,
+    fit_table,
+    log_evaluation,
+    plot_history,
+    samples_table,
+)
 from rlhf_bayes.likelihoods import Likelihood, ProductLikelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.posterior import Posterior
@@ -326,5 +334,6 @@ def _print_report(evaluation: Evaluation, trainer: Trainer, title: str) -> None:
             console.print(str(evaluation.log_z))
     curves = Path(output_dir) / "curves.png"
     plot_history(trainer.state.log_history, evaluation.policy, curves)
+    log_evaluation(trainer, evaluation, {"curves": curves})
     console.print(f"Model in {output_dir}, curves in {curves}.")
     console.print(f"A page on all of it: rlhf-bayes report {output_dir}", highlight=False)
