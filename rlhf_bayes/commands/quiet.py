@@ -20,8 +20,8 @@ def quiet_libraries() -> None:
     # it objects to a top_k that is set so that none is taken from the model's own configuration
     logging.getLogger("transformers.generation.configuration_utils").setLevel(logging.ERROR)
     deepspeed = logging.getLogger("DeepSpeed")  # which sets its level when it is imported, perhaps later
-    if _is_warning not in deepspeed.filters:
-        deepspeed.addFilter(_is_warning)
+    if _is_no_banner not in deepspeed.filters:
+        deepspeed.addFilter(_is_no_banner)
 
 
 def quiet(threads: int | None = None) -> None:
@@ -40,5 +40,6 @@ def quiet(threads: int | None = None) -> None:
     warnings.filterwarnings("ignore")
 
 
-def _is_warning(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.WARNING
+def _is_no_banner(record: logging.LogRecord) -> bool:
+    """Whether a message of DeepSpeed is neither information nor a warning that there is no GPU."""
+    return record.levelno >= logging.WARNING and record.filename != "real_accelerator.py"

@@ -82,7 +82,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[Arguments, 
 def evidence_of(
     prior: LanguageModel, constraints: dict, dataset: Dataset, args: Arguments, seed: int
 ) -> MomentLikelihood:
-    """The evidence λ·φ, with the λ that gives the features their means. Conditions alone need no draws."""
+    """
+    The evidence λ·φ, with the λ that gives the features their means. Conditions alone need no draws.
+
+    Args:
+        prior ([`~rlhf_bayes.LanguageModel`]): π0, which draws the completions that λ is found from.
+        constraints (`dict`): name -> (feature, mean), from [`parse_features`].
+        dataset (`Dataset`): the prompts; the means are over the first ones.
+        args ([`Arguments`]): the flags.
+        seed (`int`): seed of the draws.
+    """
     if all(moment in (0, 1) for _, moment in constraints.values()):
         functions = {name: function for name, (function, _) in constraints.items()}
         return MomentLikelihood(
@@ -102,7 +111,14 @@ def evidence_of(
 def fitted_evidence(
     constraints: dict, dataset: Dataset, args: Arguments, training_args: GDCConfig, model_path: str
 ) -> MomentLikelihood:
-    """The evidence of the features and their means, the same in all processes; what was fitted is printed."""
+    """
+    The evidence of the features and their means, the same in all processes; what was fitted is printed.
+
+    Args:
+        constraints, dataset, args: as in [`evidence_of`].
+        training_args ([`~rlhf_bayes.GDCConfig`]): the settings of the training.
+        model_path (`str`): the folder or name of the prior.
+    """
     prior = flags.load_language_model(model_path, training_args)
     likelihood = evidence_of(prior, constraints, dataset, args, training_args.seed)
     # λ differs in its last digits between devices; all processes must train towards the same target
@@ -155,7 +171,14 @@ def print_report(
     constraints: dict,
     dataset: Dataset,
 ) -> None:
-    """Print prior and trained policy side by side."""
+    """
+    Print prior and trained policy side by side.
+
+    Args:
+        trainer ([`~rlhf_bayes.GDCTrainer`]): a trainer that has saved its model.
+        args, constraints, dataset, model_path: as in [`fitted_evidence`].
+        likelihood ([`~rlhf_bayes.likelihoods.MomentLikelihood`]): the evidence that it was trained on.
+    """
     console, wanted = Console(), {name: moment for name, (_, moment) in constraints.items()}
     evaluation = flags.evaluate_saved(trainer, args, model_path, lambda prior: Posterior(prior, likelihood), dataset)
     flags.save_evaluation(evaluation, trainer, args, model_path, reward_names=[], moments=wanted)

@@ -138,7 +138,16 @@ def prior_tokenizer(path: str, training_args: RewardConfig) -> PreTrainedTokeniz
 def reference(
     args: Arguments, training_args: RewardConfig, path: str, data: Dataset, prompts: list
 ) -> tuple[list, list, str]:
-    """Prompts and completions on which the reward is normalised, and a description of them."""
+    """
+    Prompts and completions on which the reward is normalised, and a description of them.
+
+    Args:
+        args ([`Arguments`]): the flags.
+        training_args ([`~rlhf_bayes.RewardConfig`]): the settings of the training.
+        path (`str`): the language model that draws the completions.
+        data (`Dataset`): the pairs, whose completions may be used instead.
+        prompts (`list`): the prompts that are drawn for.
+    """
     if args.normalize_on != "prior":
         chosen = data.shuffle(seed=training_args.seed).select(range(min(args.normalize_samples, len(data))))
         pairs = [(prompt_and_texts(row)[0], row[args.normalize_on]) for row in chosen]
@@ -192,7 +201,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def normalize_and_report(
     trainer: RewardTrainer, args: Arguments, prior_path: str, train: Dataset, prompts: list
 ) -> None:
-    """Give the trained reward its zero and scale, save it, and print how it does on held-out pairs."""
+    """
+    Give the trained reward its zero and scale, save it, and print how it does on held-out pairs.
+
+    Args:
+        trainer ([`~rlhf_bayes.RewardTrainer`]): a trainer that has saved its model.
+        args, prior_path, prompts: as in [`reference`], where `prior_path` is its `path`.
+        train (`Dataset`): the pairs that it was trained on.
+    """
     training_args = trainer.args
     trainer.evaluate()
     if args.normalize_on != "none":

@@ -39,11 +39,13 @@ def told_what_is_kept(trainer: Trainer, trained: bool = False) -> Iterator[None]
     try:
         yield
     except KeyboardInterrupt as stop:
+        print(file=sys.stderr)  # the line of the progress bar ends here
         stop.add_note(what_is_kept(trainer, trained))
         raise
     except Exception as error:
         if not is_full_disk(error):
             raise
+        print(file=sys.stderr)
         raise DiskFullError(f"The disk is full. Make room. {what_is_kept(trainer, trained)}") from error
 
 
