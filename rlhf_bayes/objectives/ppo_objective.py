@@ -175,7 +175,7 @@ class PPOObjective:
     def loss(self, scores: CompletionScores, batch: PPOBatch) -> LossSums:
         """Policy and value loss, summed over tokens."""
         mask = batch.loss_mask  # (B, T)
-        log_probs = scored(scores, batch)[0]  # (B, T)
+        log_probs = scored(scores, batch.policy_mask)[0]  # (B, T)
         values = _valued(scores.values) if self.critic is None else batch.old_values  # (B, T)
         advantages, targets = self._advantages(log_probs.detach(), values.detach(), batch)
         advantages = (advantages - batch.advantage_shift) / batch.advantage_scale
@@ -278,7 +278,7 @@ class PPOObjective:
         moved = (values.detach() - batch.old_values).abs()
         clip = self.cliprange_value
         return {
-            "entropy": scored(scores, batch)[1],
+            "entropy": scored(scores, batch.policy_mask)[1],
             "ppo/approx_kl": ratio - 1 - log_ratio,
             "ppo/value_clip_fraction": torch.zeros_like(moved) if clip is None else (moved > clip).float(),
             "clip_ratio/low_mean": low.float(),
