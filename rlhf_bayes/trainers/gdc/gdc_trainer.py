@@ -42,7 +42,8 @@ class GDCTrainer(RolloutTrainer):
             Evidence r/β, as in [`PPOTrainer`]. A reward may be `-inf`, for a forbidden completion.
         args ([`GDCConfig`], *optional*):
             Configuration.
-        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers:
+            As in [`PPOTrainer`].
         quantization_config, peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
