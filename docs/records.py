@@ -35,16 +35,18 @@ Written by `python docs/records.py` from the records of the package.
 
 ## Of the trainers
 
-TRL's names keep their meaning: `reward` and `reward_std`, `entropy` (nats per token), `clip_ratio/…` (fraction of tokens; high: lower the
-learning rate), and so on. New are the following; an evaluation logs them with `eval_` in front.
+TRL's names keep their meaning: `reward` and `reward_std`, `entropy` (nats per token), `clip_ratio/…` (fraction of
+tokens; high: lower the learning rate), and so on. New are the following; an evaluation logs
+them with `eval_` in front.
 
 {table(("metric", "unit", "how to read it"), trainers)}
 
 ## Of `PosteriorCallback`
 
-Measured on completions of its own, by `evaluate`. Each comes with `…_standard_error`, but for measures of texts and shares. What cannot be
-trusted is left out, and `{PREFIX}trustworthy` (0 or 1) and `{PREFIX}importance_ess` (completions that count) say so. Of the last rows,
-compare the policy's with those of prior and posterior: they show a collapse.
+Measured on completions of its own, by `evaluate`. Each comes with `…_standard_error`, but for measures of texts and
+shares. What cannot be trusted is left out; `{PREFIX}trustworthy` (0 or 1) and
+`{PREFIX}importance_ess` (completions that count) say so. The last rows show a collapse: compare the
+policy's with those of prior and posterior.
 
 {table(("metric", "unit", "how to read it"), callback)}
 """
@@ -55,8 +57,9 @@ def fields_page() -> str:
     sections = [section(config) for config in (PPOConfig, GDCConfig, RewardConfig)]
     return f"""# Fields of the configurations
 
-Written by `python docs/records.py` from the `help` of the fields. These are the fields that the package adds to TRL's, or whose default or
-meaning it changes; all others are [TRL's](https://huggingface.co/docs/trl). Each is an argument of the class and a flag of the recipes.
+Written by `python docs/records.py` from the `help` of the fields. These are the fields that the package adds to TRL's,
+or whose default or meaning it changes; all others are [TRL's](https://huggingface.co/docs/trl). Each is an argument of
+the class and a flag of the recipes.
 
 {"".join(sections).rstrip()}
 """

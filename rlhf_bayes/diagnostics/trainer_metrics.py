@@ -16,8 +16,9 @@ class TrainerMetric:
 TRAINER_METRICS: dict[str, TrainerMetric] = {
     "posterior/kl_to_prior": TrainerMetric(
         "nats per sequence",
-        "KL(πθ‖π0), as the sum of the exact KLs of each token: unbiased, less noise than log-ratios, never negative "
-        "([Amini et al. 2025](https://arxiv.org/abs/2504.10637)). Under FSDP the mean log-ratio, which may dip below 0",
+        "KL(πθ‖π0), as the sum of the exact KLs of each token: unbiased, less noise than log-ratios, never "
+        "negative ([Amini et al. 2025](https://arxiv.org/abs/2504.10637)). Under FSDP the mean log-ratio, which may "
+        "dip below 0",
     ),
     "posterior/elbo": TrainerMetric(
         "nats per sequence",
@@ -25,8 +26,8 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
     ),
     "posterior/log_z": TrainerMetric(
         "nats per sequence",
-        "estimate of log Z from the `num_generations` completions of each prompt, by the jackknife; `GDCTrainer` pools "
-        "all rollouts. With few completions it remains low, less so the closer to the posterior",
+        "estimate of log Z from the `num_generations` completions of each prompt, by the jackknife; `GDCTrainer` "
+        "pools all rollouts. With few completions it remains low, less so the closer to the posterior",
     ),
     "posterior/gap": TrainerMetric(
         "nats per sequence",
@@ -40,8 +41,8 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
     ),
     "posterior/forward_kl": TrainerMetric(
         "nats per sequence",
-        "KL(π*‖πθ) on the batch, with log Z pooled over all batches. 0 at the posterior. `GDCTrainer` only; believe it "
-        "where `gdc/step_ess` is 10 or more",
+        "KL(π*‖πθ) on the batch, with log Z pooled over all batches. 0 at the posterior. `GDCTrainer` only; believe "
+        "it where `gdc/step_ess` is 10 or more",
     ),
     "posterior/forward_kl_standard_error": TrainerMetric("nats per sequence", "of the forward KL"),
     "posterior/tv": TrainerMetric("from 0 to 1", "total variation from the posterior; `GDCTrainer` only, as above"),
