@@ -113,10 +113,8 @@ class StepSize(TrainerCallback):
         if self._distance is None:
             self._distance = self.trainer.alarms.prior.distance(self.trainer.beta)
         wanted = math.exp(0.5 * (math.log(self._wanted_kl(self._distance)) - self._log_curvature))
-        now, decay = self._rate_and_decay()
-        base = now / decay if decay > 0 else now
-        factor = min(max(wanted / base, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
         scheduler = self._scheduler
+        factor = min(max(wanted / scheduler.base_lrs[0], 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
         for group in self.trainer.optimizer.param_groups:
             group["lr"] *= factor
         scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
