@@ -73,10 +73,25 @@ class RewardLikelihood(EvidenceLikelihood):
         # last, since it may load models: wrong arguments are refused before
         self._scorer = RewardScorer(reward_funcs, reward_processing_classes, device, allow_forbidden=True)
 
+    def _facts(self) -> dict[str, Any]:
+        weights = self.reward_weights.tolist()
+        return {
+            "rewards": self.reward_names,
+            "beta": self.beta,
+            "reward_weights": weights if set(weights) != {1.0} else None,
+            "reward_clip_range": self.reward_clip_range,
+            "missing_eos_penalty": self.missing_eos_penalty,
+        }
+
     @property
     def reward_names(self) -> list[str]:
         """Names of the reward functions, as TRL logs them."""
         return self._scorer.names
+
+    @property
+    def reward_funcs(self) -> dict[str, Any]:
+        """Name -> reward function or model, in the order of the weights."""
+        return self._scorer.functions
 
     @property
     def bound(self) -> float | None:
@@ -85,6 +100,20 @@ class RewardLikelihood(EvidenceLikelihood):
             return None
         # computed in fp32 like the log-likelihoods, so that rounding puts none of them above the bound
         return float(torch.tensor(self.reward_clip_range[1]) / self.beta)
+
+    def rewards_per_func(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        What each function returned, before weights, clipping and penalty: (B, F), fp32, nan for None.
+
+        Arguments are those of [`Likelihood.log_likelihood`].
+        """
+        return self._scorer(prompts, completions, completion_ids, columns)
 
     def rewards(
         self,
@@ -101,7 +130,7 @@ class RewardLikelihood(EvidenceLikelihood):
         Raises:
             `ValueError`: if every function returned `None` for a completion.
         """
-        rewards_per_func = self._scorer(prompts, completions, completion_ids, columns)  # (B, F)
+        rewards_per_func = self.rewards_per_func(prompts, completions, completion_ids, columns)  # (B, F)
         ended = None
         if self.missing_eos_penalty is not None:
             ended = torch.tensor([bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids])  # (B,)
