@@ -57,6 +57,7 @@ from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
 )
 from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, scored_by_length
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
+from rlhf_bayes.trainers.rollout.write_card import write_card
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -68,6 +69,7 @@ PRIVATE_NAMES = {
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": ("dataset",),
     "training_step": ("model", "inputs", "num_items_in_batch"),
+    "create_model_card": ("model_name", "dataset_name", "tags"),
 }
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "beta")
 
@@ -146,6 +148,10 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     def training_callbacks(self) -> list[TrainerCallback]:
         """The alarms, and the probe of the prior."""
         return [self.alarms, PriorProbe(self)]
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            write_card(self, model_name, dataset_name, tags)
 
     def check_outcome(self) -> None:
         """Raise the error of a training that ended because its policy collapsed."""
