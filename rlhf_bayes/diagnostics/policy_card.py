@@ -49,15 +49,17 @@ def policy_card(policy: TrainedPolicy) -> str:
         tags=list(policy.tags),
     )
     # of a local folder only the last two parts are shown, since others do not have it
-    shown = "a model that was passed as an instance" if base is None else f"`{'/'.join(Path(base).parts[-2:])}`"
+    shown = "a model that was passed as an instance"
+    if base is not None:
+        shown = f"`{'/'.join(Path(base).parts[-2:]) if is_local else base}`"
     kind = "Adapters of" if policy.is_adapter else "A policy that began as"
     settings = "\n".join(f"- `{name}`: {value}" for name, value in policy.settings.items())
     parts = [
         f"---\n{card_data.to_yaml()}\n---",
         f"# {Path(policy.name).name}",
-        f"{kind} {shown if is_local or base is None else f'`{base}`'}, trained by {policy.method} with "
-        f"rlhf_bayes and [TRL](https://github.com/huggingface/trl) towards the posterior\n\n    π*(x | c) = π0(x | c) · evidence(c, x) / Z(c)\n\nwhose prior π0 is that model, and whose "
-        f"evidence is {policy.evidence}.",
+        f"{kind} {shown}, trained by {policy.method} with rlhf_bayes and [TRL](https://github.com/huggingface/trl) "
+        "towards the posterior\n\n    π*(x | c) = π0(x | c) · evidence(c, x) / Z(c)\n\n"
+        f"whose prior π0 is that model, and whose evidence is {policy.evidence}.",
         _example(policy),
         f"## Training\n\n{settings}" if settings else "",
         f"## Citation\n\n```bibtex\n{policy.citation.strip()}\n```" if policy.citation else "",

@@ -282,8 +282,8 @@ def stack_panels(figure: Any) -> None:
     panels = [axes for axes in figure.axes if axes.get_visible()]
     grid = GridSpec(len(panels), 1, figure=figure)
     height = figure.get_figheight() / figure.axes[0].get_gridspec().nrows
-    for axes, place in zip(panels, grid, strict=True):
-        axes.set_subplotspec(place)
+    for index, axes in enumerate(panels):
+        axes.set_subplotspec(grid[index])
     for axes in figure.axes:
         if axes not in panels:
             axes.remove()

@@ -69,7 +69,6 @@ PRIVATE_NAMES = {
     "_compute_loss": ("model", "inputs"),
     "_get_train_sampler": ("dataset",),
     "training_step": ("model", "inputs", "num_items_in_batch"),
-    "create_model_card": ("model_name", "dataset_name", "tags"),
 }
 PRIVATE_ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "_tokenizer", "beta")
 
