@@ -13,7 +13,18 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-API = ("trainers", "posterior", "lm", "likelihoods", "rewards", "samplers", "diagnostics", "objectives", "numerics")
+API = (
+    "trainers",
+    "posterior",
+    "lm",
+    "likelihoods",
+    "rewards",
+    "samplers",
+    "diagnostics",
+    "objectives",
+    "store",
+    "numerics",
+)
 API_FOR_TESTS = ("testing", "toy")
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)

@@ -46,7 +46,18 @@ def test_formulas_need_no_script(pages):
 
 @pytest.mark.parametrize(
     "part",
-    ["trainers", "posterior", "lm", "likelihoods", "rewards", "samplers", "diagnostics", "objectives", "numerics"],
+    [
+        "trainers",
+        "posterior",
+        "lm",
+        "likelihoods",
+        "rewards",
+        "samplers",
+        "diagnostics",
+        "objectives",
+        "store",
+        "numerics",
+    ],
 )
 def test_every_public_name_is_in_the_reference(pages, part):
     module = importlib.import_module(f"rlhf_bayes.{part}")

@@ -9,17 +9,15 @@ import argparse
 import hashlib
 import inspect
 import json
-import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from datasets import disable_progress_bars
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.numerics.verdicts import Measured, measured
 from rlhf_bayes.report.claims_page import ClaimResult, Statement, write_claims_page
 from rlhf_bayes.report.figures import panels_of as panels  # noqa: F401 (the scripts draw with it)
@@ -32,6 +30,7 @@ REAL = {
     "max_prompts": (8, "Number of prompts, the first ones of the bundled model, chosen at random otherwise."),
     "max_completion_length": (24, "Tokens, EOS included."),
     "learning_rate": (1e-3, "Of all methods."),
+    "max_grad_norm": (1.0, "Gradients are scaled down to this norm, for all methods."),
     "batch": (32, "Completions in an optimizer step."),
     "draws": (32, "Completions that a policy draws for each prompt when it is measured."),
 }
@@ -82,7 +81,8 @@ class Claim:
             part.replace(file)  # a script that is stopped leaves no half of a file
         content = json.loads(file.read_text(encoding="utf-8"))
         self.seconds += content["seconds"]
-        what = ", ".join(f"{name} {settings[name]}" for name in settings if name not in REAL and name != "model")
+        told = {name: str(value) for name, value in settings.items() if name not in REAL and name != "model"}
+        what = ", ".join(f"{name} {shorten(value, 40, placeholder='…')}" for name, value in told.items())
         took = "kept" if kept else f"{content['seconds']:.1f} s"
         self.console.print(f"  {self.cells}: {function.__name__} {what}: {took}")
         return content["result"]
@@ -171,13 +171,3 @@ def parse_flags(name: str, title: str, trains: bool, defaults: dict[str, Any]) -
     if trains and (args.model_name_or_path is None) != (args.dataset_name is None):
         parser.error("`--model_name_or_path` and `--dataset_name` must be given together: prompts fit a model.")
     return args
-
-
-def quiet() -> None:
-    """Log errors only, and hide the progress bars of libraries: a claim shows its own progress."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    logging.getLogger("rlhf_bayes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
