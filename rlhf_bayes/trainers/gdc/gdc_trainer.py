@@ -121,10 +121,7 @@ class GDCTrainer(RolloutTrainer):
             peft_config=peft_config,
         )
         self.beta = beta_of(args, likelihood)
-        engine = "vLLM" if self.use_vllm else None
-        if self.use_transformers_continuous_batching:
-            engine = "continuous batching"
-        engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine
+        engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else self.engine.name
         check_proposal(args.proposal, args.prior_samples, engine)
         self.objective = self._make_objective(likelihood)
         self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
