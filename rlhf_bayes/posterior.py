@@ -20,14 +20,16 @@ from rlhf_bayes.likelihoods import (
     known_forbids,
 )
 from rlhf_bayes.lm.language_model import as_completion
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.rewards import RewardFunc, check_rows
 
 if TYPE_CHECKING:
     from rlhf_bayes.lm import LanguageModel
+    from rlhf_bayes.samplers import Draws
 
 
 @final
-class Posterior:
+class Posterior(Described):
     r"""
     The distribution over completions given prior and evidence (Korbak, Perez & Buckley 2022, arXiv 2205.11275):
 
@@ -70,6 +72,9 @@ class Posterior:
         self.prior = prior
         self.likelihood = likelihood
 
+    def _facts(self) -> dict[str, Any]:
+        return {"prior": self.prior, "likelihood": self.likelihood, "bound": self.bound, "forbids": self.forbids}
+
     @property
     def beta(self) -> float | None:
         """Units of reward per nat of evidence, or `None` where the likelihood has no such scale."""
@@ -102,6 +107,33 @@ class Posterior:
         `MomentLikelihood.fit` finds it, starting from this evidence, and takes the options.
         """
         return self._with(MomentLikelihood.fit(self.prior, constraints, prompts, evidence=self.likelihood, **options))
+
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        n: int = 1,
+        generator: torch.Generator | None = None,
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> "Draws":
+        """
+        n completions of each prompt, without training, by the sampler that fits: see [`draw_from_posterior`].
+
+        `guarantee` of the result says what the draws are worth, `info["sampler"]` by which sampler they came.
+
+        Args:
+            prompts (`Sequence` of `str` or of chats):
+                P prompts.
+            n (`int`, *optional*, defaults to `1`):
+                Completions for each prompt.
+            generator (`torch.Generator`, *optional*):
+                Makes the draws reproducible.
+            columns (`Mapping[str, Sequence]`, *optional*):
+                Columns of the dataset that reward functions ask for, P entries each.
+        """
+        # an import from a higher layer, made only when called: users start from the posterior
+        from rlhf_bayes.samplers.default_sampler import draw_from_posterior
+
+        return draw_from_posterior(self, prompts, n, generator, columns)
 
     def log_likelihood(
         self,

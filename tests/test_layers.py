@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_bayes"
 
 # layer of each part of the package; a part imports parts of its own layer and of those below
 LAYERS = {
+    "notebook": 0,
     "numerics": 0,
     "lm": 1,
     "rewards": 2,
@@ -36,6 +37,7 @@ UPWARD = {
         "rlhf_bayes.lm.language_model",
         "posterior",
     ): "`tilt`, `condition`, `constrain` start from the prior, as a user does",
+    ("rlhf_bayes.posterior", "samplers"): "`sample` starts from the posterior, as a user does",
 }
 
 TRL_CONTACT = "rlhf_bayes.trainers._trl"

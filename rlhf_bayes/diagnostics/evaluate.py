@@ -4,20 +4,26 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
 
 from rlhf_bayes.diagnostics.estimates import LogZEstimate, PosteriorFit, plain_numbers, posterior_fits
-from rlhf_bayes.diagnostics.fit_tables import fit_table
-from rlhf_bayes.diagnostics.over_prompts import NOT_TRUSTWORTHY, Estimate, over_prompts
+from rlhf_bayes.diagnostics.fit_tables import estimates_of, fit_rows, fit_table
+from rlhf_bayes.diagnostics.over_prompts import NOT_TRUSTWORTHY, Estimate, explanation, over_prompts
+from rlhf_bayes.diagnostics.quantities import QUANTITIES
 from rlhf_bayes.diagnostics.sandwich import LogZSandwich, exact_log_weights, log_z_sandwich
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws, draw
 from rlhf_bayes.lm import Prompt
+from rlhf_bayes.notebook import Described, html_table
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Draws, Proposal
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _ARRIVED = 0.1
 """Share of the prior's distance to the posterior below which a policy counts as arrived."""
@@ -27,8 +33,8 @@ _HARM = (
 )
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Described):
     """Estimates for prior and policy, and the draws that they come from. Prints as a table in rich."""
 
     prior: PosteriorFit
@@ -111,6 +117,25 @@ class Evaluation:
         text = f"Of the prior's distance, {100 * left:.0f}% is left: more training can bring the policy closer"
         return text + (f", and its reward towards the posterior's.{rewards}." if rewards else ".")
 
+    def to_pandas(self) -> "DataFrame":
+        """
+        A `pandas.DataFrame` with a row for each quantity of the prior and of the policy.
+
+        Columns: `distribution`, `quantity`, `label`, `unit`, and the fields of an estimate (`mean`, `standard_error`,
+        `low`, `high`, …). Quantities that are not defined, such as a gap at β = 0, are left out.
+        """
+        from pandas import DataFrame
+
+        rows = []
+        for distribution, fit in self._fits.items():
+            for name, quantity in QUANTITIES.items():
+                estimate = getattr(fit, name, None)
+                if estimate is None:  # `length` is a quantity of samplers only
+                    continue
+                what = {"distribution": distribution, "quantity": name, "label": quantity.label}
+                rows.append({**what, "unit": quantity.unit, **asdict(estimate)})
+        return DataFrame(rows)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
         return {
@@ -128,9 +153,23 @@ class Evaluation:
         Path(path).write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False), encoding="utf-8")
 
     def __rich__(self) -> Table:
-        table = fit_table({"prior": self.prior, "policy": self.policy})
+        table = fit_table(self._fits)
         table.caption, table.caption_justify = f"{table.caption}\n{self.verdict}", "left"
         return table
+
+    def _facts(self) -> dict[str, Any]:
+        gaps = {name: None if fit.gap is None else str(fit.gap) for name, fit in self._fits.items()}
+        prompts, each = self.from_policy.log_prob.shape
+        return {"prompts": prompts, "completions_each": each, "beta": self.beta, "gap": gaps}
+
+    def _repr_html_(self) -> str:
+        estimates = [estimate for fit in self._fits.values() for estimate in estimates_of(fit)]
+        table = html_table(("", *self._fits), fit_rows(self._fits), self.verdict)
+        return f"{table}<p>{escape(explanation(estimates))}</p>"
+
+    @property
+    def _fits(self) -> dict[str, PosteriorFit]:
+        return {"prior": self.prior, "policy": self.policy}
 
 
 def evaluate(

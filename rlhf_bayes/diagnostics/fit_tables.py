@@ -22,13 +22,20 @@ def fit_table(fits: Mapping[str, PosteriorFit], title: str | None = None) -> Tab
     table.add_column("")
     for name in fits:
         table.add_column(name, justify="right")
+    for row in fit_rows(fits):
+        table.add_row(*row)
+    return table
+
+
+def fit_rows(fits: Mapping[str, PosteriorFit]) -> list[list[str]]:
+    """The rows of [`fit_table`]: a quantity, and its estimate for each distribution. Some are left out at 0."""
+    rows = []
     for name, quantity in shown_in("terminal").items():
         cells = [getattr(fit, name) for fit in fits.values()]
-        # rows without a number for any distribution are left out, and some where all are 0
         if quantity.hidden_at_zero and all(cell is not None and cell.mean == 0 for cell in cells):
             continue
-        table.add_row(quantity.title, *("–" if cell is None else str(cell) for cell in cells))
-    return table
+        rows.append([quantity.title, *("–" if cell is None else str(cell) for cell in cells)])
+    return rows
 
 
 def estimates_of(fit: PosteriorFit) -> list[Estimate]:

@@ -14,6 +14,7 @@ from rlhf_bayes.lm.forward import base_causal_lm, scatter
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_exact_kl
 from rlhf_bayes.lm.language_model import pad_ids
 from rlhf_bayes.lm.support import check_same_support
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Proposal
 from rlhf_bayes.samplers.scored import check_columns, check_prompts, check_proposal
@@ -21,8 +22,8 @@ from rlhf_bayes.samplers.scored import check_columns, check_prompts, check_propo
 _ROWS_AT_ONCE = 1024  # rows between two updates of the progress bar
 
 
-@dataclass(frozen=True)
-class ScoredDraws:
+@dataclass(frozen=True, repr=False)
+class ScoredDraws(Described):
     """
     Completions of P prompts, n each, drawn from one distribution q, the policy or the prior.
 
@@ -47,6 +48,10 @@ class ScoredDraws:
     """Σ_t of the entropy of q(· | x_<t), with exact terms; its mean estimates the entropy of q."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> (P, n): features of the completions, where the evidence reports them."""
+
+    def _facts(self) -> dict[str, Any]:
+        prompts, each = self.log_prob.shape
+        return {"prompts": prompts, "completions_each": each, "features": list(self.features) or None}
 
     @property
     def lengths(self) -> Tensor:

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.rewards import TextClassifier
 
 
 @final
-class ClassifierLikelihood:
+class ClassifierLikelihood(Described):
     r"""
     Evidence of a sequence classifier, without a temperature:
 
@@ -76,6 +77,9 @@ class ClassifierLikelihood:
             )
         self._each_label = problem_type == "multi_label_classification" and self.classifier.num_labels > 1
         self.label = _checked_label(label, self.classifier.num_labels, getattr(config, "label2id", None) or {})
+
+    def _facts(self) -> dict[str, Any]:
+        return {"classifier": self.classifier.name, "label": self.label}
 
     def log_likelihood(
         self,

@@ -49,6 +49,9 @@ class Constraint(EvidenceLikelihood):
         self._scorer = RewardScorer(predicate)
         self.name = self._scorer.names[0]
 
+    def _facts(self) -> dict[str, Any]:
+        return {"predicate": self.name}
+
     def evidence(
         self,
         prompts: Sequence[Any],

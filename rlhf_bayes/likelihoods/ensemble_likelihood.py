@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlhf_bayes.likelihoods.likelihood import Likelihood
 from rlhf_bayes.likelihoods.reward_likelihood import RewardLikelihood, check_beta
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.numerics.pooling import uses_beta
 from rlhf_bayes.rewards import PooledReward, PromptCenters
 
@@ -32,7 +33,7 @@ class Ensemble(Protocol):
 
 
 @final
-class EnsembleLikelihood:
+class EnsembleLikelihood(Described):
     r"""
     Evidence of K reward models that were trained on the same question:
 
@@ -95,6 +96,9 @@ class EnsembleLikelihood:
         self.ensemble = ensemble
         pool_beta = self.beta if uses_beta(rule, penalty) else None
         self.pooled = PooledReward(ensemble, rule, pool_beta, penalty, centers)
+
+    def _facts(self) -> dict[str, Any]:
+        return {"ensemble": self.ensemble, "beta": self.beta, "rule": self.pooled.rule}
 
     def rewards(
         self,

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rlhf_bayes.notebook import Described
+
 
 class Evidence(NamedTuple):
     """The log-likelihoods of B completions, and the features that they come from."""
@@ -57,7 +59,7 @@ class Likelihood(Protocol):
         ...
 
 
-class EvidenceLikelihood:
+class EvidenceLikelihood(Described):
     """Base of the likelihoods that report their features: they define `evidence`, which gives `log_likelihood`."""
 
     def evidence(

@@ -73,6 +73,9 @@ class MomentLikelihood(EvidenceLikelihood):
         self._set(lambdas, feature_bounds or {})
         self._scorer = RewardScorer(list(features.values()), device=device)
 
+    def _facts(self) -> dict[str, Any]:
+        return {"lambdas": self.lambdas}
+
     def _set(self, lambdas: Mapping[str, float], feature_bounds: Mapping[str, tuple[float, float]]) -> None:
         self.lambdas = {name: _checked_number(lambdas[name], f"`lambdas['{name}']`") for name in self.names}
         unknown = [name for name in feature_bounds if name not in self.lambdas]

@@ -63,6 +63,9 @@ class ProductLikelihood(EvidenceLikelihood):
             self.likelihoods += inner.likelihoods if inner else [part]
             self.powers += [power * exponent for exponent in inner.powers] if inner else [power]
 
+    def _facts(self) -> dict[str, Any]:
+        return {"likelihoods": self.likelihoods, "powers": self.powers if set(self.powers) != {1.0} else None}
+
     @property
     def bound(self) -> float | None:
         """Σ_k a_k · bound_k, nats, or `None` where one of them is not known."""

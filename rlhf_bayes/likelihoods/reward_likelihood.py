@@ -73,6 +73,16 @@ class RewardLikelihood(EvidenceLikelihood):
         # last, since it may load models: wrong arguments are refused before
         self._scorer = RewardScorer(reward_funcs, reward_processing_classes, device, allow_forbidden=True)
 
+    def _facts(self) -> dict[str, Any]:
+        weights = self.reward_weights.tolist()
+        return {
+            "rewards": self.reward_names,
+            "beta": self.beta,
+            "reward_weights": weights if set(weights) != {1.0} else None,
+            "reward_clip_range": self.reward_clip_range,
+            "missing_eos_penalty": self.missing_eos_penalty,
+        }
+
     @property
     def reward_names(self) -> list[str]:
         """Names of the reward functions, as TRL logs them."""

@@ -1,8 +1,9 @@
 """A causal LM as a distribution over completions."""
 
+from rlhf_bayes.lm.completions import Completion, Completions, Prompt
 from rlhf_bayes.lm.critic import Critic
 from rlhf_bayes.lm.forward import CompletionScores, enable_completion_scoring, score_completions
-from rlhf_bayes.lm.language_model import Completion, Completions, LanguageModel, Prompt
+from rlhf_bayes.lm.language_model import LanguageModel
 from rlhf_bayes.lm.vllm_model import VLLMLanguageModel
 
 __all__ = [

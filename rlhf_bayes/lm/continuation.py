@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from rlhf_bayes.lm.completions import Prompt
 from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.lm.generation import raw_generation_config
-from rlhf_bayes.lm.language_model import LanguageModel, Prompt, seeded_by
+from rlhf_bayes.lm.language_model import LanguageModel, seeded_by
 
 
 @torch.no_grad()

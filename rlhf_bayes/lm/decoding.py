@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_bayes.lm.adapters import base_causal_lm, described
+from rlhf_bayes.lm.completions import Completions, Prompt
 from rlhf_bayes.lm.forward import runs_plainly
 from rlhf_bayes.lm.head import LMHead
-from rlhf_bayes.lm.language_model import Completions, LanguageModel, Prompt, as_completion, pad_ids
+from rlhf_bayes.lm.language_model import LanguageModel, as_completion, pad_ids
 from rlhf_bayes.lm.trunk import trunk_of
 
 

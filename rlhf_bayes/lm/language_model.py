@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,48 +10,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_bayes.lm.adapters import base_causal_lm
+from rlhf_bayes.lm.completions import Completion, Completions, Prompt
 from rlhf_bayes.lm.forward import enable_completion_scoring, runs_plainly, score_completions
 from rlhf_bayes.lm.generation import draw_plainly, first_eos_mask, raw_generation_config, sampling_config
 from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_weights
 from rlhf_bayes.lm.prompt_ids import check_reads_text, check_texts, ends_texts_with_eos, without_final_eos
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.numerics.masked import masked_sum
 
 if TYPE_CHECKING:
     from rlhf_bayes.posterior import Posterior
 
-Prompt = str | list[dict[str, Any]]
-Completion = str | list[dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class Completions:
-    """Completions drawn from a [`LanguageModel`], one row each, grouped by prompt."""
-
-    prompts: list[Prompt]
-    """The prompt of each row: n rows of the first prompt, then n of the second, …"""
-    completion_ids: list[list[int]]
-    """Token ids up to and including the first EOS."""
-    texts: list[str]
-    """The decoded completions, without special tokens."""
-    completions: list[Completion]
-    """The completions as reward functions take them: a text, or one assistant message for a chat prompt."""
-    mask: Tensor
-    """(B, T) bool: the tokens of each completion."""
-    token_log_probs: Tensor
-    """(B, T) fp32, nats, 0 on padding: log π of each token."""
-    ended: Tensor
-    """(B,) bool: whether EOS was drawn; false for completions cut at `max_completion_length`."""
-
-    @property
-    def log_prob(self) -> Tensor:
-        """log π(x | prompt), (B,), nats: the sum over the completion's tokens."""
-        return masked_sum(self.token_log_probs, self.mask, dim=-1)
-
-    def __len__(self) -> int:
-        return len(self.completion_ids)
-
-
-class LanguageModel:
+class LanguageModel(Described):
     """
     A causal LM as a distribution over completions.
 
@@ -114,6 +84,16 @@ class LanguageModel:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         enable_completion_scoring(model)
         self.eos_token_ids = eos_token_ids(base_causal_lm(model), tokenizer)
+
+    def _facts(self) -> dict[str, Any]:
+        base = base_causal_lm(self.model)
+        return {
+            "model": Path(getattr(base.config, "_name_or_path", "")).name or None,
+            "kind": type(base).__name__,
+            "parameters": f"{sum(p.numel() for p in base.parameters()):,}",
+            "max_completion_length": self.max_completion_length,
+            "temperature": self.temperature,
+        }
 
     @property
     def device(self) -> torch.device:

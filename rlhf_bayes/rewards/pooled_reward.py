@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.numerics import pool
 from rlhf_bayes.numerics.pooling import pool_centered
 
@@ -90,7 +91,7 @@ def prompt_centers(
 
 
 @final
-class PooledReward:
+class PooledReward(Described):
     """
     An ensemble's members combined by a rule, as a reward function of TRL's protocol.
 
@@ -134,6 +135,9 @@ class PooledReward:
         self.ensemble, self.rule, self.beta, self.penalty = ensemble, rule, beta, penalty
         self.centers = centers if isinstance(centers, PromptCenters) else None
         self.__name__ = f"{getattr(ensemble, '__name__', type(ensemble).__name__)}_{rule}"
+
+    def _facts(self) -> dict[str, Any]:
+        return {"ensemble": self.ensemble, "rule": self.rule, "beta": self.beta, "penalty": self.penalty}
 
     def rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """The pooled reward of each completion: (B,), fp32."""

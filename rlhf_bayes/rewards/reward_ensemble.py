@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.rewards.ensemble_members import Adapters, Heads, Members, Models
 from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import INDEX_NAME, RewardIndex
@@ -21,7 +22,7 @@ from rlhf_bayes.rewards.text_classifier import TextClassifier, without_overlong
 
 
 @final
-class RewardEnsemble:
+class RewardEnsemble(Described):
     """
     K reward models as one reward function of TRL's protocol: the mean of the members, which logs their spread too.
 
@@ -75,6 +76,14 @@ class RewardEnsemble:
             _check_index(index, self._members)
             # the order must be that of the index, since the normalization has it
             self._members.names, self.normalization = list(index.members), index.normalization
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "name": self.__name__,
+            "members": self.num_members,
+            "kind": self._members.kind,
+            "normalized": self.normalization is not None,
+        }
 
     @classmethod
     def from_pretrained(

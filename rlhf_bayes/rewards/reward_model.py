@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_bayes.notebook import Described
 from rlhf_bayes.rewards.folding import write_index
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.normalization import Normalization
@@ -16,7 +17,7 @@ from rlhf_bayes.rewards.text_classifier import TextClassifier, without_overlong
 
 
 @final
-class RewardModel:
+class RewardModel(Described):
     """
     A sequence-classification model as a reward function of TRL's protocol: its first logit, on prompt and completion.
 
@@ -74,6 +75,13 @@ class RewardModel:
                 stacklevel=2,
             )
         self.normalization = index.normalization
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "name": self.__name__,
+            "model": type(self.model).__name__,
+            "normalized": self.normalization is not None,
+        }
 
     @property
     def model(self) -> nn.Module:

@@ -2,13 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_bayes.lm import Completion, Completions, Prompt
-from rlhf_bayes.samplers.dependence import Dependence
+from rlhf_bayes.notebook import Described, html_table, in_short, shortened
+from rlhf_bayes.samplers.dependence import ChainRows, Dependence
+from rlhf_bayes.samplers.exports import as_arviz, as_dataset, as_pandas
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pandas import DataFrame
+
+_SHOWN = 5
+"""Rows that a notebook shows."""
 
 Guarantee = Literal["exact", "consistent", "unconverged", "bounded", "none"]
 """
@@ -32,8 +41,8 @@ class LogZ:
     """Confidence of the interval."""
 
 
-@dataclass(frozen=True)
-class Draws:
+@dataclass(frozen=True, repr=False)
+class Draws(Described):
     """
     Completions from a sampler, B rows in the order of the prompts.
 
@@ -81,8 +90,72 @@ class Draws:
                 weights[rows] = log_weights[rows].double().softmax(0)
         return weights
 
+    @property
+    def chain(self) -> Tensor:
+        """(B,) integers: the Markov chain of each row, counted from 0 for each prompt; 0 where rows are no states."""
+        return self._place % self._num_chains
+
+    @property
+    def step(self) -> Tensor:
+        """(B,) integers: place of the row within its chain; without chains, within the rows of its prompt."""
+        return self._place // self._num_chains
+
+    def to_pandas(self) -> "DataFrame":
+        """A `pandas.DataFrame` with a row for each completion: see [`~rlhf_bayes.samplers.exports.columns_of`]."""
+        return as_pandas(self)
+
+    def to_dataset(self) -> "Dataset":
+        """A `datasets.Dataset` with the columns of `to_pandas`."""
+        return as_dataset(self)
+
+    def to_arviz(self, values: Mapping[str, Sequence[float] | Tensor] | None = None) -> Any:
+        """
+        ArviZ's `InferenceData`, with the dimensions chain, draw and prompt: see [`as_arviz`].
+
+        Args:
+            values (`Mapping[str, Sequence[float]]`, *optional*):
+                name -> (B,): further numbers of the rows, for instance their rewards.
+
+        Raises:
+            ImportError: if ArviZ is not installed.
+            ValueError: if prompts or chains have different numbers of rows, or values another number.
+        """
+        return as_arviz(self, values)
+
     def __len__(self) -> int:
         return len(self.completion_ids)
+
+    @property
+    def _num_chains(self) -> int:
+        return self.dependence.num_chains if isinstance(self.dependence, ChainRows) else 1
+
+    @property
+    def _place(self) -> Tensor:
+        """(B,): place of each row among those of its prompt."""
+        place = torch.zeros_like(self.prompt_index)
+        for prompt in range(self.num_prompts):
+            rows = self.prompt_index == prompt
+            place[rows] = torch.arange(int(rows.sum()))
+        return place
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "rows": len(self),
+            "prompts": self.num_prompts,
+            "guarantee": self.guarantee,
+            "sampler": self.info.get("sampler"),
+            "weighted": self.log_weights is not None,
+            "log_z": None if self.log_z is None else self.log_z.log_z.tolist()[:_SHOWN],
+            "checks": checks_in_words(self.info) or None,
+        }
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (shortened(str(self.prompts[row])), shortened(self.texts[row]), in_short(weight))
+            for row, weight in enumerate(self.weights[:_SHOWN].tolist())
+        ]
+        more = f"{len(self) - _SHOWN:,} more rows: `draws.to_pandas()`" if len(self) > _SHOWN else ""
+        return super()._repr_html_() + html_table(("prompt", "completion", "weight"), rows, note=more)
 
     @classmethod
     def of(

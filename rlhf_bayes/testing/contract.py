@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods import known_forbids
-from rlhf_bayes.lm.language_model import Completion, Prompt
+from rlhf_bayes.lm.completions import Completion, Prompt
 from rlhf_bayes.testing.enumerable import EnumerableLM
 
 if TYPE_CHECKING:

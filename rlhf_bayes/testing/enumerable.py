@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rlhf_bayes import numerics
-from rlhf_bayes.lm.language_model import Completion, Prompt
+from rlhf_bayes.lm.completions import Completion, Prompt
 
 _EOS, _PAD = "<eos>", "<pad>"
 # the template holds the contents only, so that a chat prompt has the same tokens as the same words in plain text

@@ -1,6 +1,7 @@
 """`evaluate` on real, tiny models that are enumerated: what is drawn, scored, concluded and refused."""
 
 import dataclasses
+import html
 import io
 import json
 import math
@@ -276,3 +277,22 @@ def test_exact_draws_bound_what_cannot_be_estimated(toy):
     assert found.policy.gap.at_least <= truth <= found.policy.gap.at_most
     assert f"at least {found.policy.gap.at_least:.2f} and at most {found.policy.gap.at_most:.2f} nats" in found.verdict
     assert str(found.policy.log_z) == f"{found.policy.log_z.at_least:.2f} to {found.policy.log_z.at_most:.2f}"
+
+
+def test_as_a_table_of_pandas_and_in_a_notebook(setting):
+    _, _, evaluation = setting
+    frame = evaluation.to_pandas().set_index(["distribution", "quantity"])
+    row = frame.loc[("policy", "gap")]
+    assert (row["mean"], row["low"], row["unit"]) == (evaluation.policy.gap.mean, evaluation.policy.gap.low, "nats")
+    assert bool(row["trustworthy"])
+    assert frame.loc[("prior", "self_bleu"), "mean"] == evaluation.prior.self_bleu.mean
+    page = evaluation._repr_html_()
+    assert f"<td>{evaluation.policy.gap}</td>" in page
+    assert html.escape(evaluation.verdict) in page
+
+
+def test_its_description_is_short(setting):
+    _, _, evaluation = setting
+    gaps = f"gap={{'prior': '{evaluation.prior.gap}', 'policy': '{evaluation.policy.gap}'}}"
+    assert repr(evaluation) == f"Evaluation(prompts=3, completions_each=800, beta=1, {gaps})"
+    assert repr(evaluation.from_policy) == "ScoredDraws(prompts=3, completions_each=800, features=['reward'])"
