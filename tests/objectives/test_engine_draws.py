@@ -107,7 +107,7 @@ def test_gdc_trains_to_the_posterior_and_elsewhere_without_the_engines_log_probs
             schedule.step()
         log_policy = policy.log_probs().detach().sum(-1)
         found[drawn_from] = (log_posterior.exp() * (log_posterior - log_policy)).sum().item()
-    assert found["engine"] < 1e-6
+    assert found["engine"] < 1e-5
     assert found["policy"] > 1e-4
 
 
