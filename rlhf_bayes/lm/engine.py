@@ -7,9 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MAX_MISMATCH = 3.0
+"""KL(q‖π), nats per sequence, beyond which an engine counts as one with other weights: 1 completion in 400 counts."""
+NOTABLE_ESS = 0.9
+"""Effective sample size of the weights π/q, as a share of the completions, below which a warning says so."""
+
 
 class EngineError(RuntimeError):
     """An engine stopped, or returned something else than a completion with log-probs for each request."""
+
+    drawn: Sequence[Sequence[int]] = ()
+    """Token ids of the completions that were drawn before, in the order of the rows, where they are known."""
 
 
 class EngineRows(NamedTuple):

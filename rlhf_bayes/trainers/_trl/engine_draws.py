@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 
 from rlhf_bayes.lm.adapters import base_causal_lm
-from rlhf_bayes.lm.engine import EngineError, check_room, engine_rows, mismatch, row_sums
+from rlhf_bayes.lm.engine import NOTABLE_ESS, EngineError, check_room, engine_rows, mismatch, row_sums
 from rlhf_bayes.objectives import Rollout
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PRIVATE_ATTRIBUTES = ("use_vllm", "use_transformers_continuous_batching", "continuous_batching_config")
-_NOTABLE = 0.9  # share of the completions below which their effective number is worth a warning
 
 
 @final
@@ -168,7 +167,7 @@ class EngineDraws:
             )
             self.trainer._failures.errors.append(error)
             self.trainer._failures.stop_all(1)  # all processes judge by the same numbers
-        if ess < _NOTABLE:
+        if ess < NOTABLE_ESS:
             self._say(
                 f"{far}. Weights correct for it, but of {rows} completions {ess * rows:.1f} count (`engine/ess`). An "
                 "engine in the policy's precision, or shorter completions, cost less."

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import RLOOConfig
 
+from rlhf_bayes.lm.engine import MAX_MISMATCH
 from rlhf_bayes.trainers.faults.fault_config import FaultConfig
 from rlhf_bayes.trainers.field_help import document_fields
 
@@ -57,7 +58,7 @@ class RolloutConfig(FaultConfig, RLOOConfig):
         },
     )
     max_engine_mismatch: float | None = field(
-        default=3.0,
+        default=MAX_MISMATCH,
         metadata={
             "help": (
                 "KL from the policy, in nats per sequence, of what vLLM or continuous batching draws, above which "
