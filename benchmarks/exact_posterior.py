@@ -34,12 +34,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from equal_samples import BATCH, TRAINERS, make_trainer, steps_per_rollout
-from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from rlhf_bayes import GDCConfig
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.numerics import forward_kl, reverse_kl, tv
 from rlhf_bayes.numerics.f_divergence import divergence_cases
 from rlhf_bayes.testing import EnumerableLM, toy_reward
@@ -172,10 +172,10 @@ def run_cell(cell: Cell) -> Curve:
 def run_cells(cells: list[Cell], jobs: int) -> Iterator[Curve]:
     """The curves of cells, run one after another in this process, or in `jobs` processes at once."""
     if jobs == 1:
-        quiet()
+        quiet(threads=1)
         yield from map(run_cell, cells)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, quiet, (1,)) as pool:
         yield from pool.imap(run_cell, cells)
 
 

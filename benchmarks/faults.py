@@ -25,11 +25,11 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 
 import torch
 from datasets import Dataset
-from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 from rlhf_bayes.trainers.faults.whole_checkpoints import checkpoints, defect
 
@@ -96,7 +96,7 @@ def run(
         prepare (`Callable`, *optional*): Called with the trainer before it trains.
         changes: Changes of the configuration.
     """
-    quiet()
+    quiet(threads=1)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     trainer = make(kind, folder, reward, **changes)
     if prepare is not None:

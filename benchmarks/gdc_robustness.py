@@ -35,13 +35,13 @@ import torch
 from datasets import Dataset
 from equal_samples import BATCH, MAX_GRAD_NORM
 from exact_posterior import Target
-from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.likelihoods import Constraint
 from rlhf_bayes.numerics import forward_kl
 from rlhf_bayes.numerics.f_divergence import divergence_cases, divergence_of
@@ -318,7 +318,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    quiet()
+    quiet(threads=1)
     console = Console(width=None if sys.stdout.isatty() else 190)
     results: dict[Cell, Run] = {}
     for z in args.z:

@@ -29,11 +29,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.numerics import f_divergence, forward_kl
 from rlhf_bayes.numerics.dpg import BASELINES, dpg_advantages, dpg_baselines
 from rlhf_bayes.numerics.f_divergence import divergence_cases, divergence_of
@@ -216,7 +216,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    quiet()
+    quiet(threads=1)
     console = Console(width=None if sys.stdout.isatty() else 140)
     toy, generator = EnumerableLM("gpt2", max_completion_length=3), torch.Generator().manual_seed(args.seed)
     rows = []

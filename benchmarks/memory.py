@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from quiet import quiet
 from rich.console import Console
 from rich.table import Table
 from speed_worker import Shape, build_model, build_prompts, build_tokenizer, resident_mib
@@ -38,6 +37,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rlhf_bayes import PPOConfig, PPOTrainer
 from rlhf_bayes.commands.footprint import Footprint, Roles, Run, footprint
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.rewards import RewardModel
 
 SFT, FULL, SEPARATE, SHARED, ADAPTER, FUNCTION = range(6)
@@ -125,7 +125,7 @@ def train(row: dict, shape: Shape) -> None:
 
 def work(row: dict, shape: Shape) -> float:
     """Peak MiB of a row in this process."""
-    quiet()
+    quiet(threads=1)
     # a miniature first, so that the pages of the libraries are resident before this run's memory is measured
     train(row, Shape(layers=1, hidden=8, vocabulary=16, prompt=2, completion=2, batch=4))
     gc.collect()

@@ -36,12 +36,13 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from quiet import quiet
 from real_posterior_worker import Method, Run, Sizes, Target, check_samples, measure
 from real_report import choices_of, write_report
 from real_tasks import TASKS, Folders
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rlhf_bayes.commands.quiet import quiet
 
 FOUR_BY_FOUR = {"num_iterations": 4, "steps_per_generation": 4}
 MANY_UPDATES = (5e-6, 1e-5, 2e-5)  # learning rates where a batch is used several times
@@ -118,10 +119,10 @@ def run_all(runs: Iterable[Run], args: argparse.Namespace) -> Iterator[tuple[Run
     """Results of runs as they come, from `--jobs` processes."""
     work = partial(measured, folders=args.folders, fresh=args.fresh)
     if args.jobs == 1:
-        quiet()
+        quiet(threads=1)
         yield from map(work, runs)
         return
-    with multiprocessing.get_context("spawn").Pool(args.jobs, quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.jobs, quiet, (1,)) as pool:
         yield from pool.imap_unordered(work, runs)
 
 
@@ -181,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.plan:
         console.print(f"{expected_runs(args)} runs, and more where a set of learning rates must grow.")
         return
-    quiet()
+    quiet(threads=1)
     args.folders.output.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results: Results = {}

@@ -43,7 +43,6 @@ import preference_files as files
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from quiet import quiet
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -51,6 +50,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from rlhf_bayes import RewardConfig, RewardTrainer
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.diagnostics import plot_reliability
 from rlhf_bayes.diagnostics.bag_of_words import BagOfWords
 from rlhf_bayes.numerics import agreement, noise_from_agreement
@@ -367,7 +367,7 @@ def judge(pairs: files.Pairs, seed: int, args: argparse.Namespace, progress: Pro
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    quiet()
+    quiet(threads=1)
     console = Console(width=None if sys.stdout.isatty() else 160)
     pairs = load(args, console)
     results: Results = {}

@@ -36,7 +36,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")  # hide the samplers' progress bars, which would disturb our own
 
 import torch
-from quiet import quiet
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,6 +43,7 @@ from sampler_tasks import Task, condition_task, log_z_error_bar, methods_of, mod
 
 from rlhf_bayes import LanguageModel
 from rlhf_bayes import toy as bundled
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.lm.decoding import Decoding, draw_tokens
 from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.lm.generation import raw_generation_config
@@ -265,7 +265,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    quiet()
+    quiet(threads=1)
     console = Console(width=None if sys.stdout.isatty() else 130)
     tasks = [toy_task(), condition_task(), model_task(args)]
     known = list(dict.fromkeys(name for task in tasks for name in methods_of(task)))

@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from peft import LoraConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import PrinterCallback
-from transformers.utils import logging
-from trl import TrlParser
 
 from rlhf_bayes import Completions, LanguageModel, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer, toy
 from rlhf_bayes.commands.flags import load_pooled_reward
+from rlhf_bayes.commands.flags.flag_parser import FlagParser
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.diagnostics import plot_overoptimization
 from rlhf_bayes.numerics import POOLING_RULES
 from rlhf_bayes.numerics.pooling import rules_help
@@ -141,18 +141,11 @@ def train_policy(args: Arguments, folder: str, reward, draws: Completions, seed:
     return Run([0] + [entry["step"] for entry in history], *curves, kl)
 
 
-def quieten() -> None:
-    """Silence what each of the many trainings would print."""
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def main() -> None:
-    (args,) = TrlParser(Arguments).parse_args_and_config()
+    (args,) = FlagParser((Arguments,)).parse_args_and_config()
     if args.num_seeds < 1:
         raise ValueError(f"`num_seeds` must be at least 1, got {args.num_seeds}. It counts repetitions.")
-    quieten()
+    quiet()
     console = Console()
     prior = LanguageModel(toy.model_path(), max_completion_length=MAX_COMPLETION_LENGTH, batch_size=256)
     draws = prior.sample(toy.prompts(), n=32, generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ import torch
 from trl import ModelConfig, RLOOConfig, RLOOTrainer, TrlParser, get_peft_config
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, cli, toy
+from rlhf_bayes.commands.quiet import quiet_libraries
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 OBJECTIVES = {
@@ -63,6 +64,7 @@ class Arguments(cli.PromptArguments):
 
 
 def main() -> None:
+    quiet_libraries()
     # parsed once beforehand, since the flags depend on the objective
     (first_look, *_) = TrlParser(Arguments, add_help=False, allow_abbrev=False).parse_args_and_config(
         return_remaining_strings=True
@@ -106,7 +108,7 @@ def main() -> None:
         else:
             cli.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
 
-    cli.train_and_report(trainer, report if args.report_prompts > 0 else None)
+    cli.train_and_report(trainer, report if args.report_prompts > 0 else None, args.overwrite_output_dir)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from trl import TrlParser
 
 from rlhf_bayes import LanguageModel, toy
 from rlhf_bayes.commands.flags import load_preferences, load_reward_func, prompts_of_pairs
+from rlhf_bayes.commands.flags.flag_parser import FlagParser
+from rlhf_bayes.commands.quiet import quiet_libraries
 from rlhf_bayes.diagnostics import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.numerics import pool
 from rlhf_bayes.numerics.pooling import POOLING_RULES, pool_centered, rules_help
@@ -99,7 +100,7 @@ class Arguments:
 
 
 def parse_arguments() -> Arguments:
-    (args,) = TrlParser(Arguments).parse_args_and_config()
+    (args,) = FlagParser((Arguments,)).parse_args_and_config()
     if not args.reward_model_path:
         raise ValueError(
             "`--reward_model_path` must name at least one folder of a reward model, got none. Train one first: "
@@ -126,6 +127,7 @@ def parse_arguments() -> Arguments:
 
 
 def main() -> None:
+    quiet_libraries()
     args, console = parse_arguments(), Console()
     folder = Path(args.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from rlhf_bayes.posterior import Posterior
     from rlhf_bayes.rewards import load_reward
     from rlhf_bayes.samplers import SMC, BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
+    from rlhf_bayes.store import CompletionStore, StoredColumn
     from rlhf_bayes.trainers import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
 
 # trl takes seconds to import, so each name is imported when it is first used
 _HOMES = {
     "BestOfN": "samplers",
     "ClassifierLikelihood": "likelihoods",
+    "CompletionStore": "store",
     "Completions": "lm",
     "Constraint": "likelihoods",
     "EnsembleLikelihood": "likelihoods",
@@ -43,6 +45,7 @@ _HOMES = {
     "RewardLikelihood": "likelihoods",
     "RewardTrainer": "trainers",
     "SMC": "samplers",
+    "StoredColumn": "store",
     "VLLMLanguageModel": "lm",
     "evaluate": "diagnostics",
     "load_reward": "rewards",
@@ -52,6 +55,7 @@ __all__ = [
     "SMC",
     "BestOfN",
     "ClassifierLikelihood",
+    "CompletionStore",
     "Completions",
     "Constraint",
     "EnsembleLikelihood",
@@ -71,6 +75,7 @@ __all__ = [
     "RewardConfig",
     "RewardLikelihood",
     "RewardTrainer",
+    "StoredColumn",
     "VLLMLanguageModel",
     "evaluate",
     "load_reward",

@@ -21,6 +21,7 @@ LAYERS = {
     "objectives": 3,
     "samplers": 3,
     "diagnostics": 3,
+    "store": 3,
     "trainers": 4,
     "report": 4,
     "toy": 4,

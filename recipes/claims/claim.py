@@ -9,17 +9,14 @@ import argparse
 import hashlib
 import inspect
 import json
-import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import disable_progress_bars
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
+from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.numerics.verdicts import Measured, measured
 from rlhf_bayes.report.claims_page import ClaimResult, Statement, write_claims_page
 from rlhf_bayes.report.figures import panels_of as panels  # noqa: F401 (the scripts draw with it)
@@ -171,13 +168,3 @@ def parse_flags(name: str, title: str, trains: bool, defaults: dict[str, Any]) -
     if trains and (args.model_name_or_path is None) != (args.dataset_name is None):
         parser.error("`--model_name_or_path` and `--dataset_name` must be given together: prompts fit a model.")
     return args
-
-
-def quiet() -> None:
-    """Log errors only, and hide the progress bars of libraries: a claim shows its own progress."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    logging.getLogger("rlhf_bayes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")

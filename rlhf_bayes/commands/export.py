@@ -3,7 +3,6 @@
 import argparse
 import copy
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,8 @@ from rlhf_bayes.rewards.loading import DEFAULT_ADAPTER, adapter_folders, is_head
 TOLERANCE = 1e-3  # of the exported score, in units of reward, and relative to it
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parses the arguments after `rlhf-bayes export`, and writes the model."""
-    parser = argparse.ArgumentParser(
-        prog="rlhf-bayes export",
-        description="Writes a reward model, or the mean of an ensemble of heads, as one sequence classifier with one "
-        "label, whose logit plain transformers gives as the reward: normalised, with EOS appended by the tokenizer.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", metavar="DIR", help="output folder of a reward training")
-    parser.add_argument("--output_dir", help="where to write; must be new or empty. Default: DIR-exported")
-    parser.add_argument("--member", help="one member of an ensemble, by its name in reward_model.json")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    """Write the model, for parsed arguments."""
     folder = Path(args.folder)
     output_dir = Path(args.output_dir or f"{folder}-exported")
     notes = export(folder, output_dir, args.member)

@@ -1,7 +1,6 @@
 """`rlhf-bayes memory`: predicts the memory of PPO by role, and compares it with four full models."""
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -12,60 +11,35 @@ from rlhf_bayes.commands.footprint import FOUR_MODELS, Footprint, Roles, Run, fo
 from rlhf_bayes.toy import model_path
 
 GIB, MIB = 2**30, 2**20
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's flags to a parser."""
-    parser.add_argument("--model", default=model_path(), help="Folder or name on the hub. Default: the bundled model.")
-    parser.add_argument("--lora", type=int, metavar="R", help="Rank of the policy's adapter; without, all is trained.")
-    parser.add_argument(
-        "--lora-target-modules", nargs="+", metavar="NAME", help="Names, or all-linear. Default: PEFT's of the family."
-    )
-    parser.add_argument("--critic", choices=("ridge", "shared", "separate"), default="ridge")
-    parser.add_argument(
-        "--reward", choices=("function", "adapter", "model"), help="Default: adapter with --lora, else model."
-    )
-    parser.add_argument("--reward-members", type=int, default=1, help="Of an ensemble.")
-    parser.add_argument("--batch", type=int, default=8, help="Sequences of a micro-batch.")
-    parser.add_argument("--prompt", type=int, default=128, help="Tokens.")
-    parser.add_argument("--completion", type=int, default=128, help="Tokens.")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the weights."
-    )
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="Stage of DeepSpeed.")
-    parser.add_argument("--processes", type=int, default=1)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments after `rlhf-bayes memory`, and print the table."""
-    parser = argparse.ArgumentParser(prog="rlhf-bayes memory", description=__doc__, allow_abbrev=False)
-    add_arguments(parser)
-    run(parser.parse_args(arguments))
+_COUNTS = (
+    "lora_r", "num_members", "per_device_train_batch_size", "max_prompt_length", "max_completion_length",
+    "num_processes",
+)  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table for parsed arguments."""
-    for name in ("lora", "reward_members", "batch", "prompt", "completion", "processes"):
+    for name in _COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {value}.")
+            raise ValueError(f"`--{name}` must be at least 1, got {value}.")
     targets = args.lora_target_modules
     roles = Roles(
-        lora_r=args.lora,
+        lora_r=args.lora_r,
         lora_target_modules="all-linear" if targets == ["all-linear"] else targets,
         critic=args.critic,
-        reward=args.reward or ("model" if args.lora is None else "adapter"),
-        reward_members=args.reward_members,
+        reward=args.reward or ("model" if args.lora_r is None else "adapter"),
+        reward_members=args.num_members,
     )
     training = Run(
-        args.batch, args.prompt, args.completion, getattr(torch, args.dtype), args.gradient_checkpointing, args.zero,
-        args.processes,
+        args.per_device_train_batch_size, args.max_prompt_length, args.max_completion_length,
+        getattr(torch, args.dtype), args.gradient_checkpointing, args.zero_stage, args.num_processes,
     )  # fmt: skip
-    config = AutoConfig.from_pretrained(args.model)
+    path = args.model_name_or_path or model_path()
+    config = AutoConfig.from_pretrained(path)
     found, four = footprint(config, roles, training), footprint(config, FOUR_MODELS, training)
     console = Console()
-    console.print(table(found, four, f"{args.model}: memory of a process"))
+    console.print(table(found, four, f"{path}: memory of a process"))
     console.print(f"{found.peak / four.peak:.2f} × four full models. Not counted: libraries, fragmentation, buffers.")
 
 

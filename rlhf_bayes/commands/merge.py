@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,17 +24,8 @@ from rlhf_bayes.rewards.loading import (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the arguments after `rlhf-bayes merge`, and write the merged model."""
-    parser = argparse.ArgumentParser(
-        prog="rlhf-bayes merge",
-        description="Merges a policy's adapter, or those of a reward model, into the base that they name, and writes "
-        "whole models that plain transformers loads.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", metavar="DIR", help="output folder of a training with LoRA")
-    parser.add_argument("--output_dir", help="where to write; must be new or empty. Default: DIR-merged")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    """Write the merged model, for parsed arguments."""
     folder = Path(args.folder)
     output_dir = Path(args.output_dir or f"{folder}-merged")
     notes = merge(folder, output_dir)

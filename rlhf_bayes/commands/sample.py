@@ -7,14 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from transformers import AutoTokenizer
-from trl import TrlParser
 
 from rlhf_bayes import cli, toy
+from rlhf_bayes.commands.flags.flag_parser import FlagParser
 from rlhf_bayes.commands.sampling import (
     Method,
     agreement_table,
@@ -122,7 +122,7 @@ class Arguments:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments after `rlhf-bayes sample`, draw, print tables and write the report."""
-    (args,) = TrlParser(cast(Any, Arguments), prog="rlhf-bayes sample").parse_args_and_config(args=arguments)
+    (args,) = FlagParser((Arguments,), prog="rlhf-bayes sample").parse_args_and_config(arguments)
     _check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)

@@ -12,6 +12,7 @@ from rlhf_bayes.diagnostics.progress import PosteriorProgress
 from rlhf_bayes.diagnostics.reward_model_tables import plot_overoptimization, plot_reliability, preference_table
 from rlhf_bayes.diagnostics.sandwich import LogZSandwich, log_z_sandwich
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws, draw
+from rlhf_bayes.diagnostics.trackers import log_evaluation, log_to_trackers
 
 __all__ = [
     "Estimate",
@@ -31,6 +32,8 @@ __all__ = [
     "feature_means",
     "fit_table",
     "guarded_forward_kl",
+    "log_evaluation",
+    "log_to_trackers",
     "log_z_sandwich",
     "plot_control",
     "plot_history",

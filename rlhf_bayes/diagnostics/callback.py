@@ -13,6 +13,7 @@ from rlhf_bayes.diagnostics.evaluate import Evaluation, evaluate
 from rlhf_bayes.diagnostics.over_prompts import Estimate
 from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
+from rlhf_bayes.diagnostics.trackers import log_to_trackers
 from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.head import excluded_tokens
@@ -89,6 +90,8 @@ class PosteriorCallback(TrainerCallback):
             metrics.update(found)
         # the log of transformers' Trainer, since TRL's would log its completions a second time
         Trainer.log(self.trainer, dict(found))
+        if self.last is not None and state.is_world_process_zero:
+            log_to_trackers(self.trainer, tables={f"{PREFIX}quantities": self.last.to_pandas()})
 
     def _on_one_of(self, num_processes: int, is_main: bool) -> dict[str, float]:
         """The metrics that the main process computes, returned on all, so that all choose the same best model."""

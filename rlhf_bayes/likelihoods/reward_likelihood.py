@@ -89,12 +89,31 @@ class RewardLikelihood(EvidenceLikelihood):
         return self._scorer.names
 
     @property
+    def reward_funcs(self) -> dict[str, Any]:
+        """Name -> reward function or model, in the order of the weights."""
+        return self._scorer.functions
+
+    @property
     def bound(self) -> float | None:
         """Upper end of `reward_clip_range` over `beta`, nats; `None` where the reward is not clipped."""
         if self.reward_clip_range is None or self.reward_clip_range[1] == math.inf:
             return None
         # computed in fp32 like the log-likelihoods, so that rounding puts none of them above the bound
         return float(torch.tensor(self.reward_clip_range[1]) / self.beta)
+
+    def rewards_per_func(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        What each function returned, before weights, clipping and penalty: (B, F), fp32, nan for None.
+
+        Arguments are those of [`Likelihood.log_likelihood`].
+        """
+        return self._scorer(prompts, completions, completion_ids, columns)
 
     def rewards(
         self,
@@ -111,7 +130,7 @@ class RewardLikelihood(EvidenceLikelihood):
         Raises:
             `ValueError`: if every function returned `None` for a completion.
         """
-        rewards_per_func = self._scorer(prompts, completions, completion_ids, columns)  # (B, F)
+        rewards_per_func = self.rewards_per_func(prompts, completions, completion_ids, columns)  # (B, F)
         ended = None
         if self.missing_eos_penalty is not None:
             ended = torch.tensor([bool(ids) and ids[-1] in self.eos_token_ids for ids in completion_ids])  # (B,)

@@ -1,4 +1,6 @@
-"""Pools the draws of two distributions by weighting each as a draw of their mixture."""
+"""Pools the draws of several distributions by weighting each as a draw of their mixture."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +55,30 @@ def log_fitted_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
         rising = (slope / (1 + shift[..., None] * slope)).sum(-1) > 0
         low, high = torch.where(rising, shift, low), torch.where(rising, high, shift)
     return log_balance + torch.log1p((low + high)[..., None] / 2 * slope)
+
+
+def log_balance(log_densities: Tensor, counts: Sequence[int]) -> Tensor:
+    r"""
+    Log-density of the mixture that pooled draws of several proposals come from, the balance heuristic.
+
+        log q(x) = log Σ_k n_k/N · q_k(x),    N = Σ_k n_k
+
+    Args:
+        log_densities (`torch.Tensor`): (K, N), nats: each of K proposals at all pooled draws.
+        counts (`Sequence[int]`): n_k, the number of draws of each proposal.
+
+    Returns:
+        `torch.Tensor`: (N,), nats, fp64.
+
+    Raises:
+        ValueError: if there is another number of counts than of proposals, or a count is not positive.
+
+    Source: Veach & Guibas 1995, "Optimally combining sampling techniques for Monte Carlo rendering".
+    """
+    if log_densities.dim() != 2 or len(counts) != len(log_densities) or min(counts, default=0) < 1:
+        raise ValueError(
+            f"`counts` must hold a positive number for each of the proposals of `log_densities` (K, N), got {counts} "
+            f"for {tuple(log_densities.shape)}."
+        )
+    shares = torch.tensor(counts, dtype=torch.float64, device=log_densities.device)
+    return torch.logsumexp(log_densities.double() + (shares / shares.sum()).log()[:, None], dim=0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.objectives.normalizers import Normalizers
+from rlhf_bayes.objectives.stored_normalizers import StoredNormalizers
 from rlhf_bayes.objectives.world import World
 
 
@@ -39,6 +40,8 @@ class PosteriorTarget:
             Optimizer steps of this annealing. Default: half of the training.
         forbids (`bool`, *optional*, defaults to `False`):
             Whether the evidence is known to forbid completions. If not, this is found out when it first does.
+        normalizers ([`StoredNormalizers`], *optional*):
+            Estimates of Z from stored draws. Default: from the completions that `estimate` is given.
     """
 
     def __init__(
@@ -50,10 +53,13 @@ class PosteriorTarget:
         beta_init: float | None = None,
         beta_init_steps: int | None = None,
         forbids: bool = False,
+        normalizers: StoredNormalizers | None = None,
     ):
         self.world, self.beta, self.forbids = world, beta, forbids
         self.beta_init, self.beta_init_steps = beta_init, beta_init_steps
-        self.normalizers = Normalizers(bound, anneals=beta_init is not None)
+        self.normalizers: Normalizers | StoredNormalizers = (
+            Normalizers(bound, anneals=beta_init is not None) if normalizers is None else normalizers
+        )
 
     @property
     def power(self) -> float:

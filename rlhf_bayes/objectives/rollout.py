@@ -29,7 +29,7 @@ class Rollout:
     token_log_probs: Tensor
     """(B, T): log π(x_t | prefix) under the current policy."""
     ref_token_log_probs: Tensor
-    """(B, T): log π0(x_t | prefix)."""
+    """(B, T): log π0(x_t | prefix). From a store (B, 1): the sum, which is all that is stored."""
     token_entropy: Tensor
     """(B, T): entropy of π(· | prefix)."""
     log_proposal: Tensor
@@ -46,9 +46,9 @@ class Rollout:
     """(B, T, S): what the objective's `states` keeps of the policy's last hidden state before each token."""
     prefix_rewards: Tensor | None = None
     """(B, T): r of the tokens before t, where the reward functions are asked for it; 0 before the first token."""
-    drawn_from: Literal["policy", "engine", "prior", "snapshot"] = "policy"
-    """What drew the completions. An engine has the policy's weights and other arithmetic; a snapshot is an earlier
-    policy."""
+    drawn_from: Literal["policy", "engine", "prior", "snapshot", "store"] = "policy"
+    """What drew the completions. An engine has the policy's weights and other arithmetic, a snapshot is an earlier
+    policy, a store holds draws of anything."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """name -> (B,): features of the completions, where the evidence reports them."""
     model_inputs: list[RowInputs] | None = None

@@ -79,6 +79,11 @@ class RewardScorer:
         self._functions = [checked(func, allow_forbidden) for func in funcs]
         self.names = distinct_names(callable_name(func) for func in self._functions)
 
+    @property
+    def functions(self) -> dict[str, Any]:
+        """Name -> function, or model of which the function is made, in order."""
+        return dict(zip(self.names, self._functions, strict=True))
+
     def __call__(
         self,
         prompts: Sequence,

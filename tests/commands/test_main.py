@@ -1,10 +1,15 @@
 """The console script: what it prints, and how wrong input ends."""
 
 import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
 from rlhf_bayes import commands
+
+from ..children import run
 
 
 @pytest.fixture
@@ -30,7 +35,10 @@ def test_report(run_folder, tmp_path, capsys, monkeypatch):
     [
         (["report", "nowhere"], "rlhf-bayes report: `folders` must be folders that exist, got 'nowhere'"),
         (["report"], "required: DIR"),
-        ([], "required: command, arguments"),
+        ([], "rlhf-bayes: a command must be given. There are ppo, gdc, reward,"),
+        (["smaple"], "rlhf-bayes: 'smaple' is no command. Is sample meant?"),
+        (["report", "a", "--output_dri", "b"], "--output_dri is not one of the flags. Is --output_dir meant?"),
+        (["report", "a", "--output_dir"], "rlhf-bayes report: argument --output_dir: expected one argument"),
     ],
 )
 def test_wrong_input_ends_with_a_line(arguments, message, capsys):
@@ -38,3 +46,52 @@ def test_wrong_input_ends_with_a_line(arguments, message, capsys):
         commands.main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys):
+    commands.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"  {name:<8} {command.purpose}" in printed for name, command in commands.COMMANDS.items())
+
+
+def test_versions_and_devices(capsys):
+    commands.main(["env"])
+    printed = capsys.readouterr().out
+    assert f"trl            {version('trl')}" in printed
+    assert "GPUs" in printed
+
+
+def test_an_error_of_the_users_code_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_test_main.py").write_text(
+        "def broken(completions, **columns):\n    raise ValueError('mine')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    flags = ["--num_samples", "4", "--max_prompts", "1", "--sampler", "importance"]
+    with pytest.raises(ValueError, match="mine"):
+        commands.main(["sample", "--reward_func", "rewards_of_test_main:broken", *flags])
+
+
+def test_ctrl_c_ends_with_what_is_kept(monkeypatch, capsys):
+    def stopped(args):
+        stop = KeyboardInterrupt()
+        stop.add_note("Kept: runs/x/checkpoint-3.")
+        raise stop
+
+    monkeypatch.setattr("rlhf_bayes.commands.environment.run", stopped)
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["env"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "Stopped by Ctrl-C.\nKept: runs/x/checkpoint-3.\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("command", [[], *([name] for name in commands.COMMANDS)])
+def test_help_imports_nothing_of_weight(command):
+    code = (
+        "import sys\nfrom rlhf_bayes.commands import main\n"
+        f"try:\n    main({[*command, '--help']})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'matplotlib', 'datasets', 'scipy'} & set(sys.modules)))"
+    )
+    done = run([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

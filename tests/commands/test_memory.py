@@ -108,10 +108,12 @@ def test_an_adapter_needs_a_base_that_stays():
 
 
 def test_the_command_prints_roles_and_the_baseline(capsys):
-    main(["memory", "--lora", "16", "--zero", "2", "--processes", "2", "--gradient-checkpointing"])
+    main(["memory", "--lora_r", "16", "--zero_stage", "2", "--num_processes", "2", "--gradient-checkpointing"])
     printed = capsys.readouterr().out
     for word in ("policy", "reference", "critic", "reward", "training", "peak", "four full models"):
         assert word in printed
     with pytest.raises(SystemExit):
         main(["memory", "--batch", "0"])
-    assert "`--batch` must be at least 1, got 0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--batch is called --per_device_train_batch_size now" in said
+    assert "`--per_device_train_batch_size` must be at least 1, got 0" in said

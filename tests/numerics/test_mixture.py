@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 from torch.testing import assert_close
 
 from rlhf_bayes.numerics import log_z
-from rlhf_bayes.numerics.mixture import log_fitted_mixture
+from rlhf_bayes.numerics.mixture import log_balance, log_fitted_mixture
 
 # skewed, and of different shapes; the density is in neither's direction
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
@@ -53,9 +53,9 @@ def test_a_mixture_of_both_has_no_variance():
 def test_better_than_the_balance_heuristic_and_unbiased_to_first_order():
     n, repeats = 100, 4000
     index = pooled(n, n, repeats)
-    log_balance = (0.5 * (P + Q)).log()[index]
+    log_half = (0.5 * (P + Q)).log()[index]
     fitted = log_fitted_mixture(P.log()[index], Q.log()[index], 0.5)
-    z = [(DENSITY.log()[index] - mixture).exp().mean(-1) for mixture in (log_balance, fitted)]
+    z = [(DENSITY.log()[index] - mixture).exp().mean(-1) for mixture in (log_half, fitted)]
     truth, error = DENSITY.sum(), z[1].std() / math.sqrt(repeats)
     assert z[1].std() < 0.8 * z[0].std()
     assert (z[1].mean() - truth).abs() < 4 * error + truth / (2 * n)  # its bias is of order 1/n
@@ -79,3 +79,14 @@ def test_shares_of_nothing(share):
 def test_other_draws():
     with pytest.raises(ValueError, match=r"must have the same shape, got \(4,\) and \(3,\)"):
         log_fitted_mixture(P.log(), Q.log()[:3], 0.5)
+
+
+def test_the_balance_of_three_proposals():
+    uniform = torch.full((4,), 0.25, dtype=torch.float64)
+    found = log_balance(torch.stack([P, Q, uniform]).log(), [5, 2, 13])
+    assert_close(found.exp(), 0.25 * P + 0.1 * Q + 0.65 * uniform)
+    nowhere = torch.stack([P.log(), torch.tensor([0.0, *[-torch.inf] * 3]).double()])
+    assert_close(log_balance(nowhere, [1, 1]).exp(), 0.5 * P + torch.tensor([0.5, 0, 0, 0]).double())
+    for counts in ([1], [1, 0, 1]):
+        with pytest.raises(ValueError, match="a positive number for each"):
+            log_balance(torch.stack([P, Q, uniform]).log(), counts)

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_bayes import LanguageModel, toy
+from rlhf_bayes.commands import train_gdc
 from rlhf_bayes.commands.flags import parse_features
 from rlhf_bayes.report import read_runs
 
-from ..scripts import loaded_script, run_script
+from ..scripts import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +28,8 @@ SMALL = [*FEW, "--report_prompts", "2", "--report_samples", "32", "--max_complet
 
 @pytest.fixture(scope="module")
 def recipe():
-    with loaded_script(RECIPE) as module:
-        yield module
+    """What the recipe runs."""
+    return train_gdc
 
 
 @pytest.mark.processes

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_bayes import toy
+from rlhf_bayes.commands import train_ppo
 from rlhf_bayes.commands.flags import load_likelihood
 from rlhf_bayes.report import read_runs, write_report
 from rlhf_bayes.rewards import PooledReward, RewardEnsemble, RewardModel
 from rlhf_bayes.toy.rewards import sentiment_reward
 
-from ..scripts import loaded_script, run_script
+from ..scripts import run_script
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +29,8 @@ SMALL = [*FEW, "--report_samples", "32", "--max_completion_length", "24"]
 
 @pytest.fixture(scope="module")
 def recipe():
-    with loaded_script(RECIPE) as module:
-        yield module
+    """What the recipe runs."""
+    return train_ppo
 
 
 @pytest.mark.processes

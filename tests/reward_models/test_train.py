@@ -1,6 +1,5 @@
 """The script as a user launches it, with few steps; what it leaves on disk; and what wrong flags end in."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_bayes import toy
+from rlhf_bayes.commands import train_reward
 from rlhf_bayes.rewards import RewardEnsemble, RewardIndex, RewardModel, load_reward
 
 from ..scripts import run_script
@@ -22,12 +22,8 @@ FEW = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--normalize_sa
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("reward_models_train", FOLDER / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reward_models_train"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["reward_models_train"]
+    """What the script runs."""
+    return train_reward
 
 
 @pytest.fixture

@@ -15,8 +15,19 @@ from trl import ModelConfig, RLOOConfig, TrlParser
 
 from rlhf_bayes import toy
 from rlhf_bayes.commands.flags.data import load_prompts
+from rlhf_bayes.commands.flags.flag_parser import FlagParser
 from rlhf_bayes.commands.flags.named import load_language_model, load_likelihood
-from rlhf_bayes.diagnostics import Evaluation, PosteriorProgress, evaluate, fit_table, plot_history, samples_table
+from rlhf_bayes.commands.flags.output_folder import OutputArguments, check_output_dir, clear_output_dir
+from rlhf_bayes.commands.flags.stopped import told_what_is_kept
+from rlhf_bayes.diagnostics import (
+    Evaluation,
+    PosteriorProgress,
+    evaluate,
+    fit_table,
+    log_evaluation,
+    plot_history,
+    samples_table,
+)
 from rlhf_bayes.likelihoods import Likelihood, ProductLikelihood
 from rlhf_bayes.lm import LanguageModel
 from rlhf_bayes.posterior import Posterior
@@ -25,7 +36,7 @@ from rlhf_bayes.trainers.ppo.old_names import check_old_flags
 
 
 @dataclass
-class PromptArguments:
+class PromptArguments(OutputArguments):
     """Flags for the prompts to train on, for evidence in nats, and for the report on the first prompts."""
 
     dataset_name: str | None = field(
@@ -97,7 +108,11 @@ class _LikelihoodFlag:
 
 
 def parse_flags(
-    classes: Sequence[type], defaults: Mapping[str, Any], toy_defaults: Mapping[str, Any]
+    classes: Sequence[type],
+    defaults: Mapping[str, Any],
+    toy_defaults: Mapping[str, Any],
+    arguments: Sequence[str] | None = None,
+    prog: str | None = None,
 ) -> tuple[bool, tuple]:
     """
     The dataclasses of a script filled from its flags and `--config`, and whether the flags name a model.
@@ -109,19 +124,32 @@ def parse_flags(
             Defaults that differ from those of the dataclasses.
         toy_defaults (`Mapping[str, Any]`):
             Further defaults for the bundled model, which is used where no `model_name_or_path` is named.
+        arguments (`Sequence[str]`, *optional*):
+            The words after the command. Default: those of the process.
+        prog (`str`, *optional*):
+            Name of the command, for messages. Default: that of the script.
+
+    Raises:
+        ValueError: if the output folder holds another run, or values do not fit.
     """
-    check_old_flags(sys.argv[1:])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    check_old_flags(words)
     # parsed once beforehand, since the bundled model has defaults of its own
     first_look = TrlParser((ModelConfig, _LikelihoodFlag), add_help=False, allow_abbrev=False)
-    model_args, flag, *_ = first_look.parse_args_and_config(return_remaining_strings=True)
+    model_args, flag, *_ = first_look.parse_args_and_config(words, return_remaining_strings=True)
     own_model = model_args.model_name_or_path is not None
     if flag.likelihood is not None:  # the default β is that of the bundled reward
         toy_defaults = {name: value for name, value in toy_defaults.items() if name != "beta"}
     if any("prior_probe" in of.__dataclass_fields__ for of in classes):
         defaults = {"prior_probe": 32, **defaults}
-    parser = TrlParser(tuple(classes))
+    parser = FlagParser(tuple(classes), prog=prog)
     parser.set_defaults_with_config(**({**defaults} if own_model else {**defaults, **toy_defaults}))
-    return own_model, parser.parse_args_and_config()
+    parsed = parser.parse_args_and_config(words)
+    overwrite = any(getattr(part, "overwrite_output_dir", False) for part in parsed)
+    for part in parsed:
+        if isinstance(part, TrainingArguments):
+            check_output_dir(part.output_dir, overwrite, part.resume_from_checkpoint)
+    return own_model, parsed
 
 
 def model_init_kwargs(model_args: ModelConfig, training_args: TrainingArguments) -> dict[str, Any]:
@@ -134,15 +162,29 @@ def model_init_kwargs(model_args: ModelConfig, training_args: TrainingArguments)
     }
 
 
-def train_and_report(trainer: Trainer, report: Callable[[], None] | None) -> None:
-    """Train, or resume from `resume_from_checkpoint`, save the model, and report on the main process."""
+def train_and_report(trainer: Trainer, report: Callable[[], None] | None, overwrite: bool = False) -> None:
+    """
+    Train, or resume from `resume_from_checkpoint`, save the model, and report on the main process.
+
+    Args:
+        trainer (`Trainer`):
+            The trainer.
+        report (`Callable`, *optional*):
+            What reports on the trained model. Default: nothing.
+        overwrite (`bool`):
+            Whether to delete another run in the output folder first.
+    """
+    if overwrite and trainer.args.should_save:
+        clear_output_dir(trainer.args.output_dir)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(PosteriorProgress())
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()  # the report reads the log, which is otherwise saved with a checkpoint only
-    if report is not None and trainer.is_world_process_zero():
-        report()
+    with told_what_is_kept(trainer):
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.save_model()
+    with told_what_is_kept(trainer, trained=True):
+        trainer.save_state()  # the report reads the log, which is otherwise saved with a checkpoint only
+        if report is not None and trainer.is_world_process_zero():
+            report()
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a process that exits before its process group is closed may abort
 
@@ -292,5 +334,6 @@ def _print_report(evaluation: Evaluation, trainer: Trainer, title: str) -> None:
             console.print(str(evaluation.log_z))
     curves = Path(output_dir) / "curves.png"
     plot_history(trainer.state.log_history, evaluation.policy, curves)
+    log_evaluation(trainer, evaluation, {"curves": curves})
     console.print(f"Model in {output_dir}, curves in {curves}.")
     console.print(f"A page on all of it: rlhf-bayes report {output_dir}", highlight=False)

@@ -13,7 +13,7 @@ TRL release moves one.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
@@ -58,6 +58,10 @@ from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
 )
 from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, scored_by_length
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
+from rlhf_bayes.trainers.rollout.store_writer import StoreWriter
+
+if TYPE_CHECKING:
+    from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts
 
 PRIVATE_NAMES = {
     # overridden: called by RLOO with these parameters
@@ -80,6 +84,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
     """The evidence, if it is a likelihood rather than a reward."""
+    stored: "StoredRollouts | None" = None
+    """The rollouts of a store, where completions and their scores come from one."""
     asked_for_prefixes: Sequence[int] = ()
     """Numbers of the reward functions that are also asked for the rewards of prefixes."""
 
@@ -108,7 +114,9 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         check_plain_passes(self.model, self.accelerator.num_processes, self.engine.name is not None)
         if peft_config is None:
             check_not_moved(self.model, passed, "the trainer made its reference adapter")
-        self.reference = Reference.of(self.model, ref_model, reload, passed)
+        self.reference = (
+            Reference(None) if self.stored is not None else Reference.of(self.model, ref_model, reload, passed)
+        )
         self.exclude_image_token(self.model, self.reference.module)
         remove_dropout(self.model)
         if self.reference.module is not None:
@@ -116,8 +124,9 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         self.ref_model = self.reference.module
         if self.use_vllm:
             self.vllm_generation.sync_weights = without_critic(self.vllm_generation.sync_weights, self._plain_policy)
-        self.proposal: str | Snapshot = "policy"
-        """What completions are drawn from in training: "policy", "prior", or a snapshot of the policy."""
+        self.proposal: str | Snapshot = "policy" if self.stored is None else "store"
+        """What completions are drawn from in training: "policy", "prior", a snapshot of the policy, or a store."""
+        self.store_writer = None if args.store is None else StoreWriter(self, args.store)
         self.alarms = Alarms(self)
         self._in_flight: RolloutInFlight | None = None
         self._step_in_progress: OptimizerStep | None = None
@@ -131,11 +140,14 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
 
     def rollout_state(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return self.objective.state_dict()
+        writer = {} if self.store_writer is None else {"store": self.store_writer.state_dict()}
+        return self.objective.state_dict() | writer
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
         """Restore what `rollout_state` returned."""
         self.objective.load_state_dict(state)
+        if self.store_writer is not None and "store" in state:  # checkpoints of earlier versions have none
+            self.store_writer.load_state_dict(state["store"])
         self.beta = self.objective.beta
 
     def draw(self, rows: list[dict[str, Any]]) -> None:
@@ -246,14 +258,19 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             self.accelerator.distributed_type == DistributedType.NO
         )  # an engine needs its forward in the same step as the loss
         whole = self.args.steps_per_generation == 1 and not (self.objective.replays or self.alarms.alone)
-        return alone and whole and self.proposal == "policy"
+        return alone and whole and self.proposal in ("policy", "store")
 
     def _generate_and_score_completions(self, inputs):
         in_flight = self._in_flight = RolloutInFlight()
-        # the reference pass and RLOO switch adapters, which would leave the critic's adapter frozen
-        with kept_trainable(self.model):
-            output = super()._generate_and_score_completions(inputs)
-        rollout = self._rollout(inputs, output, in_flight)
+        if self.stored is not None:
+            output, rollout = {}, self.stored.rollout(self, inputs, in_flight)
+        else:
+            # the reference pass and RLOO switch adapters, which would leave the critic's adapter frozen
+            with kept_trainable(self.model):
+                output = super()._generate_and_score_completions(inputs)
+            rollout = self._rollout(inputs, output, in_flight)
+        if self.mode == "train" and self.store_writer is not None:
+            self.store_writer.write(rollout, inputs, in_flight)
         self.engine.report(rollout)
         if self.mode == "train":
             self.alarms.see(rollout)
@@ -296,6 +313,11 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         if self.mode == "eval":
             return "policy"
         return self.proposal if isinstance(self.proposal, str) else "snapshot"
+
+    @property
+    def micro_steps(self) -> int:
+        """The number of micro-batches learnt from so far, which a resumed run goes on counting."""
+        return self._step
 
     # Loss
 

@@ -8,9 +8,12 @@ from rlhf_bayes.likelihoods import Likelihood, known_bound, known_forbids
 from rlhf_bayes.objectives import FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
 from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
+from rlhf_bayes.store import CompletionStore
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig, check_annealing
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
+from rlhf_bayes.trainers.gdc.store_checks import check_made_by, check_store_training
+from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts, stored_rewards
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
@@ -42,8 +45,12 @@ class GDCTrainer(RolloutTrainer):
             Evidence r/β, as in [`PPOTrainer`]. A reward may be `-inf`, for a forbidden completion.
         args ([`GDCConfig`], *optional*):
             Configuration.
-        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
-        quantization_config, peft_config, ref_model:
+        train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or [`~rlhf_bayes.store.CompletionStore`]):
+            Prompts, as in [`PPOTrainer`]. Or a store of completions: then nothing is generated, and neither prior nor
+            reward is run or kept in memory, since their values are stored. An epoch is one pass over the store.
+            `reward_funcs` and `ref_model` may be left out; given ones must be those of the store.
+        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
+        peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
             Evidence in nats instead of `reward_funcs`: that of any posterior, `posterior.likelihood`. Divergences that
@@ -98,6 +105,13 @@ class GDCTrainer(RolloutTrainer):
         likelihood: Likelihood | None = None,
     ):
         args = config_of(args, GDCConfig, model, "GDC")
+        store = train_dataset if isinstance(train_dataset, CompletionStore) else None
+        made_by = reward_funcs, ref_model
+        if store is not None:
+            check_store_training(args, store, eval_dataset)
+            self.stored = StoredRollouts(store, args, likelihood)
+            train_dataset, ref_model = self.stored.dataset, None
+            reward_funcs = stored_rewards if likelihood is None else reward_funcs
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
         check_prior_samples(args.prior_samples, train_dataset)
@@ -121,10 +135,13 @@ class GDCTrainer(RolloutTrainer):
             peft_config=peft_config,
         )
         self.beta = beta_of(args, likelihood)
+        if store is not None:
+            check_made_by(self, store, *made_by, reward_processing_classes)
         engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else self.engine.name
         check_proposal(args.proposal, args.prior_samples, engine)
         self.objective = self._make_objective(likelihood)
-        self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
+        if self.stored is None:
+            self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
         if args.prior_samples:
             self.add_callback(PriorSamples(self))
         if args.max_pseudo_reward is not None:
@@ -140,6 +157,7 @@ class GDCTrainer(RolloutTrainer):
             beta_init=args.beta_init,
             beta_init_steps=args.beta_init_steps,
             forbids=likelihood is not None and known_forbids(likelihood) is True,
+            normalizers=None if self.stored is None else self.stored.normalizers(self.beta),
         )
         replay = ReplayBuffer(args.replay_batches, args.replay_sampling, args.seed + self.accelerator.process_index)
         shared: dict[str, Any] = {

@@ -9,6 +9,7 @@ from trl import RLOOConfig
 
 from rlhf_bayes.lm.adapters import described
 from rlhf_bayes.lm.forward import runs_plainly
+from rlhf_bayes.store import CompletionStore
 
 T = TypeVar("T")
 
@@ -168,6 +169,11 @@ def _advice(columns: list[str]) -> str:
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
+    if isinstance(dataset, CompletionStore):
+        raise TypeError(
+            f"`{name}` must be a dataset of prompts, got a CompletionStore: stored completions are learnt from by "
+            "`GDCTrainer(train_dataset=store)`, with any `divergence`. PPO learns from its own policy's draws."
+        )
     if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
             f"`{name}` must be a Dataset or an IterableDataset, got {type(dataset).__name__}. Convert a list of rows: "

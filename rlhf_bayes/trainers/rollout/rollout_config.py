@@ -78,6 +78,16 @@ class RolloutConfig(FaultConfig, RLOOConfig):
             )
         },
     )
+    store: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A folder that keeps each rollout: completions, log-probs under prior and proposal, raw rewards. "
+                "`GDCTrainer(train_dataset=CompletionStore(folder))` learns from it for any `beta`, and `rlhf-bayes "
+                "what-if` and `rlhf-bayes report` read it. Default: rollouts are not kept."
+            )
+        },
+    )
     reward_timeout: float | None = field(
         default=None,
         metadata={

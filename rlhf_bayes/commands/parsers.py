@@ -1,0 +1,91 @@
+"""The parsers of the commands with few flags. They import nothing of weight, so that `--help` is quick."""
+
+from collections.abc import Callable
+
+from rlhf_bayes.commands.suggestions import SuggestingParser
+
+
+def report() -> SuggestingParser:
+    """Flags of `rlhf-bayes report`."""
+    parser = SuggestingParser(
+        prog="rlhf-bayes report",
+        description="Reads output folders of trainers and of `rlhf-bayes sample`, and writes a page for a browser.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="DIR", help="output folder of a run")
+    parser.add_argument("--output_dir", help="where to write. Default: `report` in the first DIR")
+    return parser
+
+
+def merge() -> SuggestingParser:
+    """Flags of `rlhf-bayes merge`."""
+    parser = SuggestingParser(
+        prog="rlhf-bayes merge",
+        description="Merges a policy's adapter, or those of a reward model, into the base that they name, and writes "
+        "whole models that plain transformers loads.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of a training with LoRA")
+    parser.add_argument("--output_dir", help="where to write; must be new or empty. Default: DIR-merged")
+    return parser
+
+
+def export() -> SuggestingParser:
+    """Flags of `rlhf-bayes export`."""
+    parser = SuggestingParser(
+        prog="rlhf-bayes export",
+        description="Writes a reward model, or the mean of an ensemble of heads, as one sequence classifier with one "
+        "label, whose logit plain transformers gives as the reward: normalised, with EOS appended by the tokenizer.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="output folder of a reward training")
+    parser.add_argument("--output_dir", help="where to write; must be new or empty. Default: DIR-exported")
+    parser.add_argument("--member", help="one member of an ensemble, by its name in reward_model.json")
+    return parser
+
+
+def memory() -> SuggestingParser:
+    """Flags of `rlhf-bayes memory`, named as in `rlhf-bayes ppo`."""
+    parser = SuggestingParser(
+        prog="rlhf-bayes memory",
+        description="Predicts the memory of PPO by role, and compares it with four full models.",
+        renamed={
+            "--model": "--model_name_or_path",
+            "--lora": "--lora_r",
+            "--batch": "--per_device_train_batch_size",
+            "--prompt": "--max_prompt_length",
+            "--completion": "--max_completion_length",
+            "--reward-members": "--num_members",
+            "--zero": "--zero_stage",
+            "--processes": "--num_processes",
+        },
+    )
+    flag = parser.add_argument
+    flag("--model_name_or_path", help="Folder or name on the hub. Default: the bundled model.")
+    flag("--lora_r", type=int, metavar="R", help="Rank of the policy's adapter; without, all is trained.")
+    flag("--lora_target_modules", nargs="+", metavar="NAME", help="Names, or all-linear. Default: PEFT's.")
+    flag("--critic", choices=("ridge", "shared", "separate"), default="ridge")
+    flag("--reward", choices=("function", "adapter", "model"), help="Default: adapter with --lora_r, else model.")
+    flag("--num_members", type=int, default=1, help="Members of a reward ensemble.")
+    flag("--per_device_train_batch_size", type=int, default=8, help="Sequences of a micro-batch.")
+    flag("--max_prompt_length", type=int, default=128, help="Tokens.")
+    flag("--max_completion_length", type=int, default=128, help="Tokens.")
+    flag("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="Of the weights.")
+    flag("--gradient_checkpointing", action="store_true")
+    flag("--zero_stage", type=int, choices=(0, 1, 2, 3), default=0, help="Stage of DeepSpeed.")
+    flag("--num_processes", type=int, default=1)
+    return parser
+
+
+def environment() -> SuggestingParser:
+    """Flags of `rlhf-bayes env`: none."""
+    return SuggestingParser(
+        prog="rlhf-bayes env", description="Prints versions and devices, to go with a report of a bug."
+    )
+
+
+PARSERS: dict[str, Callable[[], SuggestingParser]] = {
+    "report": report,
+    "merge": merge,
+    "export": export,
+    "memory": memory,
+    "env": environment,
+}
+"""Command -> what makes its parser. The other commands have parsers of their own."""
