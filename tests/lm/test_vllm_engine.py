@@ -68,12 +68,12 @@ def next_token_probs(model, ids, temperature=1.0):
 def test_it_draws_what_transformers_scores(engine, model, tokenizer, temperature):
     """All completions of two tokens, by their probabilities from plain transformers."""
     lm = VLLMLanguageModel(model, engine, tokenizer, 2, temperature)
-    drawn = lm.sample([PROMPT], 4000, seeded(1))
+    drawn = lm.sample([PROMPT], 1500, seeded(1))
     assert_close(drawn.log_proposal, drawn.log_prob, atol=1e-4, rtol=0)
     prompt, eos = tokenizer(PROMPT)["input_ids"], tokenizer.eos_token_id
     probs = {}
     for first, p in enumerate(next_token_probs(model, prompt, temperature).tolist()):
-        if first == eos or 4000 * p < 5:
+        if first == eos or 1500 * p < 5:
             probs[(first,)] = p
             continue
         rest = next_token_probs(model, [*prompt, first], temperature).tolist()
@@ -137,7 +137,7 @@ def test_chats_are_prompts_as_transformers_makes_them(engine, model, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if formal %} of{% endif %}"
     chat = [{"role": "user", "content": PROMPT}]
     lm = VLLMLanguageModel(model, engine, tokenizer, 2, chat_template_kwargs={"formal": True})
-    drawn = lm.sample([chat], 1000, seeded(5))
+    drawn = lm.sample([chat], 600, seeded(5))
     assert_close(drawn.log_proposal, drawn.log_prob, atol=1e-4, rtol=0)
     ids = tokenizer(PROMPT + " of", add_special_tokens=False)["input_ids"]
     probs = dict(enumerate(next_token_probs(model, lm.prompt_token_ids([chat])[0]).tolist()))
@@ -172,10 +172,10 @@ def test_the_base_under_a_policy_that_has_moved_a_little_is_corrected(engine, mo
     """E[length] of the policy, by weights π/q with draws of the base."""
     policy = moved(model, 0.02)
     lm = VLLMLanguageModel(policy, engine, tokenizer, 6)
-    drawn = lm.sample([PROMPT], 2000, seeded(8))
+    drawn = lm.sample([PROMPT], 600, seeded(8))
     weights = (drawn.log_prob - drawn.log_proposal).double().exp()
     assert weights.std() > 0.02
-    assert abs(weights.mean() - 1) < 5 * weights.std() / 2000**0.5
+    assert abs(weights.mean() - 1) < 5 * weights.std() / 600**0.5
 
 
 def test_samplers_draw_from_the_posterior_by_it(engine, model, tokenizer):
@@ -188,10 +188,10 @@ def test_samplers_draw_from_the_posterior_by_it(engine, model, tokenizer):
     truth = expectation(known, sentiment_reward(known.completions))
     half = (known.log_z.high - known.log_z.low)[0].item() / 1.96 / 2
     samplers = {
-        "importance": (ImportanceSampler(), 1000),
-        "rejection": (RejectionSampler(), 300),
-        "metropolis_hastings": (MetropolisHastings(num_chains=20, burn_in=20), 400),
-        "smc": (SMC(), 300),
+        "importance": (ImportanceSampler(), 600),
+        "rejection": (RejectionSampler(), 150),
+        "metropolis_hastings": (MetropolisHastings(num_chains=20, burn_in=10), 200),
+        "smc": (SMC(), 200),
     }
     for name, (sampler, n) in samplers.items():
         draws = sampler.sample(ours, [PROMPT], n, seeded(10))
