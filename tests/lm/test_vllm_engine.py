@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_bayes import toy
 from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
 from rlhf_bayes.lm.engine import EngineError
-from rlhf_bayes.samplers import SMC, ImportanceSampler, MetropolisHastings, RejectionSampler, expectation
+from rlhf_bayes.samplers import ImportanceSampler, MetropolisHastings, RejectionSampler, expectation
+from rlhf_bayes.samplers.smc import RECORD as SMC_RECORD
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 from ..trainers.vllm_here import IN_FP32, prepare_vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.processes, pytest.mark.slow]  # vLLM may start some
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-vllm` installs it in an environment of its own")
 
 PROMPT = "The movie"
@@ -147,7 +148,7 @@ def test_chats_are_prompts_as_transformers_makes_them(engine, model, tokenizer):
 
 
 def test_an_engine_without_room_is_refused_before_it_draws(engine, model, tokenizer):
-    lm = VLLMLanguageModel(model, engine, tokenizer, CONTEXT - 2)
+    lm = VLLMLanguageModel(model, engine, tokenizer, CONTEXT - 1)
     with pytest.raises(ValueError, match=r"The engine's `max_model_len` must be at least .*, got 64"):
         lm.sample([PROMPT], 2)
 
@@ -170,7 +171,7 @@ def test_the_base_under_a_policy_with_lora_is_refused(engine, model, tokenizer):
 
 def test_the_base_under_a_policy_that_has_moved_a_little_is_corrected(engine, model, tokenizer):
     """E[length] of the policy, by weights π/q with draws of the base."""
-    policy = moved(model, 0.02)
+    policy = moved(model, 0.1)
     lm = VLLMLanguageModel(policy, engine, tokenizer, 6)
     drawn = lm.sample([PROMPT], 600, seeded(8))
     weights = (drawn.log_prob - drawn.log_proposal).double().exp()
@@ -191,7 +192,7 @@ def test_samplers_draw_from_the_posterior_by_it(engine, model, tokenizer):
         "importance": (ImportanceSampler(), 600),
         "rejection": (RejectionSampler(), 150),
         "metropolis_hastings": (MetropolisHastings(num_chains=20, burn_in=10), 200),
-        "smc": (SMC(), 200),
+        "smc": (SMC_RECORD.make(ours, None, 200), 200),
     }
     for name, (sampler, n) in samplers.items():
         draws = sampler.sample(ours, [PROMPT], n, seeded(10))

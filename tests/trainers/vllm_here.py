@@ -13,7 +13,9 @@ IN_FP32 = {"dtype": "float32", "enforce_eager": True}
 def prepare_vllm() -> None:
     """Set vLLM up for this process; call it before an engine is made."""
     os.environ.update(ENVIRONMENT)
+    import torch._dynamo
     import vllm._custom_ops
 
+    torch._dynamo.config.disable = True  # it would start a compiler, for one small function
     # packed weights cannot be replaced: "no attribute 'weight_loader'"
     vllm._custom_ops._supports_onednn = False
