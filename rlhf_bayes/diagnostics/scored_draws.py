@@ -145,10 +145,8 @@ def draw(
             scores = torch.stack([*_score(source, posterior.prior, drawn), evidence.cpu()])
             parts.append((drawn, scores, features))
             bar.update(len(drawn) // n)
-    by_engine = [drawn.engine_log_prob for drawn, *_ in parts]
-    engine_log_prob = None
-    if by_engine[0] is not None:
-        engine_log_prob = torch.cat([column.cpu() for column in by_engine]).view(-1, n)
+    by_engine = [drawn.engine_log_prob.cpu() for drawn, *_ in parts if drawn.engine_log_prob is not None]
+    engine_log_prob = torch.cat(by_engine).view(-1, n) if by_engine else None
     log_prob, log_prior, kl, entropy, evidence = torch.cat([scores for _, scores, _ in parts], dim=1).view(5, -1, n)
     return ScoredDraws(
         prompts=list(prompts),

@@ -49,7 +49,8 @@ class GDCTrainer(RolloutTrainer):
             Prompts, as in [`PPOTrainer`]. Or a store of completions: then nothing is generated, and neither prior nor
             reward is run or kept in memory, since their values are stored. An epoch is one pass over the store.
             `reward_funcs` and `ref_model` may be left out; given ones must be those of the store.
-        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
+        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config:
+            As in [`PPOTrainer`].
         peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):

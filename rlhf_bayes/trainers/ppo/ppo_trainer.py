@@ -64,7 +64,8 @@ class PPOTrainer(RolloutTrainer):
             None means "does not apply"; a completion to which none applies is left out of the loss.
         args ([`PPOConfig`], *optional*):
             Configuration.
-        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers:
+            As in [`~trl.RLOOTrainer`].
         quantization_config, peft_config:
             As in [`~trl.RLOOTrainer`].
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
