@@ -66,11 +66,7 @@ def engine_rows(
     Raises:
         EngineError: if completions are missing, one is no completion, or a log-prob is missing or no number.
     """
-    if len(completion_ids) != num_requests:
-        raise EngineError(
-            f"{name} must return a completion for each of {num_requests} requests, got {len(completion_ids)}: it has "
-            "stopped on the way. See its own messages above; with less to draw at once it may have enough memory."
-        )
+    check_count(name, len(completion_ids), num_requests)
     rows = EngineRows([], [])
     eos = set(eos_token_ids)
     for row, (ids, log_probs) in enumerate(zip(completion_ids, token_log_probs, strict=True)):
@@ -92,6 +88,15 @@ def engine_rows(
         rows.completion_ids.append(kept)
         rows.token_log_probs.append(own)
     return rows
+
+
+def check_count(name: str, count: int, num_requests: int) -> None:
+    """Raise EngineError unless an engine of this name returned as many completions as were asked for."""
+    if count != num_requests:
+        raise EngineError(
+            f"{name} must return a completion for each of {num_requests} requests, got {count}: it has stopped on the "
+            "way. See its own messages above; with less to draw at once it may have enough memory."
+        )
 
 
 _ROUNDING = 1e-3  # nats by which rounding may put a log-prob above 0

@@ -22,7 +22,7 @@ class FakeVLLM:
 
     def __init__(self, model: nn.Module, eos_token_id: int, length: int, temperature: float = 1.0, spoil: Any = None):
         self.model, self.eos, self.length, self.temperature = model, eos_token_id, length, temperature
-        self.spoil, self.logprobs, self.calls, self.synced = spoil, None, 0, 0
+        self.spoil, self.logprobs, self.calls, self.synced, self.vllm_client = spoil, None, 0, 0, None
 
     def sync_weights(self):
         self.synced += 1

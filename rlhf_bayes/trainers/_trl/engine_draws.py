@@ -10,13 +10,13 @@ trainer scores. Here its log-probs become those of the proposal.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
 from rlhf_bayes.lm.adapters import base_causal_lm
-from rlhf_bayes.lm.engine import NOTABLE_ESS, EngineError, check_room, engine_rows, mismatch, row_sums
+from rlhf_bayes.lm.engine import NOTABLE_ESS, EngineError, check_count, check_room, engine_rows, mismatch, row_sums
 from rlhf_bayes.objectives import Rollout
 
 if TYPE_CHECKING:
@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PRIVATE_ATTRIBUTES = ("use_vllm", "use_transformers_continuous_batching", "continuous_batching_config")
+PRIVATE_ATTRIBUTES = (
+    "use_vllm",
+    "vllm_mode",
+    "use_transformers_continuous_batching",
+    "continuous_batching_config",
+)
 
 
 @final
@@ -40,6 +45,7 @@ class EngineDraws:
     def __init__(self, trainer: "RolloutTrainer"):
         self.trainer = trainer
         self._log_probs: Sequence[Sequence[float | None]] | None = None
+        self._lost: Exception | None = None
         self._said: set[str] = set()
 
     @property
@@ -69,11 +75,13 @@ class EngineDraws:
         limit = trainer.args.vllm_max_model_length if trainer.use_vllm else None
         if limit is not None:
             check_room("`vllm_max_model_length`", list(map(len, prompt_ids)), trainer.max_completion_length, limit)
-        self._log_probs, completion_ids = None, []
+        self._log_probs, self._lost, completion_ids = None, None, []
         trainer._failures.errors.clear()
         try:
             with self._asked_for_log_probs():
                 completion_ids = draw()
+            if self._lost is not None:
+                raise self._lost
             completion_ids = self._kept(name, completion_ids, len(prompt_ids))
         except EngineError as error:
             trainer._failures.errors.append(error)
@@ -110,6 +118,7 @@ class EngineDraws:
         self._judge(kl, ess, len(rewards))
 
     def _kept(self, name: str, completion_ids: list[list[int]], num_requests: int) -> list[list[int]]:
+        check_count(name, len(completion_ids), num_requests)
         if self._log_probs is None:
             self._say(
                 f"{name} returned no log-probs of what it drew: completions count as drawn by the policy as the "
@@ -138,7 +147,29 @@ class EngineDraws:
             engine, name, listen = base_causal_lm(trainer._plain_policy), "generate_batch", self._hear_batches
             trainer.continuous_batching_config.return_logprobs = True
         draw = getattr(engine, name)
-        with replaced(engine, name, lambda *args, **kwargs: listen(draw(*args, **kwargs))):
+        with (
+            replaced(engine, name, lambda *args, **kwargs: listen(draw(*args, **kwargs))),
+            self._server_may_fail() if trainer.use_vllm and trainer.vllm_mode == "server" else nullcontext(),
+        ):
+            yield
+
+    @contextmanager
+    def _server_may_fail(self) -> Iterator[None]:
+        """A context in which a failure of the server, which one process alone would see, is an empty answer to all."""
+        client = getattr(self.trainer.vllm_generation, "vllm_client", None)
+        if client is None:  # only the first process talks to the server, and the others wait for what it says
+            yield
+            return
+        ask = client.generate
+
+        def generate(*args, **kwargs):
+            try:
+                return ask(*args, **kwargs)
+            except Exception as error:
+                self._lost = error
+                return {"prompt_ids": [], "completion_ids": [], "logprobs": None, "logprob_token_ids": None}
+
+        with replaced(client, "generate", generate):
             yield
 
     def _hear_vllm(self, returned: tuple) -> tuple:

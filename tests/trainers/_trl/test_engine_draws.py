@@ -25,6 +25,8 @@ def test_vllm_is_asked_at_each_call():
     source = inspect.getsource(VLLMGeneration.generate)
     assert '"logprobs": self.logprobs' in source
     assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in source
+    assert "self.vllm_client.generate(" in source
+    assert source.index("if accelerator.is_main_process:") < source.index("self.vllm_client.generate(")
     assert 'logprobs_mode="processed_logprobs"' in inspect.getsource(VLLMGeneration)
 
 

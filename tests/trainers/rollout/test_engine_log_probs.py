@@ -176,6 +176,32 @@ def test_a_failing_engine_stops_the_run_where_it_can_go_on(toy, tmp_path, spoil,
 
 
 @pytest.mark.slow
+def test_a_server_that_is_lost_stops_all_processes(toy, tmp_path):
+    """The others wait for the answer of the process that asks: it is empty, and not a hang."""
+
+    class Client:
+        def generate(self, **request):
+            raise ConnectionError("no route to the server")
+
+    trained = saving(toy, tmp_path)
+    trained.vllm_mode, trained.vllm_generation.vllm_client, answers = "server", Client(), []
+
+    def generate(prompts, images, num_generations, profiler):
+        answers.append(trained.vllm_generation.vllm_client.generate(prompts=prompts))
+        return [], answers[-1]["completion_ids"], answers[-1]["logprobs"], None
+
+    trained.vllm_generation.generate = generate
+    with pytest.raises(EngineError, match="vLLM failed while it drew completions: ConnectionError: no route"):
+        trained.train()
+    assert [answer["completion_ids"] for answer in answers] == [[]]
+    # in a process that only waits
+    trained.vllm_generation.vllm_client = None
+    trained.vllm_generation.generate = lambda **request: ([], [], None, None)
+    with pytest.raises(EngineError, match="a completion for each of 24 requests, got 0"):
+        trained.train()
+
+
+@pytest.mark.slow
 def test_a_run_whose_engine_died_goes_on_as_if_nothing_had_been(toy, tmp_path):
     whole = saving(toy, tmp_path / "whole")
     whole.train()
