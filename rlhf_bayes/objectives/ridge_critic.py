@@ -84,7 +84,7 @@ class RidgeCritic:
         Args:
             features (`torch.Tensor`): (B, T, F).
             returns (`torch.Tensor`): r − β·log(π/π0) of each completion (B,).
-            mask (`torch.Tensor`): bool (B, T), right-padded.
+            mask (`torch.Tensor`): bool (B, T): tokens that the policy drew.
             policy_weights (`torch.Tensor`, *optional*): π/q of each completion (B,), where something else drew.
         """
         lengths = mask.sum(-1, keepdim=True).expand_as(mask)  # (B, T)
