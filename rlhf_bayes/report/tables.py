@@ -134,8 +134,9 @@ def what_if_tables(runs: Sequence[Run]) -> str:
     if not parts:
         return ""
     note = (
-        "One set of draws from the prior, reweighted, for these prompts. ± is a standard error, ≥ a bound at 95% "
-        "where the draws allow no estimate; ESS is that of the worst prompt, k̂ that of all weights together."
+        "One set of draws from the prior, or of a store, reweighted, for these prompts. ± is a standard error, ≥ a "
+        "bound at 95% where the draws allow no estimate; ESS is that of the worst prompt, k̂ that of all weights "
+        "together."
     )
     return "".join(parts) + f'<p class="note">{note}</p>'
 
