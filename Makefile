@@ -2,6 +2,7 @@
 # make rlhf         the same, from preferences to policies                make test-fast    two minutes of them
 # make gdc          the same, towards given means of features             make test-oldest  all on the oldest trl
 # make claims       the same, the claims of the paper, in 25 minutes      make lint         ruff and pyright
+# make docs         the site, in site/: open site/index.html               make notebooks    examples/notebooks/ for Jupyter
 #
 # Arguments of the recipe:   make ppo ARGS='--beta 0.2 --critic separate'
 # Another torch:             export TORCH='torch==2.12.1' TORCH_INDEX=https://download.pytorch.org/whl/cu128
@@ -43,7 +44,7 @@ unexport PYTHONPATH
 # An environment is up to date when its stamp is newer than pyproject.toml; the stamp's name holds the torch asked for.
 stamp = .installed-$(subst ==,-,$(notdir $(TORCH)))
 
-.PHONY: ppo rlhf gdc claims test test-fast test-oldest lint format clean
+.PHONY: ppo rlhf gdc claims test test-fast test-oldest lint format docs notebooks clean
 .DELETE_ON_ERROR:
 
 ppo: $(VENV)/$(stamp)
@@ -78,8 +79,15 @@ format: $(VENV)/$(stamp)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# a broken link or an unknown name ends the build
+docs: $(VENV)/$(stamp)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+
+notebooks: $(VENV)/$(stamp)
+	$(VENV)/bin/jupytext --to ipynb examples/notebooks/*.py
+
 clean:
-	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv-oldest/$(stamp): TRL = 'trl==1.7.*'
@@ -92,5 +100,5 @@ clean:
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	@rm -f $(@D)/.installed-*
 	$(install_torch)
-	$(pip_install) --quiet '$(TORCH)' $(TRL) -e '.[dev,recipes]'
+	$(pip_install) --quiet '$(TORCH)' $(TRL) -e '.[dev,docs,recipes]'
 	@touch '$@'

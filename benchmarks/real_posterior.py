@@ -43,14 +43,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from rlhf_bayes.commands.quiet import quiet
+from rlhf_bayes.trainers.rollout.rollout_config import FIRST_RATE
 
 FOUR_BY_FOUR = {"num_iterations": 4, "steps_per_generation": 4}
 MANY_UPDATES = (5e-6, 1e-5, 2e-5)  # learning rates where a batch is used several times
+ADAPTED = {"adapt_learning_rate": True}  # from `FIRST_RATE` on, as where no learning rate is given
 METHODS: dict[str, Method] = {
     "RLOO": Method("rloo"),
     "RLOO, 4 epochs × 4 minibatches": Method("rloo", FOUR_BY_FOUR, MANY_UPDATES),
     "GRPO": Method("grpo"),
     "GRPO, rewards not scaled": Method("grpo", {"scale_rewards": "none"}),
+    "PPO, default learning rate": Method("ppo", ADAPTED, (FIRST_RATE,)),
+    "GDC, js, default learning rate": Method("gdc", {"divergence": "js"} | ADAPTED, (FIRST_RATE,)),
     "PPO": Method("ppo"),
     "PPO, without rewards of prefixes": Method("ppo", {"prefix_rewards": False}),
     "PPO, a value head as critic": Method("ppo", {"critic": "shared"}),

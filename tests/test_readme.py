@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from .scripts import loaded_script
 
 ROOT = Path(__file__).parents[1]
@@ -26,21 +28,34 @@ def test_the_layout_is_that_of_the_files():
     assert silent == [], "begin these modules with a docstring"
 
 
+def test_pages_on_metrics_and_fields_are_those_of_the_records():
+    with loaded_script(ROOT / "docs" / "records.py") as script:
+        for name, page in script.PAGES.items():
+            assert PAGES[name] == page(), "write it anew: python docs/records.py"
+
+
 def test_the_python_of_the_readme_runs():
     scope = python_of("README.md")
     assert scope["draws"].guarantee == "exact"
     assert scope["found"].verdict.startswith(("KL(policy‖posterior) is", "Cannot tell"))
 
 
+CHAIN = ("posterior.md", "sampling.md", "evaluation.md", "swap.md")  # these are read in a row
+OTHERS = sorted(name for name, text in PAGES.items() if "```python\n" in text and name not in (*CHAIN, "README.md"))
+
+
 def test_the_python_of_the_pages_runs():
-    scope = python_of("posterior.md", "sampling.md", "evaluation.md", "swap.md")
+    scope = python_of(*CHAIN)
     assert scope["log_weights"].shape == (8,)
     assert scope["log_weights"].isfinite().all()
     assert scope["draws"].guarantee == "exact"
     assert scope["found"].verdict.startswith(("KL(policy‖posterior) is", "Cannot tell"))
     assert scope["smiles"]([":) :)", ""]) == [2, 0]
-    tested = {"README.md", "posterior.md", "sampling.md", "evaluation.md", "swap.md"}
-    assert {name for name, text in PAGES.items() if "```python" in text} <= tested
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_python_of_a_page_runs_by_itself(name):
+    assert python_of(name)
 
 
 def test_links_lead_to_files():

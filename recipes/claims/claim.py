@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +30,7 @@ REAL = {
     "max_prompts": (8, "Number of prompts, the first ones of the bundled model, chosen at random otherwise."),
     "max_completion_length": (24, "Tokens, EOS included."),
     "learning_rate": (1e-3, "Of all methods."),
+    "max_grad_norm": (1.0, "Gradients are scaled down to this norm, for all methods."),
     "batch": (32, "Completions in an optimizer step."),
     "draws": (32, "Completions that a policy draws for each prompt when it is measured."),
 }
@@ -79,7 +81,8 @@ class Claim:
             part.replace(file)  # a script that is stopped leaves no half of a file
         content = json.loads(file.read_text(encoding="utf-8"))
         self.seconds += content["seconds"]
-        what = ", ".join(f"{name} {settings[name]}" for name in settings if name not in REAL and name != "model")
+        told = {name: str(value) for name, value in settings.items() if name not in REAL and name != "model"}
+        what = ", ".join(f"{name} {shorten(value, 40, placeholder='…')}" for name, value in told.items())
         took = "kept" if kept else f"{content['seconds']:.1f} s"
         self.console.print(f"  {self.cells}: {function.__name__} {what}: {took}")
         return content["result"]

@@ -10,8 +10,10 @@ word. Diversity is measured on equal numbers of completions. Then exact gradient
 enumerated show the same objective without any exploration.
 
     python recipes/claims/collapse.py
-    python recipes/claims/collapse.py --word happy --model_name_or_path ../shared/models/stories260K \
-        --dataset_name prompts.jsonl --max_completion_length 32 --learning_rate 1e-4 --steps 200
+    python recipes/claims/collapse.py --word play --model_name_or_path ../shared/models/stories260K \
+        --dataset_name docs/claims/prompts.jsonl --max_completion_length 32 --learning_rate 1e-4 --batch 64 --steps 60
+
+With `--reward` in place of `--word`, the condition is that a completion's reward is above 0.5.
 """
 
 import math
@@ -19,14 +21,15 @@ from typing import Any
 
 import torch
 from claim import Claim, panels
-from training import draw_curves, last, mentions, prior_of, prompts_of, table_rows, train
+from matplotlib.ticker import ScalarFormatter
+from training import SATISFIED, draw_curves, last, mentions, prior_of, prompts_of, reward_of, table_rows, train
 
 from rlhf_bayes.diagnostics import distinct_n, self_bleu
 from rlhf_bayes.diagnostics.diversity import words
 from rlhf_bayes.testing import EnumerableLM
 
 SHOWN = {
-    "reward": "share with the word",
+    "satisfied": "share of satisfying completions",
     "mentions": "mentions of the word per completion",
     "entropy": "entropy, nats per completion",
     "distinct_2": "distinct-2",
@@ -35,8 +38,8 @@ SHOWN = {
 }
 
 
-def conditioned(word: str, seed: int, model: dict[str, Any]) -> dict[str, float]:
-    """The posterior itself: draws of the prior that contain the word, as many a prompt as policies are asked for."""
+def conditioned(reward: str, seed: int, model: dict[str, Any]) -> dict[str, float]:
+    """The posterior itself: draws of the prior that satisfy, as many a prompt as policies are asked for."""
     prior, n = prior_of(model), model["draws"]
     generator, kept = torch.Generator().manual_seed(10_000 + seed), []
     for prompt in prompts_of(model):
@@ -44,27 +47,32 @@ def conditioned(word: str, seed: int, model: dict[str, Any]) -> dict[str, float]
         drawn = 0
         while len(found) < n and drawn < 200 * n:
             some = prior.sample([prompt], 8 * n, generator)
-            counts = mentions(word, some.texts)
-            rows = zip(some.texts, some.log_prob.tolist(), some.completion_ids, counts, strict=True)
-            found += [(text, log_prob, len(ids)) for text, log_prob, ids, count in rows if count]
+            columns = {"prompts": some.prompts, "completions": some.texts, "completion_ids": some.completion_ids}
+            rewards = reward_of(reward)(**columns)
+            rows = zip(some.texts, some.log_prob.tolist(), some.completion_ids, rewards, strict=True)
+            found += [(text, log_prob, len(ids)) for text, log_prob, ids, value in rows if value > SATISFIED]
             drawn += len(some)
         if len(found) >= n:
             kept.append((found[:n], len(found) / drawn))
     if not kept:
-        raise ValueError(f"`--word` must occur in completions of the prior, got {word!r}, which hardly does.")
+        raise ValueError(
+            f"`--word` must occur in completions of the prior, or `--reward` be above {SATISFIED}, got {reward!r}: "
+            "too few completions satisfy."
+        )
     texts = [[text for text, _, _ in found] for found, _ in kept]
     nats = [[log_prob for _, log_prob, _ in found] for found, _ in kept]
     lengths = [sum(length for _, _, length in found) for found, _ in kept]
     entropy = [math.log(share) - sum(row) / n for row, (_, share) in zip(nats, kept, strict=True)]
     perplexity = [math.exp(-sum(row) / length) for row, length in zip(nats, lengths, strict=True)]
     by_prompt = {
-        "mentions": [sum(mentions(word, rows)) / n for rows in texts],
         "entropy": entropy,
         "distinct_2": [distinct_n([words(text) for text in rows], 2) for rows in texts],
         "self_bleu": [self_bleu(rows) for rows in texts],
         "prior_perplexity": perplexity,
-        "reward": [1.0] * len(kept),
+        "satisfied": [1.0] * len(kept),
     }
+    if reward.startswith("word:"):
+        by_prompt["mentions"] = [sum(mentions(reward[5:], rows)) / n for rows in texts]
     return {name: sum(values) / len(values) for name, values in by_prompt.items()}
 
 
@@ -87,8 +95,8 @@ def exact_run(beta: float, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     claim = Claim(
-        __file__, __doc__, trains=True, word="quite", seeds=3, steps=60, beta=0.1, larger_beta=0.3, draws=16,
-        exact_steps=200, exact_beta=0.5,
+        __file__, __doc__, trains=True, word="quite", reward=None, seeds=5, steps=60, beta=0.1, larger_beta=0.3,
+        draws=16, exact_steps=200, exact_beta=0.5,
     )  # fmt: skip
     args = claim.args
     exact = {beta: claim.cell(exact_run, beta=beta, steps=args.exact_steps) for beta in (0.0, args.exact_beta)}
@@ -98,16 +106,17 @@ def main() -> None:
         f"PPO, β = {args.larger_beta:g}": ("ppo", args.larger_beta),
         "GDC, on condition": ("gdc-forward", None),
     }
-    reward = f"word:{args.word}"
+    reward = args.reward or f"word:{args.word}"
+    shown = {name: title for name, title in SHOWN.items() if args.reward is None or name != "mentions"}
     variants = {name: {"method": method, "beta": beta} for name, (method, beta) in settings.items()}
     runs = claim.runs(train, variants, reward=reward, steps=args.steps, model=claim.model)
-    target = [claim.cell(conditioned, word=args.word, seed=seed, model=claim.model) for seed in claim.seeds]
+    target = [claim.cell(conditioned, reward=reward, seed=seed, model=claim.model) for seed in claim.seeds]
 
     alone, penalised, larger, gdc = runs.values()
     claim.state("exactly, β = 0: the most probable completion gets all mass", exact[0.0]["masses"][-1], low=0.95)
     kept = exact[args.exact_beta]["masses"][-1] - exact[args.exact_beta]["posterior"]
     claim.state(f"exactly, β = {args.exact_beta:g}: it gets what the posterior gives it", kept, low=-0.02, high=0.02)
-    claim.state("β = 0 says the word nearly always: share", last(alone, "reward"), low=0.9)
+    claim.state("β = 0 satisfies nearly always: share of completions", last(alone, "satisfied"), low=0.9)
 
     def beyond(of: list[dict[str, Any]], measure: str, log: bool = False) -> list[float]:
         """How far policies are from the posterior: differences, or log-ratios of what may grow by factors."""
@@ -121,32 +130,38 @@ def main() -> None:
         ("is less diverse than the posterior: self-BLEU", "self_bleu", False, {"low": 0}),
         ("is less diverse than the posterior: entropy, nats", "entropy", False, {"high": 0}),
     ):
-        claim.state(f"β = 0 {text}", beyond(alone, measure, log), **bounds)
+        if measure in shown:
+            claim.state(f"β = 0 {text}", beyond(alone, measure, log), **bounds)
     for name, of in {f"KL-RL, β = {args.beta:g},": penalised, "GDC": gdc}.items():
         for measure, log in {"mentions": True, "prior_perplexity": True, "distinct_2": False}.items():
+            if measure not in shown:
+                continue
             pairs = zip(beyond(of, measure, log), beyond(alone, measure, log), strict=True)
             text = f"{name} stays near the posterior: share of what β = 0 departs from it in {SHOWN[measure]}"
             claim.state(text, [own / whole for own, whole in pairs], high=0.5)
-    claim.state("a larger β says the word less often: share", [
-        high - low for high, low in zip(last(penalised, "reward"), last(larger, "reward"), strict=True)
+    claim.state("a larger β satisfies less often: difference of shares", [
+        high - low for high, low in zip(last(penalised, "satisfied"), last(larger, "satisfied"), strict=True)
     ], low=0)  # fmt: skip
 
-    figure, (mass, *others) = panels(1 + len(SHOWN))
+    figure, (mass, *others) = panels(1 + len(shown))
     for beta, run in exact.items():
         (line,) = mass.plot(run["masses"], label=f"β = {beta:g}")
         mass.axhline(run["posterior"], color=line.get_color(), linestyle="--", linewidth=1)
     mass.set(title="Exact gradients: mass of the likeliest completion", xlabel="step")
     mass.legend(frameon=False, fontsize=8)
-    for axes, (measure, title) in zip(others, SHOWN.items(), strict=True):
+    for axes, (measure, title) in zip(others, shown.items(), strict=True):
         draw_curves(axes, runs, measure, title)
         axes.axhline(
             sum(found[measure] for found in target) / len(target), color="0.2", linestyle="--", label="posterior"
         )
     others[-1].set_yscale("log")
+    others[-1].yaxis.set_minor_formatter(ScalarFormatter())
+    others[-1].yaxis.set_major_formatter(ScalarFormatter())
     others[0].legend(frameon=False, fontsize=7)
+    what = f"Reward above {SATISFIED}" if args.reward else f"Reward 1 where a completion contains “{args.word}”"
     caption = (
-        f"Reward 1 where a completion contains “{args.word}”. First panel: exact gradients, the dashed line is the "
-        "optimum. Others: mean and range over seeds; the dashed line is the posterior on condition of the word."
+        f"{what}. First panel: exact gradients, the dashed line is the "
+        "optimum. Others: mean and range over seeds; the dashed line is the posterior on that condition."
     )
     rows = table_rows(runs) + [{"run": "posterior", "seed": seed, **found} for seed, found in enumerate(target)]
     columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -1,7 +1,7 @@
 """Trainings on a model whose completions are enumerated: they learn from samples, and are measured exactly."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,8 +150,3 @@ def kl_rl_loss(toy: EnumerableLM, beta: float, rewards: Tensor | None = None) ->
         return -(advantage * log_policy).mean()
 
     return loss
-
-
-def ends(runs: Sequence[dict[str, Any]], measure: str) -> list[float]:
-    """A measure at the end of each run."""
-    return [run["points"][-1][measure] for run in runs]

@@ -184,6 +184,7 @@ def main() -> None:
     )
     bars.set(xscale="log", xlabel="TV(optimum, π*)", title="Optimum of each objective")
     bars.tick_params(axis="y", labelsize=7)
+    bars.invert_yaxis()
     caption = (
         "Left: exact ELBO along runs of PPO. Right: total variation distance between the posterior and what exact "
         "gradients on each objective end at; red: objectives that are used in place of KL-regularised RL."

@@ -4,16 +4,21 @@ Claim (arXiv 2205.11275, section 4, and the discussion of the post): the posteri
 inference that goes too far from the prior draws what the proxy likes and people do not. Gao, Schulman & Hilton 2022
 (arXiv 2210.10760, equation 1) give the gold reward of RL as R(d) = R_0 + d·(α − β·log d) with d = √KL.
 
-Here the gold reward is the sentiment behind the bundled preferences. Proxies are Bradley–Terry fits on word counts to
-a few noisy comparisons; an ensemble is several, each on a bootstrap of the same comparisons. PPO with a small β
-maximises one proxy, the mean of an ensemble, its pessimistic and its marginal pool. Each seed has its own comparisons.
+Here the gold reward is the sentiment behind the bundled preferences, or `--reward` with another model. Proxies are
+Bradley–Terry fits on word counts to a few noisy comparisons; an ensemble is several, each on a bootstrap of the same
+comparisons. PPO with a small β maximises one proxy, the mean of an ensemble, its pessimistic and its marginal pool.
+Each seed has its own comparisons.
 The law is fitted to the gold reward only, and only where it turned down: the proxy is maximised itself, and where no
 downturn was seen, none is extrapolated.
 
     python recipes/claims/overoptimization.py
+    python recipes/claims/overoptimization.py --model_name_or_path ../shared/models/stories260K \
+        --dataset_name docs/claims/prompts.jsonl --reward rlhf_bayes.toy.rewards:vader_reward \
+        --max_completion_length 32 --learning_rate 1e-4 --max_grad_norm 0.1 --batch 64 --pairs 200 --steps 60
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,41 +26,60 @@ from typing import Any
 import numpy as np
 import torch
 from claim import Claim, panels
-from training import REWARDS, draw_curves, last, table_rows, train
+from training import REWARDS, SENTIMENT, draw_curves, last, prior_of, prompts_of, reward_of, table_rows, train
 
-from rlhf_bayes import LanguageModel, toy
+from rlhf_bayes import toy
 from rlhf_bayes.diagnostics.bag_of_words import BagOfWords
 from rlhf_bayes.numerics.overoptimization import fit_reward_law
 from rlhf_bayes.numerics.pooling import pool_centered
-from rlhf_bayes.toy.rewards import sentiment_reward
 
 RULES = {"one proxy": "one", "mean": "mean", "pessimistic": "pessimistic", "marginal": "marginal"}
 MEMBERS, SCALE = 5, 0.2  # the scale at which members disagree, in standard deviations of the reward, for two pools
 
 
-@functools.cache
-def members_of(seed: int, pairs: int) -> tuple[list[BagOfWords], torch.Tensor, float]:
-    """Members, each fitted to a bootstrap; the mean of each under the prior (K, 1); and the spread of their mean."""
-    rows = toy.preferences()
+def comparisons(seed: int, pairs: int, gold: str, model: dict[str, Any]) -> list[tuple[str, str]]:
+    """
+    (chosen, rejected) of some comparisons, those of a seed.
+
+    For the bundled model those of the careless annotator of its preferences; for another, pairs of completions of the
+    same prompt, which are judged by the gold reward in its standard deviations: P(a ≻ b) = σ(r_a − r_b).
+    """
     generator = np.random.default_rng(seed)
-    chosen = [rows[int(index)] for index in generator.choice(len(rows), pairs, replace=False)]
-    careless = [row["annotator_votes"][row["annotators"].index("careless")] for row in chosen]
-    sides = [(row["chosen"], row["rejected"]) if vote == "chosen" else (row["rejected"], row["chosen"])
-             for row, vote in zip(chosen, careless, strict=True) if vote != "tie"]  # fmt: skip
-    members = []
+    if model["model_name_or_path"] is None:
+        rows = toy.preferences()
+        chosen = [rows[int(index)] for index in generator.choice(len(rows), pairs, replace=False)]
+        votes = [row["annotator_votes"][row["annotators"].index("careless")] for row in chosen]
+        return [(row["chosen"], row["rejected"]) if vote == "chosen" else (row["rejected"], row["chosen"])
+                for row, vote in zip(chosen, votes, strict=True) if vote != "tie"]  # fmt: skip
+    prompts = prompts_of(model)
+    each = 2 * math.ceil(pairs / len(prompts))
+    drawn = prior_of(model).sample(prompts, each, torch.Generator().manual_seed(900 + seed))
+    columns = {"prompts": drawn.prompts, "completions": drawn.texts, "completion_ids": drawn.completion_ids}
+    rewards = np.array(reward_of(gold)(**columns))
+    evidence = (rewards[0::2] - rewards[1::2]) / rewards.std()
+    wins = generator.random(len(evidence)) < 1 / (1 + np.exp(-evidence))
+    both = zip(drawn.texts[0::2], drawn.texts[1::2], wins, strict=True)
+    return [(a, b) if win else (b, a) for a, b, win in both][:pairs]
+
+
+@functools.cache
+def members_of(settings: str) -> tuple[list[BagOfWords], torch.Tensor, float]:
+    """Members, each fitted to a bootstrap; the mean of each under the prior (K, 1); and the spread of their mean."""
+    seed, pairs, gold, model = json.loads(settings)
+    sides, generator, members = comparisons(seed, pairs, gold, model), np.random.default_rng(seed + 1), []
     for _ in range(MEMBERS):
         some = [sides[int(index)] for index in generator.integers(len(sides), size=len(sides))]
         members.append(BagOfWords.fit([a for a, _ in some], [b for _, b in some], l2=0.3, min_count=1))
-    prior = LanguageModel(toy.model_path(), max_completion_length=24)
-    texts = prior.sample(toy.prompts(), 16, torch.Generator().manual_seed(5)).texts
+    prompts = toy.prompts() if model["model_name_or_path"] is None else prompts_of(model)
+    texts = prior_of(model).sample(prompts, 16, torch.Generator().manual_seed(5)).texts
     rewards = torch.stack([member.rewards(texts) for member in members])  # (K, B)
     return members, rewards.mean(-1, keepdim=True), rewards.mean(0).std().item()
 
 
 def proxy(name: str) -> Callable[..., list[float]]:
-    """The proxy `RULE:SEED:PAIRS`, in standard deviations of the members' mean under the prior."""
-    rule, seed, pairs = name.split(":")
-    members, centers, spread = members_of(int(seed), int(pairs))
+    """The proxy `RULE:[seed, pairs, gold, model]`, in standard deviations of the members' mean under the prior."""
+    rule, _, settings = name.partition(":")
+    members, centers, spread = members_of(settings)
 
     def reward(completions: list[str], **columns: Any) -> list[float]:
         values = torch.stack([member.rewards(completions) for member in members])  # (K, B)
@@ -65,7 +89,7 @@ def proxy(name: str) -> Callable[..., list[float]]:
         return pool_centered(values / spread, centers / spread, rule, scale).tolist()
 
     reward.__name__ = f"proxy_{rule}"
-    reward.gold = sentiment_reward  # type: ignore[attr-defined]
+    reward.gold = reward_of(json.loads(settings)[2])  # type: ignore[attr-defined]
     return reward
 
 
@@ -73,14 +97,13 @@ REWARDS["proxy"] = proxy
 
 
 def main() -> None:
-    claim = Claim(__file__, __doc__, trains=False, seeds=3, steps=45, pairs=60, beta=0.02)
+    claim = Claim(__file__, __doc__, trains=True, reward=SENTIMENT, seeds=3, steps=45, pairs=60, beta=0.02, draws=16)
     args = claim.args
-    model = {"model_name_or_path": None, "dataset_name": None, "prompt_column": "prompt", "max_prompts": 8,
-             "max_completion_length": 24, "learning_rate": 1e-3, "batch": 32, "draws": 16}  # fmt: skip
+    settings = {seed: json.dumps([seed, args.pairs, args.reward, claim.model]) for seed in claim.seeds}
     runs = {
         name: [
-            claim.cell(train, method="ppo", reward=f"proxy:{rule}:{seed}:{args.pairs}", beta=args.beta, seed=seed,
-                       steps=args.steps, model=model, points=5)
+            claim.cell(train, method="ppo", reward=f"proxy:{rule}:{settings[seed]}", beta=args.beta, seed=seed,
+                       steps=args.steps, model=claim.model, points=5)
             for seed in claim.seeds
         ]
         for name, rule in RULES.items()

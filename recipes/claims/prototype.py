@@ -6,7 +6,8 @@ decoding, to see whether it is wanted, before it is distilled into a policy.
 Here β is chosen from draws of the prior alone: the largest one whose posterior satisfies the wish, a reward above a
 threshold, in a given share of completions. Importance sampling, rejection sampling and SMC predict the reward, the KL
 to the prior and the satisfied share at that β. Then PPO and the log-variance loss are trained towards it, with several
-seeds, and what they reach is set beside what was predicted. The reward must lie in [−1, 1], which bounds the weights.
+seeds, and what they reach is set beside what was predicted. The reward must lie within ±`--bound`, which bounds the
+weights.
 
     python recipes/claims/prototype.py
     python recipes/claims/prototype.py --model_name_or_path ../shared/models/stories260K --dataset_name prompts.jsonl \
@@ -48,9 +49,11 @@ def by_importance(reward: str, draws: int, model: dict[str, Any]) -> list[dict[s
     return rows
 
 
-def by_sampler(sampler: str, reward: str, beta: float, draws: int, model: dict[str, Any]) -> dict[str, Any]:
+def by_sampler(
+    sampler: str, reward: str, beta: float, draws: int, bound: float, model: dict[str, Any]
+) -> dict[str, Any]:
     """Reward and satisfied share under the posterior by another sampler, with standard errors."""
-    posterior = prior_of(model).tilt(reward_of(reward), beta, reward_clip_range=(-1.0, 1.0))
+    posterior = prior_of(model).tilt(reward_of(reward), beta, reward_clip_range=(-bound, bound))
     prior = posterior.prior
     samplers = {"rejection": RejectionSampler(), "SMC": SMC(PrefixValue(posterior.likelihood, prior.tokenizer))}
     drawn = samplers[sampler].sample(posterior, prompts_of(model), draws, torch.Generator().manual_seed(78))
@@ -64,8 +67,8 @@ def by_sampler(sampler: str, reward: str, beta: float, draws: int, model: dict[s
 
 def main() -> None:
     claim = Claim(
-        __file__, __doc__, trains=True, reward=SENTIMENT,  wish=0.7, seeds=3, steps=30, prior_draws=512,
-        sampler_draws=64, tolerance=0.1, draws=48,
+        __file__, __doc__, trains=True, reward=SENTIMENT,  wish=0.7, seeds=5, steps=30, prior_draws=512,
+        sampler_draws=64, tolerance=0.1, bound=1.0, draws=48,
     )  # fmt: skip
     args = claim.args
     predictions = claim.cell(by_importance, reward=args.reward, draws=args.prior_draws, model=claim.model)
@@ -80,7 +83,7 @@ def main() -> None:
     checks = {
         name: claim.cell(
             by_sampler, sampler=name, reward=args.reward, beta=beta, draws=args.sampler_draws,
-            model=claim.model,
+            bound=args.bound, model=claim.model,
         )
         for name in ("rejection", "SMC")
     }  # fmt: skip

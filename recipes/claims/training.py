@@ -5,6 +5,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from trl import RLOOConfig, RLOOTrainer
 from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel, Posterior, PPOConfig, PPOTrainer, cli, toy
 from rlhf_bayes.diagnostics import Evaluation, evaluate
 from rlhf_bayes.likelihoods import Constraint
+from rlhf_bayes.rewards import load_reward
 
 METHODS = {
     "ppo": (PPOTrainer, PPOConfig, {}),
@@ -23,6 +25,8 @@ METHODS = {
     "gdc-js": (GDCTrainer, GDCConfig, {"divergence": "js"}),
     "gdc-alpha": (GDCTrainer, GDCConfig, {"divergence": "alpha", "alpha": 0.5}),
     "log-variance": (GDCTrainer, GDCConfig, {"divergence": "log_variance"}),
+    # maximum likelihood on draws of the prior that are weighted like draws of the posterior
+    "weighted-sft": (GDCTrainer, GDCConfig, {"divergence": "forward_kl", "proposal": "prior"}),
 }
 SATISFIED = 0.5  # a completion of more reward is satisfying
 SENTIMENT = "rlhf_bayes.toy.rewards:sentiment_reward"
@@ -52,12 +56,14 @@ REWARDS: dict[str, Callable[[str], Callable[..., list[float]]]] = {"word": conta
 @functools.cache
 def reward_of(name: str) -> Callable[..., list[float]]:
     """
-    The reward function of a name: `KIND:REST` for a kind in `REWARDS`, otherwise `module:function`.
+    The reward function of a name: `KIND:REST` for a kind in `REWARDS`, a reward model's folder, or `module:function`.
 
     A proxy of a known reward has that one as its attribute `gold`, and curves then have both.
     """
     kind, _, rest = name.partition(":")
-    return REWARDS[kind](rest) if kind in REWARDS else cli.load_reward_func(name)
+    if kind in REWARDS:
+        return REWARDS[kind](rest)
+    return load_reward(name) if Path(name).is_dir() else cli.load_reward_func(name)
 
 
 def model_of(model: dict[str, Any]) -> str:
@@ -83,10 +89,14 @@ def prompts_of(model: dict[str, Any]) -> list[Any]:
 
 
 def posterior_of(model: dict[str, Any], reward: str, beta: float | None) -> Posterior:
-    """π0·exp(r/β)/Z; without β, the prior on condition that the reward is positive."""
+    """π0·exp(r/β)/Z; without β, the prior on condition that a completion is satisfying."""
     prior = prior_of(model)
     if beta is None:
-        return Posterior(prior, Constraint(lambda **columns: [value > 0 for value in reward_of(reward)(**columns)]))
+
+        def satisfies(**columns: Any) -> list[bool]:
+            return [value > SATISFIED for value in reward_of(reward)(**columns)]
+
+        return Posterior(prior, Constraint(satisfies))
     return prior.tilt(reward_of(reward), beta)
 
 
@@ -145,7 +155,6 @@ def train(
     model: dict[str, Any],
     points: int = 4,
     target_beta: float | None = None,
-    condition: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """
@@ -154,15 +163,15 @@ def train(
     Args:
         method (`str`): one of `METHODS`.
         reward (`str`): see `reward_of`.
-        beta (`float`, *optional*): of the posterior that is trained towards; None: the condition that the reward is
-            positive; 0: no KL penalty.
-        target_beta (`float`, *optional*): of the posterior that the policy is measured against. Default: `beta`.
-        condition (`bool`): measure against the condition that the reward is positive.
+        beta (`float`, *optional*): of the posterior that is trained towards; None: the condition that completions are
+            satisfying; 0: no KL penalty.
+        target_beta (`float`, *optional*): of the posterior that the policy is measured against. Default: `beta`, and
+            the condition where that is 0 or None.
         **options: further fields of the trainer's configuration.
     """
     trainer_class, config_class, fields = METHODS[method]
-    against = None if condition else (target_beta or beta or None)
-    curve = Curve(model, posterior_of(model, reward, against), reward, max(1, steps // points), seed)
+    posterior = posterior_of(model, reward, target_beta or beta or None)
+    curve = Curve(model, posterior, reward, max(1, steps // points), seed)
     evidence: dict[str, Any] = {"reward_funcs": reward_of(reward)}
     if beta is None:
         evidence = {"likelihood": posterior_of(model, reward, None).likelihood}
@@ -175,6 +184,7 @@ def train(
                 seed=seed,
                 max_steps=steps,
                 learning_rate=model["learning_rate"],
+                max_grad_norm=model["max_grad_norm"],
                 max_completion_length=model["max_completion_length"],
                 per_device_train_batch_size=model["batch"],
                 use_cpu=not torch.cuda.is_available(),
@@ -197,10 +207,19 @@ def train(
     return {"points": curve.points, "texts": [rows[0] for rows in curve.texts]}
 
 
+def first(runs: Sequence[dict[str, Any]], measure: str) -> list[float]:
+    """A measure at the start of each run; nan for what could not be trusted."""
+    return _measured(runs, measure, 0)
+
+
 def last(runs: Sequence[dict[str, Any]], measure: str) -> list[float]:
     """A measure at the end of each run; nan for what could not be trusted."""
-    ends = [run["points"][-1][measure] for run in runs]
-    return [math.nan if end is None else end for end in ends]
+    return _measured(runs, measure, -1)
+
+
+def _measured(runs: Sequence[dict[str, Any]], measure: str, index: int) -> list[float]:
+    found = [run["points"][index][measure] for run in runs]
+    return [math.nan if value is None else value for value in found]
 
 
 def draw_curves(axes: Any, runs: dict[str, Sequence[dict[str, Any]]], measure: str, title: str) -> None:

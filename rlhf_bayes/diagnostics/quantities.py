@@ -19,6 +19,8 @@ class Quantity:
 
     label: str
     """The name in words, without the unit."""
+    meaning: str
+    """How to read it, in a sentence without a full stop, for the page and for the docs."""
     unit: str = ""
     """The unit, such as "nats"; empty for a plain number."""
     places: tuple[Place, ...] = ("terminal", "page", "callback")
@@ -43,34 +45,86 @@ class Quantity:
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
-def _of_texts(label: str, measure: Callable[[Sequence[str]], float], unit: str = "") -> Quantity:
-    return Quantity(label, unit, error_logged=False, of_texts=measure, support=SHARE)
+def _of_texts(label: str, meaning: str, measure: Callable[[Sequence[str]], float], unit: str = "") -> Quantity:
+    return Quantity(label, meaning, unit, error_logged=False, of_texts=measure, support=SHARE)
 
 
-def _of_words(label: str, measure: Callable[[list[Tokens]], float], unit: str = "") -> Quantity:
-    return _of_texts(label, lambda texts: measure([words(text) for text in texts]), unit)
+def _of_words(label: str, meaning: str, measure: Callable[[list[Tokens]], float], unit: str = "") -> Quantity:
+    return _of_texts(label, meaning, lambda texts: measure([words(text) for text in texts]), unit)
 
 
 QUANTITIES: dict[str, Quantity] = {
-    "reward": Quantity("reward"),
-    "length": Quantity("length", "tokens", places=("page",)),  # reported by samplers only
-    "posterior_reward": Quantity("reward of the posterior"),
-    "kl_to_prior": Quantity("KL to prior", "nats", support=NOT_NEGATIVE),
-    "posterior_kl_to_prior": Quantity("KL of the posterior to prior", "nats", support=NOT_NEGATIVE),
-    "elbo": Quantity("ELBO", "nats"),
-    "log_z": Quantity("log Z", "nats"),
-    "gap": Quantity("gap = KL to posterior", "nats", support=NOT_NEGATIVE),
-    "forward_kl": Quantity("KL from posterior", "nats", support=NOT_NEGATIVE),
-    "jeffreys": Quantity("sum of both KLs", "nats", support=NOT_NEGATIVE),
-    "tv": Quantity("total variation", support=SHARE),
-    "forbidden": Quantity("forbidden", "share", error_logged=False, hidden_at_zero=True, support=SHARE),
-    "entropy": Quantity("entropy", "nats", support=NOT_NEGATIVE),
-    "prior_perplexity": Quantity("perplexity under the prior", error_logged=False, support=(1.0, math.inf)),
-    "distinct_1": _of_words("distinct-1", lambda texts: distinct_n(texts, 1)),
-    "distinct_2": _of_words("distinct-2", lambda texts: distinct_n(texts, 2)),
-    "self_bleu": _of_texts("self-BLEU", self_bleu),
-    "repeated_4grams": _of_words("repeated 4-grams", repeated_ngrams, "share"),
-    "duplicates": _of_words("duplicates", duplicates, "share"),
+    "reward": Quantity("reward", "the mean reward of completions, E[r]"),
+    "length": Quantity("length", "the mean number of tokens, EOS included", "tokens", places=("page",)),
+    "posterior_reward": Quantity(
+        "reward of the posterior", "E[r] under π*: what is wanted, to set beside the reward that is reached"
+    ),
+    "kl_to_prior": Quantity(
+        "KL to prior", "KL(π‖π0): how far the policy went from the prior", "nats", support=NOT_NEGATIVE
+    ),
+    "posterior_kl_to_prior": Quantity(
+        "KL of the posterior to prior",
+        "KL(π*‖π0): how far the posterior is from the prior",
+        "nats",
+        support=NOT_NEGATIVE,
+    ),
+    "elbo": Quantity("ELBO", "E[r]/β − KL(π‖π0): what training maximises; at most log Z", "nats"),
+    "log_z": Quantity(
+        "log Z", "log of E[exp(r/β)] under the prior: the best possible ELBO, from draws of prior and policy", "nats"
+    ),
+    "gap": Quantity(
+        "gap = KL to posterior",
+        "log Z − ELBO = KL(π‖π*): 0 at the posterior, infinite where the policy draws what is forbidden",
+        "nats",
+        support=NOT_NEGATIVE,
+    ),
+    "forward_kl": Quantity(
+        "KL from posterior",
+        "KL(π*‖π): large where the policy misses what the posterior wants",
+        "nats",
+        support=NOT_NEGATIVE,
+    ),
+    "jeffreys": Quantity(
+        "sum of both KLs", "KL(π‖π*) + KL(π*‖π), in which log Z cancels", "nats", support=NOT_NEGATIVE
+    ),
+    "tv": Quantity(
+        "total variation", "½ Σ|π − π*|: the share of the mass that is in the wrong place, from 0 to 1", support=SHARE
+    ),
+    "forbidden": Quantity(
+        "forbidden",
+        "completions that the evidence forbids",
+        "share",
+        error_logged=False,
+        hidden_at_zero=True,
+        support=SHARE,
+    ),
+    "entropy": Quantity(
+        "entropy", "of a completion: compare with the prior's and the posterior's", "nats", support=NOT_NEGATIVE
+    ),
+    "prior_perplexity": Quantity(
+        "perplexity under the prior",
+        "exp of the nats per token that the prior needs for the completions; far above the prior's own: no language",
+        error_logged=False,
+        support=(1.0, math.inf),
+    ),
+    "distinct_1": _of_words(
+        "distinct-1",
+        "different words, as a share of all words of a prompt's completions",
+        lambda texts: distinct_n(texts, 1),
+    ),
+    "distinct_2": _of_words(
+        "distinct-2", "different pairs of words, as a share of all pairs", lambda texts: distinct_n(texts, 2)
+    ),
+    "self_bleu": _of_texts(
+        "self-BLEU", "how much a completion repeats the others of its prompt: 0 nothing, 1 all", self_bleu
+    ),
+    "repeated_4grams": _of_words(
+        "repeated 4-grams",
+        "sequences of four words that occur earlier in the same completion",
+        repeated_ngrams,
+        "share",
+    ),
+    "duplicates": _of_words("duplicates", "completions that equal an earlier one of the prompt", duplicates, "share"),
 }
 """Name -> record, in the order in which they are shown. A quantity with `of_texts` needs nothing but its record."""
 

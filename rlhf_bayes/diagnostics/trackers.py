@@ -59,6 +59,8 @@ def log_to_trackers(
     """
     Send numbers, tables and figures to the trackers of a trainer, at its current step. Call it on the main process.
 
+    trackio closes a run when its training ends, and finds it again by the `run_name` of the training's configuration.
+
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer, whose callbacks are the trackers.

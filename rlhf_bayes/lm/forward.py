@@ -36,6 +36,13 @@ class CompletionScores(NamedTuple):
     hidden: Tensor | None
     """(N, H): last hidden states before each of the N valid tokens, in row order."""
 
+    def within(self, mask: Tensor | None) -> "CompletionScores":
+        """The same with log-probs and entropies of 0 where a mask (B, T) is 0; unchanged without one."""
+        if mask is None:
+            return self
+        columns = (x if x is None else torch.where(mask.bool(), x, 0.0) for x in (self.log_probs, self.entropy))
+        return CompletionScores(*columns, self.values, self.hidden)
+
 
 def enable_completion_scoring(model: nn.Module) -> None:
     """

@@ -156,20 +156,24 @@ def kl_penalised_advantages(
         score (`torch.Tensor`): reward of each completion (B,).
         log_ratios (`torch.Tensor`): log π − log π0 of each token (B, T), in nats. Padding may hold anything.
         values (`torch.Tensor`): u_t before each token (B, T), in units of the reward.
-        mask (`torch.Tensor`): bool (B, T), right-padded.
+        mask (`torch.Tensor`): bool (B, T): the tokens that the policy drew. What lies between them, the tokens of an
+            environment, is skipped: the token after is the next one.
         beta (`float` or scalar `torch.Tensor`): units of the reward per nat.
         lam (`float` or scalar `torch.Tensor`): λ of GAE.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: advantages (B, T), and targets for u (B, T). The targets are the returns
-            themselves for every λ, so that the critic never learns from its own errors. Both are 0 on padding.
+            themselves for every λ, so that the critic never learns from its own errors. Both are 0 outside the mask.
 
     Source: Korbak, Perez & Buckley 2022, arXiv 2205.11275, equations 3 and 4; GAE as in [`gae`].
     """
-    log_ratios = zero_padding(log_ratios, mask)  # (B, T)
+    places = mask.int().argsort(dim=-1, descending=True, stable=True)  # (B, T): those of the mask first, in order
+    packed, values = mask.gather(1, places), values.gather(1, places)  # (B, T), right-padded
+    log_ratios = zero_padding(log_ratios.gather(1, places), packed)  # (B, T)
     paid = beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
-    rewards = token_rewards(score, log_ratios, mask, beta)  # (B, T)
-    advantages, _ = gae(rewards, values + paid, mask, lam=lam)
+    rewards = token_rewards(score, log_ratios, packed, beta)  # (B, T)
+    advantages, _ = gae(rewards, values + paid, packed, lam=lam)
+    advantages = torch.zeros_like(advantages).scatter(1, places, advantages)
     return advantages, torch.where(mask, rewards.sum(-1, keepdim=True), 0.0)
 
 

@@ -30,6 +30,8 @@ class Batch:
     """(B, T): 1 for the tokens of the completion, the first EOS included."""
     model_inputs: list[RowInputs] | None = field(default=None, kw_only=True)
     """B mappings: what a vision-language model reads of each prompt besides its tokens; None for other models."""
+    policy_mask: Tensor | None = field(default=None, kw_only=True)
+    """(B, T): as in [`Rollout`]: 0 for the tokens of an environment; None if there are none."""
 
     def __len__(self) -> int:
         return len(self.completion_mask)
@@ -38,6 +40,11 @@ class Batch:
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The sequences in the form that [`~rlhf_bayes.lm.score_completions`] takes."""
         return self.prompt_ids, self.prompt_mask, self.completion_ids, self.completion_mask
+
+    @property
+    def policy_tokens(self) -> Tensor:
+        """(B, T) bool: the tokens of the completion that the policy drew."""
+        return policy_tokens(self.completion_mask, self.policy_mask)
 
     @property
     def lengths(self) -> Tensor:
@@ -64,6 +71,11 @@ class Batch:
 
 
 B = TypeVar("B", bound=Batch)
+
+
+def policy_tokens(completion_mask: Tensor, policy_mask: Tensor | None) -> Tensor:
+    """The tokens of completions without those of an environment: (B, T) bool, from masks (B, T)."""
+    return completion_mask.bool() if policy_mask is None else completion_mask.bool() & policy_mask.bool()
 
 
 def joined(batches: Sequence[B]) -> B:

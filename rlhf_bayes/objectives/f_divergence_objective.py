@@ -83,7 +83,7 @@ class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
 
     def loss(self, scores: CompletionScores, batch: FDivergenceBatch) -> LossSums:
         """−A·log π, summed over completions."""
-        log_policy = scored(scores)[0].sum(-1)  # (B,)
+        log_policy = scored(scores, batch.policy_mask)[0].sum(-1)  # (B,)
         advantages, clipped = dpg_advantages(
             self._log_target(batch),
             log_policy,

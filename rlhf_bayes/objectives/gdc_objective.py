@@ -154,8 +154,8 @@ class GDCObjective(ABC, Generic[B]):
 
     def sums_to_report(self, scores: CompletionScores, batch: B) -> dict[str, Tensor]:
         """The sums of a batch that `report` needs: name -> ()."""
-        mask = batch.completion_mask.bool()
-        log_probs, entropy = scored(scores)
+        mask = batch.policy_tokens
+        log_probs, entropy = scored(scores, batch.policy_mask)
         ratio = (log_probs.sum(-1) - batch.log_proposal).exp()  # (B,)
         columns = {
             "entropy": torch.where(mask, entropy, 0.0),

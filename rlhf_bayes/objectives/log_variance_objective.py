@@ -84,7 +84,8 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
 
     def loss(self, scores: CompletionScores, batch: LogVarianceBatch) -> LossSums:
         """The loss, summed over completions."""
-        return LossSums(self._loss(scored(scores)[0].sum(-1), batch), self.sums_to_report(scores, batch))
+        log_policy = scored(scores, batch.policy_mask)[0].sum(-1)  # (B,)
+        return LossSums(self._loss(log_policy, batch), self.sums_to_report(scores, batch))
 
     def evaluation_loss(self, batch: LogVarianceBatch) -> LossSums:
         """The loss of the policy that drew the batch."""

@@ -22,13 +22,14 @@ class LossSums(NamedTuple):
     """Name -> (), without gradient. The sums of an optimizer step are passed to `Objective.report`."""
 
 
-def scored(scores: CompletionScores) -> tuple[Tensor, Tensor]:
+def scored(scores: CompletionScores, policy_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
-    Log-probs and entropies of the tokens of a batch, (B, T) each, nats.
+    Log-probs and entropies of the tokens of a batch, (B, T) each, nats, 0 where its `policy_mask` is 0.
 
     Raises:
         ValueError: if the forward was asked for hidden states in their place.
     """
+    scores = scores.within(policy_mask)
     if scores.log_probs is None or scores.entropy is None:
         raise ValueError("`scores` must hold log-probs and entropies, got None: score without `hidden_only`.")
     return scores.log_probs, scores.entropy

@@ -71,7 +71,7 @@ def posterior_metrics(
     if own and num_generations > 1 and whole.any():
         metrics["posterior/importance_ess"] = importance_ess(groups[whole], dim=-1).mean().item()
     if log_zs is None and num_generations > 1:
-        log_zs = _log_z_without_bias(groups)[:, None].expand_as(groups).flatten()  # (B,)
+        log_zs = log_z_without_bias(groups)[:, None].expand_as(groups).flatten()  # (B,)
     known = scored & whole[:, None].expand_as(groups).flatten() if log_zs is None else scored & log_zs.isfinite()
     if log_zs is not None and known.any():
         metrics["posterior/log_z"] = log_zs[known].mean().item()
@@ -175,7 +175,7 @@ def moments_of_all(world: World, rollout: Rollout, weights: Tensor | None = None
     return feature_moments(world.gather(local).double(), rollout.features, weights)
 
 
-def _log_z_without_bias(log_weights: Tensor) -> Tensor:
+def log_z_without_bias(log_weights: Tensor) -> Tensor:
     """log Z of each prompt from its completions (P, G), without the bias of order 1/G: (P,)."""
     return jackknife(lambda kept: log_z(log_weights[:, kept[0]], dim=-1), [log_weights.size(1)])[0]
 

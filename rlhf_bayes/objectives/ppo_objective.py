@@ -34,7 +34,7 @@ class PPOBatch(Batch):
     """The batch of PPO. Log-probs are in nats, rewards and values in units of the reward; padding is 0."""
 
     loss_mask: Tensor
-    """(B, T) bool: tokens of the completions to which a reward function applies."""
+    """(B, T) bool: tokens that the policy drew, of completions to which a reward function applies."""
     rewards: Tensor
     """(B,): r; 0 where no reward function applies."""
     old_token_log_probs: Tensor
@@ -137,7 +137,7 @@ class PPOObjective:
         critic = self.critic
         features = None if critic is None else self._features(critic, rollout)
         values = _valued(rollout.values) if features is None or critic is None else critic.forecast(features)  # (B, T)
-        mask = rollout.completion_mask.bool() & ~rollout.rewards.isnan()[:, None]
+        mask = rollout.policy_tokens & ~rollout.rewards.isnan()[:, None]
         batch = PPOBatch(
             **rollout.sequences,
             loss_mask=mask,
@@ -175,7 +175,7 @@ class PPOObjective:
     def loss(self, scores: CompletionScores, batch: PPOBatch) -> LossSums:
         """Policy and value loss, summed over tokens."""
         mask = batch.loss_mask  # (B, T)
-        log_probs = scored(scores)[0]  # (B, T)
+        log_probs = scored(scores, batch.policy_mask)[0]  # (B, T)
         values = _valued(scores.values) if self.critic is None else batch.old_values  # (B, T)
         advantages, targets = self._advantages(log_probs.detach(), values.detach(), batch)
         advantages = (advantages - batch.advantage_shift) / batch.advantage_scale
@@ -278,7 +278,7 @@ class PPOObjective:
         moved = (values.detach() - batch.old_values).abs()
         clip = self.cliprange_value
         return {
-            "entropy": scored(scores)[1],
+            "entropy": scored(scores, batch.policy_mask)[1],
             "ppo/approx_kl": ratio - 1 - log_ratio,
             "ppo/value_clip_fraction": torch.zeros_like(moved) if clip is None else (moved > clip).float(),
             "clip_ratio/low_mean": low.float(),

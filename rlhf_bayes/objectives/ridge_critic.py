@@ -84,7 +84,7 @@ class RidgeCritic:
         Args:
             features (`torch.Tensor`): (B, T, F).
             returns (`torch.Tensor`): r − β·log(π/π0) of each completion (B,).
-            mask (`torch.Tensor`): bool (B, T), right-padded.
+            mask (`torch.Tensor`): bool (B, T): tokens that the policy drew.
         """
         lengths = mask.sum(-1, keepdim=True).expand_as(mask)  # (B, T)
         rows, targets = features[mask], returns[:, None].expand_as(mask)[mask]  # (N, F), (N,)

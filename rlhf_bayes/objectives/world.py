@@ -54,7 +54,7 @@ class World(Protocol):
         ...
 
     def log_probs(self, batch: Batch) -> Tensor:
-        """log π(x | c) of the completions under the current policy: (B,), nats, without gradient."""
+        """log π(x | c) under the current policy, of the tokens that a policy drew: (B,), nats, without gradient."""
         ...
 
 
@@ -65,7 +65,8 @@ class OneProcess:
 
     Args:
         log_probs (`Callable[[Batch], Tensor]`):
-            Computes log π of a batch under the current policy, (B,), nats. It is called without gradient.
+            Computes log π of a batch under the current policy, (B,), nats: the sum over the tokens
+            `batch.policy_tokens`. It is called without gradient.
         max_steps (`int`):
             Number of optimizer steps of the whole training.
     """

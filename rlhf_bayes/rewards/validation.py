@@ -49,7 +49,7 @@ def checked(func: Any, allow_forbidden: bool = False) -> Any:
     Raises:
         `TypeError`: if `func` cannot be called, or returns something other than one number or `None` per completion.
         `ValueError`: if `func` returns the wrong count, NaN, an infinity, or a number beyond float32.
-        Whatever `func` raises, with a note that names it.
+        `Exception`: whatever `func` raises, with a note that names it.
     """
     if isinstance(func, (str, nn.Module)):
         return func

@@ -141,6 +141,22 @@ def test_adapted_beta_settles_where_the_kl_is_the_target():
     assert beta == pytest.approx(0.5, rel=1e-3)
 
 
+def test_tokens_of_an_environment_are_skipped():
+    """As if the completions were without them, with values that know of them; λ < 1 counts own tokens only."""
+    generator = torch.Generator().manual_seed(0)
+    log_ratios, values = torch.randn(2, 2, 5, generator=generator).unbind(0)
+    mask = torch.tensor([[True, False, False, True, True], [True, True, False, False, False]])
+    score = torch.tensor([3.0, -1.0])
+    beside = torch.where(mask, log_ratios, torch.nan)
+    advantages, targets = kl_penalised_advantages(score, beside, torch.where(mask, values, torch.nan), mask, 0.5, 0.7)
+    for row in range(2):
+        cut = [column[row : row + 1, mask[row]] for column in (log_ratios, values, mask)]
+        expected = kl_penalised_advantages(score[row : row + 1], *cut, 0.5, 0.7)
+        for ours, plain in zip((advantages, targets), expected, strict=True):
+            assert_close(ours[row, mask[row]], plain[0])
+            assert not ours[row, ~mask[row]].any()
+
+
 def test_advantages_by_hand():
     log_ratios = torch.tensor([[0.2, -0.5, 0.1], [0.4, torch.nan, torch.nan]])
     values = torch.tensor([[1.0, 0.5, 2.0], [0.3, torch.nan, torch.nan]])

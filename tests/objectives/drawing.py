@@ -9,16 +9,19 @@ from torch import Tensor, nn
 from rlhf_bayes.lm import enable_completion_scoring, score_completions
 from rlhf_bayes.lm.forward import scatter
 from rlhf_bayes.lm.language_model import pad_ids
-from rlhf_bayes.objectives import Objective, OneProcess, PosteriorTarget, Rollout
+from rlhf_bayes.objectives import Batch, Objective, OneProcess, PosteriorTarget, Rollout
 from rlhf_bayes.testing import EnumerableLM
 
 
 def world_of(policy: nn.Module, max_steps: int = 10, temperature: float = 1.0) -> OneProcess:
     """One process, whose policy is this model."""
     enable_completion_scoring(policy)
-    return OneProcess(
-        lambda batch: score_completions(policy, *batch.sequences, temperature).log_probs.sum(-1), max_steps
-    )
+
+    def log_probs(batch: Batch) -> Tensor:
+        scores = score_completions(policy, *batch.sequences, temperature)
+        return scores.within(batch.policy_mask).log_probs.sum(-1)
+
+    return OneProcess(log_probs, max_steps)
 
 
 def rollout_of(

@@ -260,3 +260,20 @@ def test_the_bundled_model_has_defaults_of_its_own(recipe, monkeypatch):
     args, training_args, model_args = recipe.parse_arguments()
     assert args.reward_func == ["e:f", "g:h"]
     assert training_args.learning_rate == recipe.PPOConfig("x", bf16=False, use_cpu=True).learning_rate
+
+
+def test_a_run_of_trackio_has_a_name_by_which_the_evaluation_finds_it(recipe):
+    _, training_args, _ = recipe.parse_arguments(["--report_to", "trackio", "--output_dir", "runs/mine"])
+    assert re.fullmatch(r"mine-\d{8}-\d{6}", training_args.run_name)
+    _, training_args, _ = recipe.parse_arguments(["--report_to", "trackio", "--run_name", "own"])
+    assert training_args.run_name == "own"
+    _, training_args, _ = recipe.parse_arguments(["--report_to", "wandb", "tensorboard"])
+    assert (training_args.report_to, training_args.run_name) == (["wandb", "tensorboard"], None)
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_anything_is_loaded(recipe, run_in_process, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe, "PPOTrainer", lambda **arguments: pytest.fail("a model would be loaded"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="`--output_dir` must not hold another run, got 'out'"):
+        run_in_process("--output_dir", "out")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -15,7 +15,7 @@ class FlagParser(TrlParser, SuggestingParser):
     [`~trl.TrlParser`] with one way to write lists.
 
     `--flag 1 2`, `--flag [1,2]` and, in the file of `--config`, `flag: [1, 2]` are the same list. Where a list is
-    meant, a single value is a list of one.
+    meant, a single value is a list of one. Where a text or a list is meant, one value is a text.
 
     Args:
         dataclass_types (`Sequence[type]`):
@@ -23,6 +23,27 @@ class FlagParser(TrlParser, SuggestingParser):
         **options:
             Those of `argparse.ArgumentParser`.
     """
+
+    def __init__(self, dataclass_types: Sequence[type], **options: Any):
+        super().__init__(dataclass_types, **options)
+        # a type `str | list[str]`, such as that of `report_to`, is a text for transformers' parser
+        self._one_or_more = {
+            name
+            for of in dataclass_types
+            for name, hint in get_type_hints(of).items()
+            if str in get_args(hint) and any(get_origin(part) is list for part in get_args(hint))
+        }
+        for action in self._actions:
+            if action.dest in self._one_or_more:
+                action.nargs = "+"
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        for name in self._one_or_more:
+            value = getattr(found, name, None)
+            if isinstance(value, list) and len(value) == 1:
+                setattr(found, name, value[0])
+        return found, unknown
 
     def parse_args_and_config(self, args: Sequence[str] | None = None, **options: Any) -> tuple:
         """

@@ -1,6 +1,7 @@
 """What the recipes have in common: flags, prompts, a training run, and an evaluation before and after it."""
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -149,6 +150,9 @@ def parse_flags(
     for part in parsed:
         if isinstance(part, TrainingArguments):
             check_output_dir(part.output_dir, overwrite, part.resume_from_checkpoint)
+            if part.run_name is None and "trackio" in part.report_to:
+                # a run is closed when its training ends, and by its name the evaluation finds it again
+                part.run_name = f"{Path(part.output_dir).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return own_model, parsed
 
 

@@ -41,6 +41,20 @@ def prepare_frozen(module: nn.Module, accelerator: Accelerator) -> nn.Module:
     return accelerator.prepare_model(module, evaluation_mode=True)
 
 
+@contextmanager
+def in_full_precision(module: nn.Module) -> Iterator[None]:
+    """A context in which a module's forward runs in the precision of its weights, without accelerate's autocast."""
+    autocast, original = module.__dict__.get("forward"), getattr(module, "_original_forward", None)
+    if original is None or autocast is None:
+        yield
+        return
+    module.forward = original
+    try:
+        yield
+    finally:
+        module.forward = autocast
+
+
 def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractContextManager:
     """A context in which the heads of models are whole, though ZeRO-3 shards them."""
     if not is_zero3(accelerator):

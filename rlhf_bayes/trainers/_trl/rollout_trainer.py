@@ -57,6 +57,7 @@ from rlhf_bayes.trainers.rollout.rollout_checkpoint import (
 )
 from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, scored_by_length
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
+from rlhf_bayes.trainers.rollout.step_size import StepSize
 from rlhf_bayes.trainers.rollout.store_writer import StoreWriter
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         peft_config = trl_arguments.get("peft_config")
         check_adapters(model, peft_config)
         self._failures, self._step_end = RewardFailures(), None
+        self.own_optimizer = trl_arguments.get("optimizers", (None, None))[0] is not None
         try:
             with policy_to_train(model, args, trl_arguments, quantization_config) as (model, reload):
                 probe_with_image(model, trl_arguments.get("processing_class"))
@@ -126,7 +128,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         self.proposal: str | Snapshot = "policy" if self.stored is None else "store"
         """What completions are drawn from in training: "policy", "prior", a snapshot of the policy, or a store."""
         self.store_writer = None if args.store is None else StoreWriter(self, args.store)
-        self.alarms = Alarms(self)
+        self.alarms, self.step_size = Alarms(self), StepSize(self)
         self._in_flight: RolloutInFlight | None = None
         self._step_in_progress: OptimizerStep | None = None
         self._images_checked = False
@@ -156,8 +158,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         self._metrics["train"], self._in_flight = metrics, None
 
     def training_callbacks(self) -> list[TrainerCallback]:
-        """The alarms, and the probe of the prior."""
-        return [self.alarms, PriorProbe(self)]
+        """The learning rate, the alarms, which read how far steps move, and the probe of the prior."""
+        return [self.step_size, self.alarms, PriorProbe(self)]
 
     def check_outcome(self) -> None:
         """Raise the error of a training that ended because its policy collapsed."""
@@ -324,6 +326,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         if index == 0:
             new_rollout = None if self._buffered_inputs is generated else in_flight
             self._step_in_progress = self._next_step(new_rollout)
+            self.step_size.begin(self._step_in_progress)
         return self._step_in_progress.batches[index]
 
     def _next_step(self, new_rollout: RolloutInFlight | None) -> OptimizerStep:
@@ -411,6 +414,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "objective": self.rollout_state(),
             "alarms": self.alarms.state_dict(),
+            "step_size": self.step_size.state_dict(),
         }
         save_rollout_state(output_dir, self.accelerator, state)
 
@@ -423,8 +427,9 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         state, in_flight = read_rollout_state(checkpoint, self.accelerator, rollout_sizes(self.args))
         if state is not None:
             self.load_rollout_state(state["objective"])
-            if "alarms" in state:  # checkpoints of earlier versions have none
-                self.alarms.load_state_dict(state["alarms"])
+            for name in ("alarms", "step_size"):
+                if name in state:  # checkpoints of earlier versions have none
+                    getattr(self, name).load_state_dict(state[name])
         if in_flight:
             self._step, self._buffered_inputs = state["step"], state["buffered_inputs"]
             self._metrics["train"].update(state["metrics"])

@@ -14,7 +14,7 @@ from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig, check_annealing
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.gdc.store_checks import check_made_by, check_store_training
 from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts, stored_rewards
-from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
+from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of, of_one_turn
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
@@ -23,6 +23,7 @@ from rlhf_bayes.trainers.rollout.withheld_steps import withheld_steps
 logger = logging.getLogger(__name__)
 
 
+@of_one_turn
 class GDCTrainer(RolloutTrainer):
     r"""
     Distributional policy gradients towards a posterior p(x|c) = π0(x|c)·exp(log_likelihood(c, x))/Z(c).
@@ -49,7 +50,8 @@ class GDCTrainer(RolloutTrainer):
             Prompts, as in [`PPOTrainer`]. Or a store of completions: then nothing is generated, and neither prior nor
             reward is run or kept in memory, since their values are stored. An epoch is one pass over the store.
             `reward_funcs` and `ref_model` may be left out; given ones must be those of the store.
-        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config,
+        eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config:
+            As in [`PPOTrainer`].
         peft_config, ref_model:
             As in [`PPOTrainer`].
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):

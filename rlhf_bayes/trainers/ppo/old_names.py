@@ -105,7 +105,7 @@ OTHER_DEFAULTS: Mapping[str, tuple[Any, str]] = {
     "cliprange_value": (0.2, "the scale of the reward is not known"),
     "num_iterations": (4, "`num_ppo_epochs` there"),
     "max_completion_length": (53, "`response_length` there"),
-    "learning_rate": (3e-6, "TRL's RLOO has this default"),
+    "learning_rate": (3e-6, "adapted to how far optimizer steps move the policy; TRL's RLOO has 1e-6"),
     "normalize_advantages": (True, "there always"),
     "num_generations": (1, "completions of a prompt; their siblings correct the critic"),
     "critic": ("separate", "it is fitted in closed form: no second model, and no learning rate"),

@@ -17,7 +17,7 @@ from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
 from rlhf_bayes.trainers.ppo.old_names import OLD_ARGUMENTS, OLD_METHODS, names_successors, said_of
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
-from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of
+from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of, of_one_turn
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @names_successors(OLD_ARGUMENTS, "argument")
+@of_one_turn
 class PPOTrainer(RolloutTrainer):
     r"""
     Proximal policy optimisation of E[r] − β·KL(πθ‖π0).
@@ -64,7 +65,8 @@ class PPOTrainer(RolloutTrainer):
             None means "does not apply"; a completion to which none applies is left out of the loss.
         args ([`PPOConfig`], *optional*):
             Configuration.
-        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers,
+        train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers:
+            As in [`~trl.RLOOTrainer`].
         quantization_config, peft_config:
             As in [`~trl.RLOOTrainer`].
         ref_model (`str` or [`~transformers.PreTrainedModel`], *optional*):

@@ -66,7 +66,8 @@ class RewardTrainer(PreferenceTrainer):
             `num_members` labels.
         args ([`RewardConfig`], *optional*):
             Configuration.
-        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers,
+        data_collator, train_dataset, eval_dataset, processing_class, compute_metrics, callbacks, optimizers:
+            As in [`~trl.RewardTrainer`].
         optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config:
             As in [`~trl.RewardTrainer`].
 

@@ -89,6 +89,8 @@ class Alarms(TrainerCallback):
 
     def note(self, name: str, value: float) -> None:
         """Look at a metric of a training."""
+        if name == "step_kl":
+            self._check_step(value)
         if name not in self._noted or not math.isfinite(value):
             return
         self._noted[name].append(value)
@@ -169,6 +171,27 @@ class Alarms(TrainerCallback):
             "on does not lead there: lower `learning_rate`, or go back to an earlier checkpoint. "
             "`stop_on_collapse=True` ends a run that does this.",
         )
+
+    def _check_step(self, kl: float) -> None:
+        args, state, distance = self.trainer.args, self.trainer.state, self.prior.distance(self.trainer.beta)
+        if self.trainer.beta <= 0 or len(self.prior) == 0:
+            return
+        if kl > distance:
+            self._raise(
+                "stride",
+                f"Step {state.global_step} has moved the policy by a KL of {kl:.2g} nats, further than the prior is "
+                f"from the posterior ({distance:.2g} nats). A step learns from noise too: lower `learning_rate` (now "
+                f"{args.learning_rate:g}), or leave it out, to have it adapted.",
+            )
+        # KL grows at most with the square of the number of steps, if all of them lead the same way
+        farthest = kl * state.max_steps**2
+        if not (args.adapt_learning_rate or self.raised) and farthest < _MOVED * distance:
+            self._raise(
+                "standstill",
+                f"This training will not move: an optimizer step changes the policy by a KL of {kl:.1e} nats, so that "
+                f"{state.max_steps} steps come to {farthest:.1e} nats at most, and the posterior is {distance:.2g} "
+                f"nats away. Raise `learning_rate` (now {args.learning_rate:g}), or leave it out, to have it adapted.",
+            )
 
     def _check_standstill(self, learning_rate: float) -> None:
         if not self._rollouts or self.raised:

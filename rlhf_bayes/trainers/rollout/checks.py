@@ -1,5 +1,6 @@
 """Checks of a trainer's input before a model is loaded."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from rlhf_bayes.lm.forward import runs_plainly
 from rlhf_bayes.store import CompletionStore
 
 T = TypeVar("T")
+Class = TypeVar("Class", bound=type)
+_TURNS = ("tools", "environment_factory", "rollout_func")  # arguments of TRL's GRPOTrainer
 
 
 def config_of(args: Any, config_class: type[T], model: Any, name: str) -> T:
@@ -40,6 +43,30 @@ def config_of(args: Any, config_class: type[T], model: Any, name: str) -> T:
             f"field of RLOOConfig is one of {config_class.__name__}."
         )
     return args
+
+
+def of_one_turn(cls: Class) -> Class:
+    """
+    Class decorator: a constructor refuses the arguments of [`~trl.GRPOTrainer`] for turns with an environment.
+
+    It raises a TypeError that says what to do instead.
+    """
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def __init__(self, *args, **kwargs):
+        for name in _TURNS:
+            if name in kwargs:
+                raise TypeError(
+                    f"`{name}` is no argument of {cls.__name__}: TRL's RLOOTrainer, which draws its completions, "
+                    "draws them in one turn. For turns with a tool or an environment, write a loop like "
+                    "`examples/plain_loop.py`, and give its rollouts a `policy_mask`: the objectives leave the "
+                    "environment's tokens out."
+                )
+        plain(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[misc]
+    return cls
 
 
 def check_datasets(**datasets: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_bayes.numerics import importance_ess, log_z, what_if
 from rlhf_bayes.numerics.groups import grouped
 from rlhf_bayes.numerics.log_weights import MIN_DRAWS, MIN_IMPORTANCE_ESS, pooled_khat, weights_suffice
+from rlhf_bayes.objectives.posterior_metrics import log_z_without_bias
 
 _MAX_DRAWS = 100_000
 _MIN_PROMPTS = 4  # for a test over prompts
@@ -112,6 +113,26 @@ class PriorDraws:
     def mean_rewards(self) -> ByPrompt | None:
         """E_π0[r]; `-inf` where a completion is forbidden, None where there are no draws."""
         return ByPrompt.of(self._keys, self._rewards) if len(self) else None
+
+    def distance(self, beta: float) -> float:
+        """
+        KL(π0‖π*), nats; 1 where there are too few draws to say, or no posterior.
+
+        It is infinite where evidence forbids completions, and KL(π*‖π0) then stands in its place.
+
+        Args:
+            beta (`float`):
+                β, units of reward per nat.
+        """
+        rewards = self.rewards_of_prompts() if len(self) else torch.empty(0, 0)
+        if beta <= 0 or rewards.size(1) < 2:
+            return 1.0
+        evidence = rewards / beta  # (P, n)
+        if bool(evidence.isfinite().all()):
+            found = (log_z_without_bias(evidence) - evidence.mean(-1)).mean().item()
+        else:
+            found = what_if(rewards, [beta])[0].kl_to_prior
+        return found if 0 < found < math.inf else 1.0
 
     def posterior_entropies(self, beta: float) -> ByPrompt | None:
         r"""

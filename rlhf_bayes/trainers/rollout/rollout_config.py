@@ -13,6 +13,7 @@ from rlhf_bayes.trainers.field_help import document_fields
 
 logger = logging.getLogger(__name__)
 
+FIRST_RATE = 1e-6  # of a learning rate that is adapted; it is TRL's default
 # keys of `generation_kwargs` that do not change the distribution of completions
 _HARMLESS_GENERATION_KWARGS = {"cache_implementation", "use_cache", "cache_config", "prefill_chunk_size"}
 # name -> (value, whether it is allowed, the rule in words)
@@ -24,6 +25,25 @@ NumberRules = dict[str, tuple[Any, Callable[[Any], bool], str]]
 class RolloutConfig(FaultConfig, RLOOConfig):
     """[`~trl.RLOOConfig`] for trainers whose target is a posterior. Not for direct use."""
 
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": (
+                "Learning rate at the start. Default: it is adapted, so that an optimizer step moves the policy by a "
+                "small share of the way to the posterior; see `adapt_learning_rate`."
+            )
+        },
+    )
+    adapt_learning_rate: bool | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Whether the learning rate is adapted to how far optimizer steps move the policy: by 0.6 %% of "
+                "KL(π0‖π*) where a step learns from 64 completions, before the scheduler's decay. "
+                "`learning_rate` is then that of the first step. Default: only where `learning_rate` is not given."
+            )
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Whether to disable dropout. Must be True: dropout makes the policy's density random."},
@@ -96,6 +116,10 @@ class RolloutConfig(FaultConfig, RLOOConfig):
     )
 
     def __post_init__(self):
+        if self.adapt_learning_rate is None:
+            self.adapt_learning_rate = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = FIRST_RATE
         # checked first, since TRL divides by `num_generations`
         for name, (value, holds, rule) in self._number_rules().items():
             if value is not None and not holds(value):
@@ -145,6 +169,7 @@ class RolloutConfig(FaultConfig, RLOOConfig):
             "reward_clip_range": (self.reward_clip_range, lambda x: x[0] < x[1], "(low, high) with low < high"),
             "temperature": (self.temperature, lambda x: 0 < x < math.inf, "positive and finite"),
             "reward_timeout": (self.reward_timeout, lambda x: 0 < x < math.inf, "positive (seconds), or None"),
+            "learning_rate": (self.learning_rate, lambda x: 0 <= x < math.inf, "at least 0, or None to adapt it"),
             "prior_probe": (self.prior_probe, lambda x: x >= 0, "at least 0 (completions)"),
             "reward_retries": (self.reward_retries, lambda x: x >= 0, "at least 0"),
         }

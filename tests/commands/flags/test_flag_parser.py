@@ -12,6 +12,8 @@ class Arguments:
     clip: list[float] | None = field(default=None, metadata={"help": "Two numbers."})
     names: list[str] = field(default_factory=list, metadata={"action": "extend", "help": "Names."})
     beta: float = field(default=0.5, metadata={"help": "A number."})
+    # in the order of transformers' own `report_to`, the only one that its parser takes
+    trackers: None | str | list[str] = field(default="none", metadata={"help": "One or several."})  # noqa: RUF036
     learning_rate: float = field(default=0.1, metadata={"help": "Another."})
 
 
@@ -42,6 +44,25 @@ def test_a_list_of_the_command_line(words):
 def test_a_list_of_a_file(tmp_path, text, expected):
     (tmp_path / "run.yaml").write_text(text)
     assert parsed("--config", str(tmp_path / "run.yaml")) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "none"),
+        (["--trackers", "wandb"], "wandb"),
+        (["--trackers", "wandb", "tensorboard"], ["wandb", "tensorboard"]),
+        (["--trackers", "[wandb,tensorboard]"], ["wandb", "tensorboard"]),
+    ],
+)
+def test_a_text_or_a_list(words, expected):
+    assert parsed(*words).trackers == expected
+
+
+def test_a_text_or_a_list_of_a_file(tmp_path):
+    for text, expected in (("wandb", "wandb"), ("[wandb, tensorboard]", ["wandb", "tensorboard"])):
+        (tmp_path / "run.yaml").write_text(f"trackers: {text}")
+        assert parsed("--config", str(tmp_path / "run.yaml")).trackers == expected
 
 
 def test_other_words_stay_as_they_are():

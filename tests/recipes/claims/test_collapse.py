@@ -22,6 +22,15 @@ def test_collapse(run_claim):
     assert {row["run"] for row in rows} >= {"PPO, β = 0", "GDC, on condition", "posterior"}
     posterior = [row for row in rows if row["run"] == "posterior"]
     assert len(posterior) == 1
-    assert all(float(row["reward"]) == 1 and float(row["mentions"]) >= 1 for row in posterior)
+    assert all(float(row["satisfied"]) == 1 and float(row["mentions"]) >= 1 for row in posterior)
     assert all(math.isfinite(float(row["entropy"])) for row in rows)
     assert result.samples["PPO, β = 0"]
+
+
+@pytest.mark.slow
+def test_another_reward_has_no_word_to_mention(run_claim):
+    result, rows = run_claim("collapse", *TINY, "--reward", "rlhf_bayes.toy.rewards:sentiment_reward")
+    assert not any("mentions" in statement.text for statement in result.statements)
+    assert "mentions" not in rows[0]
+    for row in rows:
+        assert (row["run"] == "posterior") == (row["reward"] == "")

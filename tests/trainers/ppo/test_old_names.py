@@ -1,5 +1,6 @@
 """Scripts of TRL's former PPO: errors name what took the place of each argument, and the tables suffice to migrate."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_the_page_has_the_defaults_of_before_and_of_now():
 
 
 def test_successors_exist():
-    arguments = set(PPOTrainer.__init__.__wrapped__.__code__.co_varnames)
+    arguments = set(inspect.signature(PPOTrainer).parameters)
     known = set(PPOConfig.__dataclass_fields__) | arguments
     for old in (OLD_FIELDS, OLD_ARGUMENTS):
         assert {successor.name for successor in old.values() if successor.name is not None} <= known

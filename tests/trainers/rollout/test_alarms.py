@@ -16,10 +16,10 @@ BETA = 0.5
 def alarms():
     args = SimpleNamespace(
         learning_rate=1e-3, stop_on_collapse=False, per_device_train_batch_size=64, gradient_accumulation_steps=1,
-        world_size=1, save_strategy="steps",
+        world_size=1, save_strategy="steps", adapt_learning_rate=False,
     )  # fmt: skip
     accelerator = SimpleNamespace(gather=lambda rows: rows, process_index=0)
-    state = SimpleNamespace(global_step=0)
+    state = SimpleNamespace(global_step=0, max_steps=100)
     return Alarms(SimpleNamespace(args=args, accelerator=accelerator, state=state, beta=BETA, mode="train"))
 
 
@@ -154,6 +154,18 @@ def test_no_standstill_where_there_is_nothing_to_learn(alarms, large_toy):
 def test_weights_of_gdc(alarms, name, values, expected):
     for value in values:
         alarms.note(name, value)
+    assert list(alarms.raised) == expected
+
+
+@pytest.mark.parametrize(
+    ("of_distance", "adapts", "expected"),
+    [(1.1, False, ["stride"]), (0.9, False, []), (1e-5, False, []), (9e-7, False, ["standstill"]), (9e-7, True, [])],
+)
+def test_steps_too_long_and_too_short(alarms, large_toy, of_distance, adapts, expected):
+    alarms.note("step_kl", 1e-9)  # nothing is known of the posterior yet
+    alarms.see(rollout(large_toy, tilted(large_toy, 0.0), 200, seed=99, drawn_from="prior"))
+    alarms.trainer.args.adapt_learning_rate = adapts
+    alarms.note("step_kl", of_distance * alarms.prior.distance(BETA))
     assert list(alarms.raised) == expected
 
 

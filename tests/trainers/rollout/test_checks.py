@@ -38,6 +38,13 @@ def test_refusals(dataset, message):
         check_datasets(train_dataset=dataset)
 
 
+@pytest.mark.parametrize("trainer", [PPOTrainer, GDCTrainer])
+@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
+def test_turns_with_an_environment_are_refused(trainer, name):
+    with pytest.raises(TypeError, match=rf"`{name}` is no argument of {trainer.__name__}: .*`policy_mask`"):
+        trainer("no such model", lambda **columns: [], **{name: []})
+
+
 def test_the_argument_is_named():
     with pytest.raises(ValueError, match="`eval_dataset` must hold at least one"):
         check_datasets(
