@@ -123,6 +123,17 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments after `rlhf-bayes sample`, draw, print tables and write the report."""
     (args,) = FlagParser((Arguments,), prog="rlhf-bayes sample").parse_args_and_config(arguments)
+    try:
+        draw_and_report(args)
+    except KeyboardInterrupt as stop:
+        stop.add_note(
+            f"Draws of the samplers that had ended are kept in {args.output_dir}. Start again: the same command."
+        )
+        raise
+
+
+def draw_and_report(args: Arguments) -> None:
+    """Draw by each sampler, print tables and write the report."""
     _check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)
