@@ -60,6 +60,7 @@ from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, scored_by_len
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
 from rlhf_bayes.trainers.rollout.step_size import StepSize
 from rlhf_bayes.trainers.rollout.store_writer import StoreWriter
+from rlhf_bayes.trainers.rollout.write_card import write_card
 
 if TYPE_CHECKING:
     from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts
@@ -161,6 +162,10 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     def training_callbacks(self) -> list[TrainerCallback]:
         """The learning rate, the alarms, which read how far steps move, and the probe of the prior."""
         return [self.step_size, self.alarms, PriorProbe(self)]
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            write_card(self, model_name, dataset_name, tags)
 
     def check_outcome(self) -> None:
         """Raise the error of a training that ended because its policy collapsed."""
