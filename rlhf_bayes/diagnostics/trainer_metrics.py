@@ -86,6 +86,11 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
         "fraction of tokens", "how often `cliprange_value` took effect; high: lower the learning rate"
     ),
     "ppo/beta": TrainerMetric("reward per nat", "moves only with `target_kl`"),
+    "step_kl": TrainerMetric(
+        "nats per sequence",
+        "KL(π‖π') of an optimizer step, from π before it to π' after it, on what the step learnt from. Where the "
+        "learning rate is adapted, of each of the first 20 steps and then of every tenth; else of the fifth",
+    ),
     "nonfinite_steps": TrainerMetric(
         "share of steps",
         "skipped, because the gradient was not finite; with fp16, whose scaler skips steps by itself, not logged",
