@@ -24,7 +24,7 @@ def first_sentence(path: Path) -> str:
     if not source.is_file():
         return ""
     text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(text.split("\n\n")[0].split())
+    paragraph = " ".join(text.split("\n\n")[0].split()).removeprefix("# ")  # the title of a notebook
     return paragraph.split(". ")[0].rstrip(".:")
 
 
