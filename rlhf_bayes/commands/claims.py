@@ -73,6 +73,9 @@ def _run(script: Path, flags: Sequence[str]) -> bool:
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as ended:
         return not ended.code
+    except KeyboardInterrupt as stop:
+        stop.add_note("What was measured is kept: the same command goes on.")
+        raise
     except Exception:
         traceback.print_exc()
         return False

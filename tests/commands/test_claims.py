@@ -29,6 +29,14 @@ def test_runs_those_that_are_named(scripts, capsys):
     assert "good []" in capsys.readouterr().out
 
 
+def test_ctrl_c_says_that_results_are_kept(scripts, tmp_path, capsys):
+    (tmp_path / "good.py").write_text('"""A good claim."""\nraise KeyboardInterrupt\n')
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["claims", "good"])
+    assert ended.value.code == 130
+    assert "What was measured is kept: the same command goes on." in capsys.readouterr().err
+
+
 def test_help_names_the_claims(scripts, capsys):
     commands.main(["claims", "--help"])
     assert "A good claim" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Draws in other tools: the same rows, in chains and with weights, and a clear error without ArviZ."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,19 @@ def test_arviz_sees_chains_draws_and_prompts(chains):
     assert dict(data["posterior"].sizes) == {"chain": 2, "draw": 3, "prompt": 3}
     assert data["posterior"]["number"].sel(chain=1, draw=2, prompt=1).item() == 6 + 2 * 2 + 1
     assert data["sample_stats"]["weight"].shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("before_1", [True, False])
+def test_both_ways_to_call_arviz(chains, monkeypatch, before_1):
+    called = []
+    names = {"InferenceData": object} if before_1 else {}
+    arviz = SimpleNamespace(from_dict=lambda *args, **options: called.append((args, options)), **names)
+    monkeypatch.setitem(sys.modules, "arviz", arviz)
+    chains.to_arviz()
+    ((args, options),) = called
+    groups = options if before_1 else args[0]
+    assert groups["posterior"]["length"].shape == (2, 3, 3)
+    assert options["dims"] == {"length": ["prompt"], "weight": ["prompt"], "prompt_text": ["prompt"]}
 
 
 def test_without_arviz_the_error_names_the_extra(chains, monkeypatch):
