@@ -87,7 +87,7 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
     ),
     "ppo/beta": TrainerMetric("reward per nat", "moves only with `target_kl`"),
     "step_kl": TrainerMetric(
-        "nats per sequence", "how far one optimizer step moves the policy; the learning rate sets it"
+        "nats per sequence", "KL(π‖π') of the optimizer step that was measured last: how far it moved the policy"
     ),
     "nonfinite_steps": TrainerMetric(
         "share of steps",
