@@ -87,7 +87,9 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
     ),
     "ppo/beta": TrainerMetric("reward per nat", "moves only with `target_kl`"),
     "step_kl": TrainerMetric(
-        "nats per sequence", "KL(π‖π') of the optimizer step that was measured last: how far it moved the policy"
+        "nats per sequence",
+        "KL(π‖π') of an optimizer step, from π before it to π' after it, on what the step learnt from. Where the "
+        "learning rate is adapted, of each of the first 20 steps and then of every tenth; else of the fifth",
     ),
     "nonfinite_steps": TrainerMetric(
         "share of steps",

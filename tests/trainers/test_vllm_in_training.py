@@ -40,9 +40,9 @@ def test_the_engine_is_the_policy(tmp_path, name):
         pytest.skip(f"{STORIES} is not there")
     found = training(tmp_path, options)
     assert set(found["drawn_from"]) == {"engine"}
-    assert max(found["apart"]) < 2e-3, found["apart"]  # nats per sequence, in fp32
+    assert max(found["apart"]) < 1e-3, found["apart"]  # nats per sequence, in fp32
     assert max(found["mismatch"]) < 1e-5
-    assert found["from_prior"][0] < 1e-3 < 0.02 < found["from_prior"][-1]  # the policy has moved meanwhile
+    assert found["from_prior"][0] < 1e-3 < 0.01 < found["from_prior"][-1]  # the policy has moved meanwhile
     assert found["truncated"] > 0
     assert found["sent"]
     assert not [sent for sent in found["sent"] if "critic" in sent or "lora_" in sent]
