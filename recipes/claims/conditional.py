@@ -123,7 +123,7 @@ def main() -> None:
         )
         panel.set_xticks(range(len(order)), [f"log Z = {log_z[index]:.1f}" for index in order])
         panel.set(title=title, ylabel="KL(π*‖π), nats")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, markerscale=0.5)
     caption = "KL from the posterior of each prompt, with one normaliser for all prompts and with one for each."
     claim.write(figure, rows, caption)
 

@@ -164,8 +164,9 @@ def main() -> None:
     confusion.imshow(counts, cmap="Blues", vmin=0)
     for row, line in enumerate(counts):
         for column, count in enumerate(line):
-            confusion.text(column, row, str(count), ha="center", va="center")
-    confusion.set_xticks(range(len(NAMES)), NAMES, fontsize=7)
+            color = "white" if count > max(line) / 2 else "black"  # dark cells hold the larger counts
+            confusion.text(column, row, str(count), ha="center", va="center", color=color)
+    confusion.set_xticks(range(len(NAMES)), [name.replace(" ", "\n", 1) for name in NAMES], fontsize=7)
     confusion.set_yticks(range(len(CAUSES)), CAUSES, fontsize=7)
     confusion.grid(visible=False)
     confusion.set(title="Cause, and what the rule named")

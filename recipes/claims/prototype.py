@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from claim import Claim, panels
+from matplotlib.ticker import NullLocator
 from training import SATISFIED, SENTIMENT, last, prior_of, prompts_of, reward_of, train
 
 from rlhf_bayes.numerics.verdicts import Measured, measured
@@ -147,7 +148,9 @@ def main() -> None:
                     label=way,
                 )
         panel.set(xscale="log", xlabel="β", title=title)
-    axes[2].legend(frameon=False, fontsize=7)
+        panel.set_xticks([row["beta"] for row in trusted], [f"{row['beta']:g}" for row in trusted], fontsize=8)
+        panel.xaxis.set_minor_locator(NullLocator())
+    axes[0].legend(frameon=False, fontsize=7)  # KL has no marks of the samplers
     caption = "Line: posteriors of all β, predicted from draws of the prior. Marks: other samplers, and trainings."
     claim.write(figure, rows, caption, {method: of[0]["texts"][:5] for method, of in runs.items()})
 

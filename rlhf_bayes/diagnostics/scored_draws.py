@@ -48,6 +48,8 @@ class ScoredDraws(Described):
     """Σ_t of the entropy of q(· | x_<t), with exact terms; its mean estimates the entropy of q."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> (P, n): features of the completions, where the evidence reports them."""
+    engine_log_prob: Tensor | None = None
+    """(P, n): log-prob of each completion by the engine that drew it, where one did, nats."""
 
     def _facts(self) -> dict[str, Any]:
         prompts, each = self.log_prob.shape
@@ -57,6 +59,13 @@ class ScoredDraws(Described):
     def lengths(self) -> Tensor:
         """(P, n): number of tokens, EOS included."""
         return torch.tensor([[len(ids) for ids in rows] for rows in self.completion_ids])
+
+    @property
+    def log_correction(self) -> Tensor:
+        """(P, n) fp64, nats: log q less log-prob by the engine that drew, 0 where q itself drew."""
+        if self.engine_log_prob is None:
+            return torch.zeros_like(self.log_prob, dtype=torch.float64)
+        return self.log_prob.double() - self.engine_log_prob.double()
 
     @property
     def log_weights(self) -> Tensor:
@@ -136,6 +145,8 @@ def draw(
             scores = torch.stack([*_score(source, posterior.prior, drawn), evidence.cpu()])
             parts.append((drawn, scores, features))
             bar.update(len(drawn) // n)
+    by_engine = [drawn.engine_log_prob.cpu() for drawn, *_ in parts if drawn.engine_log_prob is not None]
+    engine_log_prob = torch.cat(by_engine).view(-1, n) if by_engine else None
     log_prob, log_prior, kl, entropy, evidence = torch.cat([scores for _, scores, _ in parts], dim=1).view(5, -1, n)
     return ScoredDraws(
         prompts=list(prompts),
@@ -146,6 +157,7 @@ def draw(
         log_likelihood=evidence,
         kl=kl,
         entropy=entropy,
+        engine_log_prob=engine_log_prob,
         features={
             name: torch.cat([features[name].cpu() for *_, features in parts]).view(-1, n) for name in parts[0][2]
         },

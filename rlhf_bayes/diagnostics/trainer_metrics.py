@@ -62,6 +62,15 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
     "gdc/clipped": TrainerMetric("share", "of the pseudo-reward that `max_pseudo_reward` took"),
     "gdc/beta": TrainerMetric("reward per nat", "the β that is being annealed with `beta_init`"),
     "gdc/proposal_replaced": TrainerMetric("share", 'how often `proposal="adaptive"` took a new proposal'),
+    "engine/mismatch": TrainerMetric(
+        "nats per sequence",
+        "with vLLM or continuous batching: KL(q‖πθ) of what the engine draws, from the policy as the trainer has it. "
+        "0 where both compute alike; above `max_engine_mismatch` the run stops",
+    ),
+    "engine/ess": TrainerMetric("share", "of the completions that the weights πθ/q of the engine's draws leave"),
+    "engine/reward": TrainerMetric(
+        "reward", "E[r] of the policy, by these weights; TRL's `reward` is the mean over what the engine drew"
+    ),
     "ppo/explained_variance": TrainerMetric(
         "fraction", "of the returns, by the critic: 1 is perfect, 0 a constant, below 0 worse than none"
     ),
@@ -77,6 +86,11 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
         "fraction of tokens", "how often `cliprange_value` took effect; high: lower the learning rate"
     ),
     "ppo/beta": TrainerMetric("reward per nat", "moves only with `target_kl`"),
+    "step_kl": TrainerMetric(
+        "nats per sequence",
+        "KL(π‖π') of an optimizer step, from π before it to π' after it, on what the step learnt from. Where the "
+        "learning rate is adapted, of each of the first 20 steps and then of every tenth; else of the fifth",
+    ),
     "nonfinite_steps": TrainerMetric(
         "share of steps",
         "skipped, because the gradient was not finite; with fp16, whose scaler skips steps by itself, not logged",

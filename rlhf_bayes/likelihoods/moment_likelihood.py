@@ -292,10 +292,11 @@ def _draw(
         raise ValueError(f"`num_samples` must be an integer of at least 2, completions a prompt, got {num_samples!r}.")
     if proposal is None:
         drawn = prior.sample(prompts, num_samples, generator)
-        return drawn, torch.zeros(len(prompts), num_samples, dtype=torch.float64)
+        log_ratio = drawn.log_prob - drawn.log_proposal  # 0 unless an engine drew
+        return drawn, log_ratio.double().cpu().view(-1, num_samples)
     check_same_support("proposal", proposal, prior)
     drawn = proposal.sample(prompts, num_samples, generator)
-    log_ratio = prior.log_prob(drawn.prompts, drawn.completion_ids).to(drawn.log_prob.device) - drawn.log_prob
+    log_ratio = prior.log_prob(drawn.prompts, drawn.completion_ids).to(drawn.log_prob.device) - drawn.log_proposal
     return drawn, log_ratio.double().cpu().view(-1, num_samples)
 
 

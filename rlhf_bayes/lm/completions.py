@@ -30,11 +30,18 @@ class Completions(Described):
     """(B, T) fp32, nats, 0 on padding: log π of each token."""
     ended: Tensor
     """(B,) bool: whether EOS was drawn; false for completions cut at `max_completion_length`."""
+    engine_log_prob: Tensor | None = None
+    """(B,) fp32, nats: log q of each completion by the engine that drew it; None where the model itself drew."""
 
     @property
     def log_prob(self) -> Tensor:
         """log π(x | prompt), (B,), nats: the sum over the completion's tokens."""
         return masked_sum(self.token_log_probs, self.mask, dim=-1)
+
+    @property
+    def log_proposal(self) -> Tensor:
+        """log q(x | prompt) under what drew it, (B,), nats: an engine by its own log-probs, else the model."""
+        return self.log_prob if self.engine_log_prob is None else self.engine_log_prob
 
     def _facts(self) -> dict[str, Any]:
         return {"rows": len(self), "ended": int(self.ended.sum()), "tokens": int(self.mask.sum())}

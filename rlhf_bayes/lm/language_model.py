@@ -123,11 +123,8 @@ class LanguageModel(Described):
             raise ValueError(f"`n` must be an integer of at least 1, got {n!r}.")
         rows = [prompt for prompt in _checked_prompts(prompts) for _ in range(n)]
         prompt_ids = self.prompt_token_ids(rows)
-        completion_ids: list[list[int]] = []
         with seeded_by(generator, self.device), raw_generation_config(self.model):
-            for start in range(0, len(rows), self.batch_size):
-                batch = prompt_ids[start : start + self.batch_size]
-                completion_ids += self.generate_ids(batch, self.max_completion_length)
+            completion_ids, engine_log_prob = self._drawn(prompt_ids)
         token_log_probs, mask = self._score(prompt_ids, completion_ids)
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         eos = set(self.eos_token_ids)
@@ -139,6 +136,7 @@ class LanguageModel(Described):
             mask=mask,
             token_log_probs=token_log_probs,
             ended=torch.tensor([ids[-1] in eos for ids in completion_ids], device=self.device),
+            engine_log_prob=engine_log_prob,
         )
 
     def log_prob(self, prompts: Sequence[Prompt], completion_ids: Sequence[Sequence[int]]) -> Tensor:
@@ -248,6 +246,14 @@ class LanguageModel(Described):
         completion_ids = output[:, padded.size(1) :]  # (B, T)
         kept = first_eos_mask(completion_ids, self.eos_token_ids)
         return [ids[keep].tolist() for ids, keep in zip(completion_ids, kept, strict=True)]
+
+    def _drawn(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], Tensor | None]:
+        """A completion of each prompt, and log q of each, (B,), nats, where an engine with its own log-probs drew."""
+        completion_ids: list[list[int]] = []
+        for start in range(0, len(prompt_ids), self.batch_size):
+            batch = prompt_ids[start : start + self.batch_size]
+            completion_ids += self.generate_ids(batch, self.max_completion_length)
+        return completion_ids, None
 
     def _score(self, prompt_ids: list[list[int]], completion_ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(ids) for ids in completion_ids)

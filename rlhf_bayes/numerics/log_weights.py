@@ -34,6 +34,23 @@ def log_z(log_weights: Tensor, dim: int = -1) -> Tensor:
     return _fp32(log_weights, dim).logsumexp(dim) - math.log(log_weights.size(dim))
 
 
+def weighted_mean(values: Tensor, log_weights: Tensor) -> Tensor:
+    """
+    Self-normalised mean over the last dimension: `Σ w·f / Σ w`.
+
+    Args:
+        values (`torch.Tensor`): f (..., N); may be −inf.
+        log_weights (`torch.Tensor`): log w (..., N), nats, up to a constant.
+
+    Returns:
+        `torch.Tensor`: (...).
+
+    Source: Owen 2013, "Monte Carlo theory, methods and examples", equation 9.6.
+    """
+    shares = log_weights.softmax(-1)
+    return torch.where(shares > 0, shares * values, 0.0).sum(-1)
+
+
 def log_z_standard_error(log_weights: Tensor, dim: int = -1) -> Tensor:
     """
     Standard error of `log_z` by the delta method: `√(1/ESS − 1/n)`.

@@ -186,6 +186,7 @@ class GDCObjective(ABC, Generic[B]):
         log_ratios, kls, weights = everyone.log_policy - everyone.log_prior, everyone.kls, None
         if rollout.drawn_from != "policy":
             weights = (everyone.log_policy - everyone.log_proposal).exp()
+        if rollout.drawn_from not in ("policy", "engine"):
             kls = log_ratios  # sums of exact token KLs estimate the KL only for prefixes that the policy drew
         evidence = power * everyone.log_likelihood
         metrics |= posterior_metrics(evidence, log_ratios, kls, 1.0, rollout.num_generations, log_zs, weights)

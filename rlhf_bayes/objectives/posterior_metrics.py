@@ -47,16 +47,17 @@ def posterior_metrics(
         num_generations (`int`):
             G, which divides B.
         log_zs (`Tensor` (B,), *optional*):
-            log Z of each completion's prompt, nats; nan or `-inf` where it is not known. Needed with `weights`.
+            log Z of each completion's prompt, nats; nan or `-inf` where it is not known. Default: from its G
+            completions.
         weights (`Tensor` (B,), *optional*):
             π/q, where the completions were drawn from q.
 
     Returns:
         `dict[str, float]`: `posterior/kl_to_prior`, `posterior/elbo`, `posterior/log_z`, `posterior/gap` and
         `posterior/gap_standard_error` (nats; over prompts if there are several) and `posterior/importance_ess`
-        (completions out of G; not with `weights`), as far as they are defined.
+        (completions out of G; not with both `log_zs` and `weights`), as far as they are defined.
     """
-    own = weights is None
+    with_ess = weights is None or log_zs is None
     weights = torch.ones_like(rewards) if weights is None else weights
     metrics = {"posterior/kl_to_prior": _mean(kls, weights)}
     log_weights = rewards / beta - log_ratios if beta > 0 else torch.full_like(rewards, torch.nan)  # (B,)
@@ -66,9 +67,10 @@ def posterior_metrics(
     allowed = bool(log_weights[scored].isfinite().all())
     if allowed:
         metrics["posterior/elbo"] = _mean(log_weights[scored], weights[scored])
-    groups = log_weights.view(-1, num_generations)  # (B / G, G)
+    # log w of draws from q is that of draws from π, plus log π/q
+    groups = (log_weights + weights.log()).view(-1, num_generations)  # (B / G, G)
     whole = ~groups.isnan().any(-1)
-    if own and num_generations > 1 and whole.any():
+    if with_ess and num_generations > 1 and whole.any():
         metrics["posterior/importance_ess"] = importance_ess(groups[whole], dim=-1).mean().item()
     if log_zs is None and num_generations > 1:
         log_zs = log_z_without_bias(groups)[:, None].expand_as(groups).flatten()  # (B,)

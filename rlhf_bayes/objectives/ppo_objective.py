@@ -55,6 +55,8 @@ class PPOBatch(Batch):
     """(): β of the rollout."""
     lam: Tensor
     """(): λ of the rollout."""
+    policy_weights: Tensor | None = None
+    """(B,): π_old/q of each completion, where an engine drew with log-probs q of its own; None where π_old drew."""
 
 
 @final
@@ -62,7 +64,12 @@ class PPOObjective:
     r"""
     Proximal policy optimisation of J(θ) = E_πθ[r] − β·KL(πθ‖π0), whose optimum is the posterior.
 
-        loss = Σ_tokens max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) + vf_coef·(V − target)²/2,    ρ = π/π_old
+        loss = Σ_tokens w·[max(−A·ρ, −A·clip(ρ, 1 − ε, 1 + ε)) + vf_coef·(V − target)²/2],    ρ = π/π_old
+
+    w is π_old(x)/q(x) of the completion, where q is what drew it, and 1 where that is the policy itself. π_old, around
+    which the ratio is clipped, is the policy as the trainer scores it; q is the behaviour policy, for instance an
+    engine with other arithmetic. The weight is that of the whole completion, since each advantage holds rewards of
+    tokens that q drew later. So the gradient is that of J whatever drew.
 
     The advantages are [`~rlhf_bayes.numerics.ppo.kl_penalised_advantages`], computed anew at each update with the
     policy and the critic of that moment, since the posterior does not move.
@@ -93,7 +100,8 @@ class PPOObjective:
             A critic that is fitted after each rollout, in place of one in the policy. There is no value loss then.
 
     Source: Schulman et al. 2017, arXiv 1707.06347; the KL penalty: Ziegler et al. 2019, 1909.08593; the optimum:
-    Korbak, Perez & Buckley 2022, 2205.11275, equations 3 to 7.
+    Korbak, Perez & Buckley 2022, 2205.11275, equations 3 to 7; proximal and behaviour policy apart: Hilton, Cobbe &
+    Schulman 2022, 2110.00641.
     """
 
     batch_type = PPOBatch
@@ -151,6 +159,7 @@ class PPOObjective:
             advantage_scale=rollout.rewards.new_tensor(1.0),
             beta=torch.tensor(self.beta, device=rollout.rewards.device),
             lam=torch.tensor(self._lam(), device=rollout.rewards.device),
+            policy_weights=rollout.policy_weights,
         )
         advantages, targets = self._advantages(rollout.token_log_probs, values, batch)
         if self.normalize_advantages:
@@ -160,7 +169,7 @@ class PPOObjective:
         self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
         self.world.log("ppo/lam", batch.lam.item())
         if features is not None and critic is not None and self.world.training:
-            critic.learn(features, self._returns(rollout), mask)
+            critic.learn(features, self._returns(rollout), mask, rollout.policy_weights)
         self._report_rollout(rollout)
         return batch
 
@@ -183,6 +192,8 @@ class PPOObjective:
         log_ratio = torch.where(mask, log_probs - batch.old_token_log_probs, 0.0)
         policy_loss = clipped_policy_loss(log_ratio, advantages, self.epsilon_low, self.epsilon_high)
         value_loss = clipped_value_loss(values, batch.old_values, targets, self.cliprange_value)
+        if batch.policy_weights is not None:
+            policy_loss, value_loss = (batch.policy_weights[:, None] * loss for loss in (policy_loss, value_loss))
         policy_weight = 0.0 if self.critic_warms_up else 1.0
         value_weight = self.vf_coef if self.critic is None else 0.0
         loss = policy_weight * masked_sum(policy_loss, mask) + value_weight * masked_sum(value_loss, mask)
@@ -261,12 +272,16 @@ class PPOObjective:
         kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
         local = torch.stack([rollout.rewards, log_ratios.sum(-1), kls.sum(-1)], dim=-1)  # (B, 3)
         rewards, log_ratios, kls = self.world.gather(local).unbind(-1)  # (B_global,)
-        metrics = posterior_metrics(rewards, log_ratios, kls, self.beta, rollout.num_generations)
-        for name, value in (metrics | moments_of_all(self.world, rollout)).items():
+        weights = None if rollout.policy_weights is None else self.world.gather(rollout.policy_weights)
+        metrics = posterior_metrics(
+            rewards, log_ratios, kls, self.beta, rollout.num_generations, weights=weights
+        ) | moments_of_all(self.world, rollout, weights)
+        for name, value in metrics.items():
             self.world.log(name, value)
         self.world.log("ppo/beta", self.beta)
         if self.world.training and self.target_kl is not None:
-            self.beta = adapted_beta(self.beta, kls.mean().item(), self.target_kl, len(kls), self.kl_horizon)
+            kl = metrics["posterior/kl_to_prior"]
+            self.beta = adapted_beta(self.beta, kl, self.target_kl, len(kls), self.kl_horizon)
 
     def _columns_to_report(
         self, scores: CompletionScores, values: Tensor, log_ratio: Tensor, advantages: Tensor, batch: PPOBatch

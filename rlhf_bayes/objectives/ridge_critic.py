@@ -77,7 +77,7 @@ class RidgeCritic:
         best = self._fits[int(self.errors.argmin())].to(features)  # (1 + F,)
         return with_constant(features) @ best
 
-    def learn(self, features: Tensor, returns: Tensor, mask: Tensor) -> None:
+    def learn(self, features: Tensor, returns: Tensor, mask: Tensor, policy_weights: Tensor | None = None) -> None:
         """
         Learn from a rollout whose forecasts have been made.
 
@@ -85,11 +85,14 @@ class RidgeCritic:
             features (`torch.Tensor`): (B, T, F).
             returns (`torch.Tensor`): r − β·log(π/π0) of each completion (B,).
             mask (`torch.Tensor`): bool (B, T): tokens that the policy drew.
+            policy_weights (`torch.Tensor`, *optional*): π/q of each completion (B,), where something else drew.
         """
         lengths = mask.sum(-1, keepdim=True).expand_as(mask)  # (B, T)
         rows, targets = features[mask], returns[:, None].expand_as(mask)[mask]  # (N, F), (N,)
         # a completion counts once, however many tokens it has: its tokens share one return
         weights = 1 / lengths[mask].float()
+        if policy_weights is not None:
+            weights = weights * policy_weights[:, None].expand_as(mask)[mask]
         if self._fits is not None:
             residuals = targets[:, None] - with_constant(rows) @ self._fits.T.to(rows)  # (N, K)
             errors = self.world.reduce((weights[:, None] * residuals.square()).sum(0))  # (K,)

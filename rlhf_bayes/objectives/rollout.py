@@ -42,7 +42,7 @@ class Rollout:
     token_entropy: Tensor
     """(B, T): entropy of π(· | prefix)."""
     log_proposal: Tensor
-    """(B,): log q(x | prompt) under the proposal that drew it, which may be the policy; of the tokens that it drew."""
+    """(B,): log q(x | prompt) under what drew it, an engine by its own log-probs; of the tokens that it drew."""
     rewards: Tensor
     """(B,): r, weighted, clipped and minus the EOS penalty; nan where no function applies, -inf where forbidden."""
     num_generations: int
@@ -55,8 +55,9 @@ class Rollout:
     """(B, T, S): what the objective's `states` keeps of the policy's last hidden state before each token."""
     prefix_rewards: Tensor | None = None
     """(B, T): r of the tokens before t, where the reward functions are asked for it; 0 before the first token."""
-    drawn_from: Literal["policy", "prior", "snapshot", "store"] = "policy"
-    """What drew the completions; a snapshot is the policy at an earlier time, a store holds draws of anything."""
+    drawn_from: Literal["policy", "engine", "prior", "snapshot", "store"] = "policy"
+    """What drew the completions. An engine has the policy's weights and other arithmetic, a snapshot is an earlier
+    policy, a store holds draws of anything."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """name -> (B,): features of the completions, where the evidence reports them."""
     model_inputs: list[RowInputs] | None = None
@@ -84,6 +85,13 @@ class Rollout:
     def policy_tokens(self) -> Tensor:
         """(B, T) bool: the tokens of the completion that the policy drew."""
         return policy_tokens(self.completion_mask, self.policy_mask)
+
+    @property
+    def policy_weights(self) -> Tensor | None:
+        """(B,): π/q of each completion, with which means over the rows are those of the policy; None where it drew."""
+        if self.drawn_from == "policy":
+            return None
+        return (self.token_log_probs.sum(-1) - self.log_proposal).exp()
 
     @property
     def sequences(self) -> dict[str, Any]:

@@ -133,12 +133,16 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
     laws = {}
     for run in trained:
         d, reward = points[run.name]
-        axes.plot(d, reward, ".", color=_color(runs, run.name), alpha=0.35, markersize=4)
+        axes.plot(
+            d, reward, ".", color=_color(runs, run.name), alpha=0.35, markersize=4, label=f"{run.name}, logging steps"
+        )
         _draw_law(axes, d, reward, "rl", _color(runs, run.name), run.name, laws, _reward_of_the_prior(run))
     for run in judged:
         reward, kl = (run.estimates[f"policy/{name}"].value for name in ("reward", "kl_to_prior"))
-        label = None if run in trained else run.name
-        axes.plot(math.sqrt(max(kl, 0.0)), reward, "D", color=_color(runs, run.name), markersize=6, label=label)
+        axes.plot(
+            math.sqrt(max(kl, 0.0)), reward, "D", color=_color(runs, run.name), markersize=8, markeredgecolor="white",
+            zorder=4, label=f"{run.name}, evaluated",
+        )  # fmt: skip
     for index, run in enumerate(sampled):
         suffix = "" if len(sampled) == 1 else f", {run.name}"
         # the posteriors of the same rewards lie close together, so only the first run's are labelled
@@ -146,7 +150,7 @@ def reward_kl_figure(runs: Sequence[Run]) -> tuple[Any, dict[str, RewardLaw]] | 
         _draw_sampled(axes, run, suffix, laws, named)
     axes.set(xlabel="√KL(policy‖prior)  (√nats)", ylabel="reward")
     axes.set_xlim(left=0)
-    _legend(figure, [axes], 3)
+    _legend(figure, [axes], 2)
     return figure, laws
 
 
@@ -165,12 +169,26 @@ def _reward_of_the_prior(run: Run) -> float | None:
 
 
 def _draw_sampled(axes: Any, run: Run, suffix: str, laws: dict[str, RewardLaw], named: bool) -> None:
-    posterior = [row for row in run.sampling.get("what_if", []) if row.get("trustworthy")]
+    rows = sorted(run.sampling.get("what_if", []), key=lambda row: -row["beta"])
+    posterior = [row for row in rows if row.get("trustworthy")]
     if posterior:
         posterior = sorted(posterior, key=lambda row: row["kl_to_prior"])
         d = [math.sqrt(max(row["kl_to_prior"], 0.0)) for row in posterior]
         reward = [row["reward"] for row in posterior]
         axes.plot(d, reward, color="0.15", linewidth=1.4, marker="o", markersize=4, label=f"posteriors of β{suffix}")
+        # smaller β go on, but these draws give no more than bounds: a posterior is to the right of its point and above
+        beyond = [row for row in rows if row["beta"] < min(kept["beta"] for kept in posterior)]
+        bounds = [(row.get("kl_to_prior_at_least"), row.get("reward_at_least"), row["beta"]) for row in beyond]
+        bounds = [(math.sqrt(max(kl, 0.0)), least, beta) for kl, least, beta in bounds if None not in (kl, least)]
+        if bounds:
+            x, y, betas = (list(column) for column in zip(*bounds, strict=True))
+            axes.plot(
+                [d[-1], *x], [reward[-1], *y], color="0.15", linewidth=1, linestyle=":", marker=">",
+                markevery=slice(1, None), markerfacecolor="white", label=f"at least, β too small to measure{suffix}",
+            )  # fmt: skip
+            if named:
+                text = f"β {betas[0]:g}" + (f" to {betas[-1]:g}" if len(betas) > 1 else "") + ": at least"
+                axes.annotate(text, (x[-1], y[-1]), xytext=(6, -10), textcoords="offset points", fontsize=7)
         for x, y, row in zip(d, reward, posterior if named else [], strict=named):
             axes.annotate(
                 f"β {row['beta']:g}", (x, y), xytext=(-3, 5), textcoords="offset points", fontsize=7, ha="right"
@@ -178,7 +196,7 @@ def _draw_sampled(axes: Any, run: Run, suffix: str, laws: dict[str, RewardLaw], 
     best = run.sampling.get("best_of_n", [])
     if best:
         d, reward = [math.sqrt(row["kl_to_prior"]) for row in best], [row["reward"] for row in best]
-        axes.plot(d, reward, "x", color="0.45", markersize=6)
+        axes.plot(d, reward, "x", color="0.45", markersize=6, label=f"best of n{suffix}")
         _draw_law(axes, d, reward, "best_of_n", "0.45", f"best of n{suffix}", laws)
 
 
@@ -195,7 +213,6 @@ def _draw_law(
     # a run's reward is the one that is maximised, so no downturn may be read into it
     law = fit_reward_law(d, reward, form, start, never_falls=True)
     if law is None:
-        axes.plot([], [], color=color, label=name)
         return
     laws[name] = law
     # where the prior's reward was fitted too, the line does not extend to it
@@ -256,6 +273,23 @@ def panels_of(number: int, size: tuple[float, float] = _PANEL) -> tuple[Any, lis
     for axes in panels[number:]:
         axes.set_visible(False)
     return figure, panels[:number]
+
+
+def stack_panels(figure: Any) -> None:
+    """Put the panels of a figure one below the other, for narrow screens."""
+    from matplotlib.gridspec import GridSpec
+
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    grid = GridSpec(len(panels), 1, figure=figure)
+    height = figure.get_figheight() / figure.axes[0].get_gridspec().nrows
+    for index, axes in enumerate(panels):
+        axes.set_subplotspec(grid[index])
+    for axes in figure.axes:
+        if axes not in panels:
+            axes.remove()
+    for legend in figure.legends:
+        legend.set_ncols(min(2, len(legend.get_texts())))
+    figure.set_size_inches(_PANEL[0], height * len(panels))
 
 
 def _legend(figure: Any, panels: Sequence[Any], columns: int) -> None:

@@ -1,6 +1,7 @@
 """Writes one self-contained page of HTML, without network or scripts. Whatever a model wrote is escaped."""
 
 import base64
+import io
 from collections.abc import Sequence
 from datetime import datetime
 from html import escape
@@ -9,11 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_bayes.report.diversity_curves import diversity_over_training
-from rlhf_bayes.report.figures import diversity_figure, elbo_figure, moments_figure, reward_kl_figure, training_figure
+from rlhf_bayes.report.figures import (
+    diversity_figure,
+    elbo_figure,
+    moments_figure,
+    reward_kl_figure,
+    stack_panels,
+    training_figure,
+)
 from rlhf_bayes.report.run import Run, read_runs
-from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, summary_table, what_if_tables
+from rlhf_bayes.report.tables import (
+    evaluation_table,
+    samples_tables,
+    settings_tables,
+    summary_table,
+    verdicts,
+    what_if_tables,
+)
 
 PAGE = "index.html"
+_DPI = 150
+_NARROW = 640  # pixels: narrower screens have one panel beside another no more, and break the cells of tables
 
 
 def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
@@ -36,6 +53,7 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path) -> Path:
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     sections = [
+        ("Verdict", verdicts(runs)),
         ("Summary", summary_table(runs)),
         ("How far from the posterior", evaluation_table(runs)),
         *_figures(runs, output_dir),
@@ -72,8 +90,9 @@ def _figures(runs: Sequence[Run], output_dir: Path) -> list[tuple[str, str]]:
             "reward_kl",
             against_kl and against_kl[0],
             "Dots are the logging steps of a run, the diamond is its evaluation. The dark line is the posteriors, "
-            "each with its β; crosses are the best of n. A run to the right of the dark line has more KL than the "
-            "posterior of the same reward: its inference is not finished.",
+            "each with its β; crosses are the best of n. Hollow triangles are posteriors that these draws cannot "
+            "measure: they lie to the right of the triangle and above it. A run to the right of the dark line has "
+            "more KL than the posterior of the same reward: its inference is not finished.",
             laws,
         ),
         (
@@ -120,11 +139,15 @@ def save_figure(figure: Any, path: Path, title: str, caption: str) -> str:
         caption (`str`):
             Text below the image.
     """
-    figure.savefig(path, format="png", dpi=150)
-    return embedded_image(path, title, caption, width=round(figure.get_figwidth() * 100))
+    figure.savefig(path, format="png", dpi=_DPI)
+    width = round(figure.get_figwidth() * 100)
+    stack_panels(figure)
+    narrow = io.BytesIO()
+    figure.savefig(narrow, format="png", dpi=_DPI)
+    return embedded_image(path, title, caption, width, narrow.getvalue())
 
 
-def embedded_image(path: Path, title: str, caption: str, width: int) -> str:
+def embedded_image(path: Path, title: str, caption: str, width: int, narrow: bytes | None = None) -> str:
     """
     HTML that holds a PNG, with a caption.
 
@@ -137,13 +160,21 @@ def embedded_image(path: Path, title: str, caption: str, width: int) -> str:
             Text below the image.
         width (`int`):
             Largest width of the image, in pixels.
+        narrow (`bytes`, *optional*):
+            A PNG that is shown in its place on narrow screens.
     """
-    image = base64.b64encode(path.read_bytes()).decode("ascii")
+    other = ""
+    if narrow is not None:
+        other = f'<source media="(max-width: {_NARROW}px)" srcset="{_data_url(narrow)}">'
     return (
-        f'<figure><div class="scroll"><img alt="{escape(title)}" style="width:{width}px" '
-        f'src="data:image/png;base64,{image}"></div>'
+        f'<figure><picture>{other}<img alt="{escape(title)}" style="width:{width}px" '
+        f'src="{_data_url(path.read_bytes())}"></picture>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def html_page(title: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -198,13 +229,22 @@ header p { margin: 2px 0 0; }
 figure { margin: 0; }
 figure img { max-width: 100%; height: auto; display: block; }
 figcaption { max-width: 75ch; margin-top: 6px; }
-.scroll { overflow-x: auto; }
+/* a table that is wider than the screen has a shadow at the side where it goes on */
+.scroll { overflow-x: auto; background: linear-gradient(90deg, #fff 30%, #fff0) 0 / 40px 100%,
+  linear-gradient(270deg, #fff 30%, #fff0) 100% / 40px 100%,
+  linear-gradient(90deg, #1d243033, #1d243000) 0 / 12px 100%,
+  linear-gradient(270deg, #1d243033, #1d243000) 100% / 12px 100%; background-repeat: no-repeat;
+  background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; margin: 8px 0; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 14px 5px 0; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
 th, td { white-space: nowrap; }
 th { font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
-tbody th { font-weight: 400; position: sticky; left: 0; background: #fff; }
+tbody th { font-weight: 400; }
+abbr[title] { text-decoration: underline dotted var(--muted); text-underline-offset: 3px; cursor: help; }
+dl { max-width: 75ch; font-size: 13px; }
+dt { font-weight: 600; margin-top: 6px; }
+dd { margin: 0; color: var(--muted); }
 td.bad { color: var(--bad); }
 table.texts { width: 100%; table-layout: fixed; }
 table.texts th, table.texts td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
@@ -216,7 +256,7 @@ table.texts p { margin: 0 0 8px; }
 td code { font-size: 13px; overflow-wrap: anywhere; }
 details { margin: 10px 0; }
 summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 640px) { tbody th { white-space: normal; min-width: 12ch; }
-  figure img { max-width: none; } }
+@media (max-width: 640px) { header, main { padding: 0 14px; } table { font-size: 13px; }
+  th, td { white-space: normal; padding: 5px 8px 5px 0; } tbody th { min-width: 9ch; } }
 @media print { nav { display: none; } section { break-inside: avoid; } }
 """

@@ -4,9 +4,9 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf_bayes.diagnostics.quantities import title_of
+from rlhf_bayes.diagnostics.quantities import meaning_of, title_of
 from rlhf_bayes.report.figures import ceiling
 from rlhf_bayes.report.run import Estimate, Run, Sample
 from rlhf_bayes.samplers.draws import checks_in_words
@@ -15,13 +15,43 @@ MAX_PROMPTS = 12
 MAX_SAMPLES = 2
 _MAX_CHARACTERS = 1500
 
+
+class Explained(NamedTuple):
+    """The name of a row or column, with its meaning: shown where the mouse points, and listed below the table."""
+
+    name: str
+    meaning: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
 _LOGGED = {
-    "reward": "reward",
-    "posterior/kl_to_prior": "KL to the prior (nats)",
-    "posterior/elbo": "ELBO (nats)",
-    "entropy": "entropy (nats per token)",
-    "completions/mean_length": "length (tokens)",
+    "reward": Explained("reward", "the mean reward of the completions that were drawn in training"),
+    "posterior/kl_to_prior": Explained("KL to the prior (nats)", "KL(π‖π0): how far the policy went from the prior"),
+    "posterior/elbo": Explained("ELBO (nats)", "E[r]/β − KL(π‖π0): what training maximises; at most log Z"),
+    "entropy": Explained(
+        "entropy (nats per token)", "of the policy at each token; the evaluation's is per completion"
+    ),
+    "completions/mean_length": Explained("length (tokens)", "the mean number of tokens of a completion"),
 }
+_BETA = Explained("β of the posterior", "the reward that a nat is worth: the posterior is π0·exp(r/β)/Z")
+_STEPS = Explained("optimizer steps", "how often the weights were changed")
+_CEILING = Explained(
+    "log Z, the ELBO's ceiling (nats)",
+    "log of E[exp(r/β)] under the prior, as the evaluation or a sampler estimated it: the best possible ELBO",
+)
+_GAP = Explained("log Z − ELBO = KL(π‖π*) (nats)", "the distance to the posterior; 0 is done")
+_WHAT_IF = (
+    Explained("β", "the reward that a nat is worth"),
+    Explained("E[r]", "the mean reward under the posterior of this β: what training can reach"),
+    Explained("KL(π*‖π0) (nats)", "how far this posterior is from the prior"),
+    Explained("log Z (nats)", "the best possible ELBO at this β"),
+    Explained(
+        "lowest ESS", "how many of the draws count, for the prompt with the fewest; below 10 nothing is measured"
+    ),
+    Explained("k̂", "the tail of the weights; above 0.7 nothing is measured. – where it cannot be fitted"),
+)
 _NO_QUANTITIES = {"beta", "prompts", "num_draws", "gain"}  # the verdict tells the gain
 # the settings in which runs differ most often; the others are folded away
 _MAIN_SETTINGS = (
@@ -39,17 +69,33 @@ _INTERVALS = (
 _UNCONVERGED = "the chains disagree by more than chance: let them run longer, or start them elsewhere"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
-    """An HTML table. Texts are escaped; an [`Estimate`] that is not trustworthy shows why. Empty without rows."""
+def table(header: Sequence[str | Explained], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
+    """
+    An HTML table. Texts are escaped; an [`Estimate`] that is not trustworthy shows why. Empty without rows.
+
+    Args:
+        header (`Sequence` of `str` or [`Explained`]):
+            Names of the columns.
+        rows (`Iterable`):
+            Rows of cells, the first of which is the name of the row.
+        kind (`str`):
+            Class of the table, for the style.
+    """
+    rows = list(rows)
     lines = ["".join(_cell(cell, first=index == 0) for index, cell in enumerate(row)) for row in rows]
     if not lines:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    head = "".join(f"<th>{_labelled(name)}</th>" for name in header)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     # columns of texts have a least width; on narrow screens the table scrolls
-    style = f' style="min-width:{150 * len(header)}px"' if kind == "texts" else ""
+    style = f' style="min-width:{130 * len(header)}px"' if kind == "texts" else ""
     opening = f'<table class="{kind}"{style}>' if kind else "<table>"
-    return f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    whole = f'<div class="scroll">{opening}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    explained = [cell for cell in (*header, *(row[0] for row in rows)) if isinstance(cell, Explained) and cell.meaning]
+    if not explained:
+        return whole
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>" for name, meaning in explained)
+    return f"{whole}<details><summary>What these numbers are</summary><dl>{terms}</dl></details>"
 
 
 def summary_table(runs: Sequence[Run]) -> str:
@@ -57,30 +103,30 @@ def summary_table(runs: Sequence[Run]) -> str:
     runs, others = [run for run in runs if run.history], runs
     rows: list[list[Any]] = []
     if any(run.beta for run in runs):
-        rows.append(["β of the posterior", *(f"{run.beta:g}" if run.beta else "–" for run in runs)])
+        rows.append([_BETA, *(f"{run.beta:g}" if run.beta else "–" for run in runs)])
     if runs:
-        rows.append(["optimizer steps", *(f"{_last_step(run):,}" for run in runs)])
+        rows.append([_STEPS, *(f"{_last_step(run):,}" for run in runs)])
     for key, label in _LOGGED.items():
         ends = [_end(run.curve(key)[1][0]) for run in runs]
         if any(end is not None for end in ends):
             rows.append([label, *("–" if end is None else f"{end:.2f}" for end in ends)])
     ceilings = [ceiling(run, others) for run in runs]
     if any(best is not None for best in ceilings):
-        rows.append(["log Z, the ELBO's ceiling (nats)", *("–" if best is None else best for best in ceilings)])
+        rows.append([_CEILING, *("–" if best is None else best for best in ceilings)])
         elbos = [_end(run.curve("posterior/elbo")[1][0]) for run in runs]
         gaps = [
             "–" if best is None or elbo is None else f"{best.value - elbo:.2f}"
             for best, elbo in zip(ceilings, elbos, strict=True)
         ]
         if set(gaps) != {"–"}:
-            rows.append(["log Z − ELBO = KL(π‖π*) (nats)", *gaps])
+            rows.append([_GAP, *gaps])
     note = '<p class="note">Logged figures are means over the last tenth of the steps, of training prompts.</p>'
     return table(["", *(run.name for run in runs)], rows) + note if rows else ""
 
 
 def evaluation_table(runs: Sequence[Run]) -> str:
     """
-    What each run's `evaluation.json` says of policy and prior, and the verdict in words.
+    What each run's `evaluation.json` says of policy and prior.
 
     There is a column for each run and part of it, and a row for each quantity, with its interval or the reason why it
     cannot be trusted. Samplers report fewer quantities, so they have a table of their own.
@@ -99,10 +145,14 @@ def evaluation_table(runs: Sequence[Run]) -> str:
                 continue
             title = " ".join(filter(None, (run.name if len(runs) > 1 else "", part))) or run.name
             (judged if part else sampled)[title] = column
-    verdicts = [f"<b>{escape(run.name)}</b>: {escape(run.verdict)}" for run in runs if run.verdict]
     tables = _quantities(sampled) + _drawn_table(runs) + _quantities(judged)
     note = f'<p class="note">{escape(_INTERVALS)}</p>' if tables else ""
-    return tables + note + "".join(f"<p>{verdict}</p>" for verdict in verdicts)
+    return tables + note
+
+
+def verdicts(runs: Sequence[Run]) -> str:
+    """What follows from the numbers of each run, in words."""
+    return "".join(f"<p><b>{escape(run.name)}</b>: {escape(run.verdict)}</p>" for run in runs if run.verdict)
 
 
 def what_if_tables(runs: Sequence[Run]) -> str:
@@ -129,13 +179,13 @@ def what_if_tables(runs: Sequence[Run]) -> str:
         if rows:
             alike = [other.name for other in runs if other.sampling.get("what_if") == run.sampling["what_if"]]
             title = f"<h3>{escape(', '.join(alike))}</h3>" if len(runs) > 1 else ""
-            header = ["β", "E[r]", "KL(π*‖π0) (nats)", "log Z (nats)", "lowest ESS", "k̂"]
-            parts.append(title + table(header, rows))
+            parts.append(title + table(_WHAT_IF, rows))
     if not parts:
         return ""
     note = (
-        "One set of draws from the prior, reweighted, for these prompts. ± is a standard error, ≥ a bound at 95% "
-        "where the draws allow no estimate; ESS is that of the worst prompt, k̂ that of all weights together."
+        "One set of draws from the prior, reweighted, for these prompts. ± is a standard error. What is red cannot be "
+        "measured with these draws, since too few of them count: ≥ is a bound at 95% that holds all the same. ESS is "
+        "that of the worst prompt, k̂ that of all weights together."
     )
     return "".join(parts) + f'<p class="note">{note}</p>'
 
@@ -181,7 +231,10 @@ def settings_tables(runs: Sequence[Run]) -> str:
 
 def _quantities(columns: Mapping[str, Mapping[str, Estimate]]) -> str:
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[title_of(name), *(column.get(name, "–") for column in columns.values())] for name in names]
+    rows = [
+        [Explained(title_of(name), meaning_of(name)), *(column.get(name, "–") for column in columns.values())]
+        for name in names
+    ]
     return table(["", *columns], rows)
 
 
@@ -211,7 +264,14 @@ def _cell(cell: Any, first: bool) -> str:
         return f"<td>{''.join(_paragraph(sample) for sample in cell) or '–'}</td>"
     if isinstance(cell, Estimate) and not cell.trustworthy:
         return f'<td class="bad" title="{escape(cell.reason)}">{escape(str(cell))}</td>'
-    return f"<th>{escape(str(cell))}</th>" if first else f"<td>{escape(str(cell))}</td>"
+    return f"<th>{_labelled(cell)}</th>" if first else f"<td>{escape(str(cell))}</td>"
+
+
+def _labelled(name: Any) -> str:
+    """The name of a row or column, with its meaning where the mouse points."""
+    if isinstance(name, Explained) and name.meaning:
+        return f'<abbr title="{escape(name.meaning)}">{escape(name.name)}</abbr>'
+    return escape(str(name))
 
 
 def _paragraph(sample: Sample) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rlhf_bayes.lm import Prompt
+from rlhf_bayes.lm import Prompt, VLLMLanguageModel
 from rlhf_bayes.numerics import clopper_pearson, quasi_rejection_curve
 from rlhf_bayes.samplers.dependence import IndependentRows
 from rlhf_bayes.samplers.draws import Draws, Guarantee, LogZ
@@ -56,7 +56,8 @@ class RejectionSampler:
         proposal ([`Proposal`], *optional*):
             q. Default: the prior.
         log_bound (`float`, *optional*):
-            log B, nats. Default: `posterior.bound`, where the proposal is the prior.
+            log B, nats. Default: `posterior.bound`, where the proposal is the prior; with an engine as prior, 0.1 nats
+            more, since its log-probs are not quite those of the prior.
         quasi (`bool`):
             Whether weights may exceed the bound; they are then counted. Otherwise such a weight is an error.
         max_tv (`float`, *optional*):
@@ -142,7 +143,7 @@ class RejectionSampler:
         proposal = checked_request(posterior, self.proposal, prompts, n, generator, columns)
         tokens = 0
         if self.max_tv is None:
-            log_bound = self.log_bound if self.log_bound is not None else posterior.bound
+            log_bound = self.log_bound if self.log_bound is not None else self._own_bound(posterior)
             runs = [_Run(n, self.max_draws, float(log_bound)) for _ in prompts]  # type: ignore[arg-type]
         else:
             pilot = draw_scored(posterior, proposal, prompts, [self.pilot] * len(prompts), generator, columns)
@@ -229,14 +230,22 @@ class RejectionSampler:
         )
 
     @staticmethod
+    def _own_bound(posterior: "Posterior") -> Any:
+        """The bound of the weights, where the prior draws."""
+        engine = isinstance(posterior.prior, VLLMLanguageModel)
+        return posterior.bound + ENGINE_SLACK if engine else posterior.bound  # pyright: ignore[reportOptionalOperand]
+
+    @staticmethod
     def _refuse_excess(row: Row, log_weight: float) -> None:
         raise ValueError(
             f"The log-weight {log_weight:.6g} exceeds the bound, for completion {row.text!r} of prompt "
             f"{row.prompt!r}: draws would not be exact. Raise `log_bound`, or pass `quasi=True` to count such draws "
-            "and learn how far off they leave the result."
+            "and learn how far off they leave the result. Where an engine draws, load it in the model's precision."
         )
 
 
+ENGINE_SLACK = 0.1
+"""Nats by which the bound of a posterior is raised where an engine draws: its log-probs are not quite the prior's."""
 _TOLERANCE = 1e-4  # nats: rounding error of a sequence's log-probability in fp32
 
 

@@ -86,7 +86,10 @@ def draw_scored(
             [p for p, count in zip(prompts, counts, strict=True) for _ in range(count)], 1, generator
         )
     prompt_index = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(list(counts)))
-    evidence, log_weights = weighed(posterior, proposal, drawn, prompt_index.tolist(), columns, drawn.log_prob)
+    evidence, log_weights = weighed(posterior, proposal, drawn, prompt_index.tolist(), columns, drawn.log_proposal)
+    if proposal is posterior.prior and drawn.engine_log_prob is not None:
+        # the engine's q is the prior but for its own arithmetic
+        log_weights = log_weights + (drawn.log_prob - drawn.engine_log_prob).double().cpu()
     return ScoredCompletions(drawn, prompt_index, evidence, log_weights)
 
 

@@ -98,8 +98,8 @@ def scored_completions(
         step (`int`, *optional*):
             The optimizer step of the training that drew them.
     """
-    log_proposal = drawn.log_prob
-    log_prior = log_proposal if drawn_by == "prior" else prior.log_prob(drawn.prompts, drawn.completion_ids)
+    log_proposal = drawn.log_proposal
+    log_prior = drawn.log_prob if drawn_by == "prior" else prior.log_prob(drawn.prompts, drawn.completion_ids)
     rewards, features = raw_scores(likelihood, drawn.prompts, drawn.completions, drawn.completion_ids, columns)
     prompt_ids = prior.prompt_token_ids(drawn.prompts)
     return [

@@ -236,12 +236,19 @@ def test_vllm_draws_from_the_prior(toy, tmp_path, monkeypatch):
 
     class LLM:
         def __init__(self, model, **options):
-            assert (model, options) == (str(tmp_path / "model"), {"dtype": "float32", "gpu_memory_utilization": 0.5})
+            assert model == str(tmp_path / "model")
+            assert options == {
+                "dtype": "float32",
+                "gpu_memory_utilization": 0.5,
+                "logprobs_mode": "processed_logprobs",
+            }
 
         def generate(self, prompts, sampling_params, use_tqdm):
             asked.extend(sampling_params)
-            ended = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[toy.tokenizer.eos_token_id])])
-            return [ended] * len(prompts)
+            eos = toy.tokenizer.eos_token_id
+            log_prob = toy.log_prior[0, toy.completion_ids.index([eos])].item()
+            drawn = SimpleNamespace(token_ids=[eos], logprobs=[{eos: SimpleNamespace(logprob=log_prob)}])
+            return [SimpleNamespace(outputs=[drawn])] * len(prompts)
 
     vllm = ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = LLM, SimpleNamespace

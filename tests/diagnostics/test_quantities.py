@@ -55,7 +55,7 @@ def test_it_is_shown_where_its_record_says(fit, name):
     assert (quantity.title in rows) == ("terminal" in quantity.places)
     found = {"length": {"mean": 3.0, "standard_error": 0.1}} | fit.as_dict()
     page = evaluation_table([Run("a", Path("a"), estimates=estimates_of(found))])
-    assert (f"<th>{quantity.title}</th>" in page) == ("page" in quantity.places)
+    assert (f">{quantity.title}</abbr></th>" in page) == ("page" in quantity.places)
     metrics = _metrics(fit)
     assert (f"{PREFIX}{name}" in metrics) == ("callback" in quantity.places)
     logged = "callback" in quantity.places and quantity.error_logged

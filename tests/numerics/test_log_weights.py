@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from rlhf_bayes.numerics import importance_ess, khat, khat_threshold, log_z, log_z_standard_error
-from rlhf_bayes.numerics.log_weights import log_importance_ess
+from rlhf_bayes.numerics.log_weights import log_importance_ess, weighted_mean
 
 # an unnormalised target and a proposal on five states, one of them forbidden
 LOG_DENSITY = torch.tensor([0.3, -1.2, -torch.inf, 1.7, -0.4], dtype=torch.float64)
@@ -119,3 +119,10 @@ def test_khat_threshold():
     assert khat_threshold(10**6) == 0.7
     with pytest.raises(ValueError, match="at least 2, got 1"):
         khat_threshold(1)
+
+
+def test_weighted_mean_by_hand():
+    values = torch.tensor([[1.0, 4.0, -torch.inf], [2.0, 2.0, 5.0]], dtype=torch.float64)
+    log_weights = torch.tensor([[3.0, 3.0 + math.log(2.0), -torch.inf], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert_close(weighted_mean(values, log_weights), torch.tensor([3.0, 3.0], dtype=torch.float64))
+    assert weighted_mean(values[0, [0, 2]], torch.zeros(2)) == -torch.inf

@@ -2,22 +2,24 @@
 
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from rlhf_bayes.diagnostics.quantities import shown_in
 from rlhf_bayes.report import read_runs, write_report, write_sampling
 from rlhf_bayes.report.diversity_curves import diversity_over_training
-from rlhf_bayes.report.figures import ceiling, moments_figure, reward_kl_figure
+from rlhf_bayes.report.figures import ceiling, moments_figure, panels_of, reward_kl_figure, stack_panels
 from rlhf_bayes.report.run import Estimate, Run, Sample, estimates_of
-from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, what_if_tables
+from rlhf_bayes.report.tables import evaluation_table, samples_tables, settings_tables, verdicts, what_if_tables
 
 from .conftest import HOSTILE, elbo
 
 pytestmark = pytest.mark.slow
 
-VOID = {"meta", "img", "br", "link"}
+VOID = {"meta", "img", "br", "link", "source"}
 
 
 class Page(HTMLParser):
@@ -126,7 +128,7 @@ def test_the_runs_own_evaluation_is_the_ceiling_where_it_can_be_trusted(training
 
 
 def test_what_cannot_be_trusted_says_so(page):
-    titles = [value for name, value in page.attributes if name == "title"]
+    titles = [value for name, value in page.attributes if name == "title" and value.startswith("importance ESS")]
     assert titles == ["importance ESS 2.0, k̂ 1.20: draw more completions, or raise β"] * 3
     assert "".join(page.text).count("not trustworthy") == 3
 
@@ -146,7 +148,7 @@ def test_evaluations_have_a_column_for_each_part(training_run, sampled_run):
     cells = [text for text in page.text if text]
     assert cells[:5] == ["prior", "policy", "KL to prior (nats)", "0.00 [−0.20, 0.20]", "1.25 [1.05, 1.45]"]
     assert cells[5:8] == ["total variation", "not trustworthy", "not trustworthy"]
-    assert cells[-1] == ": far <off>"
+    assert Page(verdicts([run])).text == [run.name, ": far <off>"]
     both = Page(evaluation_table([*read_runs([sampled_run]), run]))
     assert "ppo policy" in both.text
 
@@ -178,7 +180,7 @@ def test_policies_that_were_judged_only_are_in_the_figure(sampled_run, tmp_path)
     evaluation = {"policy": {"reward": {"mean": 0.5}, "kl_to_prior": {"mean": 0.64}}}
     write_sampling(tmp_path / "judged", [], {}, evaluation)
     figure, laws = reward_kl_figure(read_runs([sampled_run, tmp_path / "judged"]))
-    (point,) = [line for line in figure.axes[0].lines if line.get_label() == "judged"]
+    (point,) = [line for line in figure.axes[0].lines if line.get_label() == "judged, evaluated"]
     assert point.get_xydata().tolist() == [[0.8, 0.5]]  # √0.64
     assert laws == {}
 
@@ -212,7 +214,45 @@ def test_reward_against_root_kl(training_run, sampled_run):
     (axes,) = figure.axes
     posteriors = next(line for line in axes.lines if line.get_label() == "posteriors of β")
     assert posteriors.get_xydata().tolist() == [[1.2, 0.6]]  # √1.44, and not the β that cannot be trusted
-    assert {"ppo, fitted", "best of n", "posteriors of β"} <= {line.get_label() for line in axes.lines}
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert names == {"ppo, logging steps", "ppo, fitted", "best of n", "posteriors of β"}
+
+
+def test_smaller_betas_go_on_as_bounds(sampled_run):
+    bounds = {"reward_at_least": 0.7, "kl_to_prior_at_least": 2.25}
+    path = sampled_run / "sampling.json"
+    sampling = json.loads(path.read_text())
+    sampling["what_if"] = [row for row in sampling["what_if"] if row["trustworthy"]]
+    smallest = min(row["beta"] for row in sampling["what_if"])
+    unknown = sampling["what_if"][0] | bounds | {"beta": smallest / 2, "trustworthy": False}
+    path.write_text(json.dumps(sampling | {"what_if": [unknown, *sampling["what_if"]]}))
+    figure, _ = reward_kl_figure(read_runs([sampled_run]))
+    (line,) = [line for line in figure.axes[0].lines if line.get_label().startswith("at least")]
+    assert line.get_xydata().tolist()[1:] == [[1.5, 0.7]]  # √2.25
+    assert line.get_markevery() == slice(1, None)  # the first point is the last that is known
+
+
+def test_the_verdict_comes_first(training_run, tmp_path):
+    (training_run / "evaluation.json").write_text(json.dumps({"policy": {}, "verdict": "arrived"}))
+    html = write_report([training_run], tmp_path / "report").read_text(encoding="utf-8")
+    assert html.index("arrived") < html.index(">Summary</h2>")
+
+
+def test_every_number_of_an_evaluation_is_explained_at_the_mouse_and_below(tmp_path):
+    estimates = estimates_of({"policy": {name: {"mean": 1.0} for name in shown_in("page")}})
+    html = evaluation_table([Run("a", tmp_path, estimates=estimates)])
+    for quantity in shown_in("page").values():
+        assert f'title="{escape(quantity.meaning)}"' in html
+        assert f"<dd>{escape(quantity.meaning)}</dd>" in html
+
+
+def test_panels_are_stacked_for_narrow_screens():
+    figure, panels = panels_of(3)
+    wide = figure.get_size_inches().tolist()
+    stack_panels(figure)
+    assert figure.axes == panels
+    assert [axes.get_gridspec().ncols for axes in panels] == [1, 1, 1]
+    assert figure.get_size_inches().tolist() == pytest.approx([wide[0] / 2, wide[1] / 2 * 3])
 
 
 def test_settings_that_a_run_does_not_have_are_no_difference(tmp_path):

@@ -32,6 +32,7 @@ from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
 from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
+from rlhf_bayes.trainers._trl.engine_draws import EngineDraws
 from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.image_prompts import ImagePromptRLOO, probe_with_image
@@ -59,6 +60,7 @@ from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key, scored_by_len
 from rlhf_bayes.trainers.rollout.shared_rewards import share_base
 from rlhf_bayes.trainers.rollout.step_size import StepSize
 from rlhf_bayes.trainers.rollout.store_writer import StoreWriter
+from rlhf_bayes.trainers.rollout.write_card import write_card
 
 if TYPE_CHECKING:
     from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts
@@ -111,8 +113,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         enable_completion_scoring(self.model)
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         check_processor(self.processing_class, self.model, self.use_vllm, **datasets)
-        engine = self.use_vllm or self.use_transformers_continuous_batching
-        check_plain_passes(self.model, self.accelerator.num_processes, engine)
+        self.engine = EngineDraws(self)
+        check_plain_passes(self.model, self.accelerator.num_processes, self.engine.name is not None)
         if peft_config is None:
             check_not_moved(self.model, passed, "the trainer made its reference adapter")
         self.reference = (
@@ -161,6 +163,10 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         """The learning rate, the alarms, which read how far steps move, and the probe of the prior."""
         return [self.step_size, self.alarms, PriorProbe(self)]
 
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            write_card(self, model_name, dataset_name, tags)
+
     def check_outcome(self) -> None:
         """Raise the error of a training that ended because its policy collapsed."""
         self.alarms.check()
@@ -186,8 +192,9 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
                         module, prompt_ids, self.max_completion_length, self._eos_ids, self.temperature
                     )
             wrapped, self.model_wrapped = self.model_wrapped, module
+            draw = super()._generate_single_turn
             try:
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+                return self.engine.draw(prompt_ids, lambda: draw(prompt_ids, images, multimodal_fields))
             finally:
                 self.model_wrapped = wrapped
 
@@ -217,6 +224,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         rollout.scored = scored_by_length(
             RolloutScorer(self, rollout), sequences, batch_size or len(input_ids), self.model_inputs
         )
+        if rollout.engine_log_probs is not None:
+            rollout.scored["log_proposal"] = rollout.engine_log_probs
         self._images_checked = self._images_checked or images_are_read(self, sequences)
         return rollout.scored["token_log_probs"], None, None
 
@@ -267,9 +276,10 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             with kept_trainable(self.model):
                 output = super()._generate_and_score_completions(inputs)
             rollout = self._rollout(inputs, output, in_flight)
+        if self.mode == "train" and self.store_writer is not None:
+            self.store_writer.write(rollout, inputs, in_flight)
+        self.engine.report(rollout)
         if self.mode == "train":
-            if self.store_writer is not None:
-                self.store_writer.write(rollout, inputs, in_flight)
             self.alarms.see(rollout)
             if self.alarms.alone:
                 return output
@@ -304,7 +314,9 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
 
     @property
     def drawn_from(self) -> str:
-        """What draws the completions now: "policy", "prior" or "snapshot"."""
+        """What draws the completions now: "policy", "engine", "prior" or "snapshot"."""
+        if self._in_flight is not None and self._in_flight.engine_log_probs is not None:
+            return "engine"
         if self.mode == "eval":
             return "policy"
         return self.proposal if isinstance(self.proposal, str) else "snapshot"

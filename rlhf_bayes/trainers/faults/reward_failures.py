@@ -1,7 +1,7 @@
 """
-Reward functions that fail, and a run that can be resumed from just before the failure.
+Reward functions and engines that fail, and a run that can be resumed from just before the failure.
 
-A failed reward stops all processes at the same place, between two optimizer steps. The state of the run at the end of
+A failure stops all processes at the same place, between two optimizer steps. The state of the run at the end of
 the last step is then saved: the checkpoint is the one that would have been saved there.
 """
 
@@ -18,7 +18,7 @@ from rlhf_bayes.trainers.rollout.rollout_config import RolloutConfig
 @final
 class RewardFailures:
     """
-    The errors of reward functions in this process, at which all processes stop.
+    The errors of reward functions and of the engine in this process, at which all processes stop.
 
     Attributes:
         errors (`list[Exception]`): of the current rollout.
@@ -36,7 +36,7 @@ class RewardFailures:
 
     def stop_all(self, num_processes: int) -> None:
         """
-        Raise an error in all processes if a reward function failed in one of them.
+        Raise an error in all processes if a reward function or the engine failed in one of them.
 
         Args:
             num_processes (`int`):

@@ -139,10 +139,7 @@ class GDCTrainer(RolloutTrainer):
         self.beta = beta_of(args, likelihood)
         if store is not None:
             check_made_by(self, store, *made_by, reward_processing_classes)
-        engine = "vLLM" if self.use_vllm else None
-        if self.use_transformers_continuous_batching:
-            engine = "continuous batching"
-        engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else engine
+        engine = "sharded weights (ZeRO-3, FSDP)" if self.sharded else self.engine.name
         check_proposal(args.proposal, args.prior_samples, engine)
         self.objective = self._make_objective(likelihood)
         if self.stored is None:

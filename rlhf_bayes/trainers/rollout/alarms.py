@@ -75,10 +75,11 @@ class Alarms(TrainerCallback):
             column[scored] for column in (keys, rewards, log_policy, log_prior, kls)
         )
         log_ratios = log_policy - log_prior
-        untrained = self.trainer.state.global_step == 0 and rollout.drawn_from == "policy" and _equal(log_ratios)
+        by_policy = rollout.drawn_from in ("policy", "engine")
+        untrained = self.trainer.state.global_step == 0 and by_policy and _equal(log_ratios)
         if rollout.drawn_from == "prior" or untrained:
             self.prior.add(keys, rewards, log_prior)
-        if self.alone or rollout.drawn_from != "policy" or self.trainer.beta <= 0:
+        if self.alone or not by_policy or self.trainer.beta <= 0:
             return
         self._rollouts.append(
             {"keys": keys, "rewards": rewards, "penalties": log_ratios, "surprise": -log_policy, "kls": kls}

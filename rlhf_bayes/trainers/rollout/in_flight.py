@@ -19,6 +19,8 @@ class RolloutInFlight:
 
     scored: dict[str, Tensor | None] | None = None
     """Log-probs, entropies, exact KLs and values of each token, (B, T), and log q of each completion, (B,)."""
+    engine_log_probs: Tensor | None = None
+    """(B,): the engine's own log-prob of each completion, nats; None where no engine drew."""
     rewards_per_func: Tensor | None = None
     """(B, F): results of each reward function; nan for None, -inf where a completion is forbidden."""
     prefix_rewards: Tensor | None = None

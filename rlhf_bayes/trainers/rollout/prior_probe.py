@@ -64,7 +64,7 @@ class PriorProbe(TrainerCallback):
     @property
     def _has_engine(self) -> bool:
         trainer = self.trainer
-        return trainer.use_vllm or trainer.use_transformers_continuous_batching or trainer.sharded
+        return trainer.engine.name is not None or trainer.sharded
 
 
 def draw_in_batches(

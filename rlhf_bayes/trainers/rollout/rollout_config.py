@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import RLOOConfig
 
+from rlhf_bayes.lm.engine import MAX_MISMATCH
 from rlhf_bayes.trainers.faults.fault_config import FaultConfig
 from rlhf_bayes.trainers.field_help import document_fields
 
@@ -73,6 +74,17 @@ class RolloutConfig(FaultConfig, RLOOConfig):
                 "Completions that the prior draws before training for each prompt of one batch, to print what β asks "
                 "for, whether the distance to it can be measured, and which β or how many completions would do. The "
                 "training is the same with and without. 0: none. The recipes draw 32."
+            )
+        },
+    )
+    max_engine_mismatch: float | None = field(
+        default=MAX_MISMATCH,
+        metadata={
+            "help": (
+                "KL from the policy, in nats per sequence, of what vLLM or continuous batching draws, above which "
+                "training stops: the engine then holds other weights, or computes so coarsely that hardly a "
+                "completion counts (at 3 nats about 1 in 400). Below it, weights correct for the difference, which is "
+                "logged as `engine/mismatch`. None: no bound."
             )
         },
     )
@@ -169,6 +181,7 @@ class RolloutConfig(FaultConfig, RLOOConfig):
             "reward_clip_range": (self.reward_clip_range, lambda x: x[0] < x[1], "(low, high) with low < high"),
             "temperature": (self.temperature, lambda x: 0 < x < math.inf, "positive and finite"),
             "reward_timeout": (self.reward_timeout, lambda x: 0 < x < math.inf, "positive (seconds), or None"),
+            "max_engine_mismatch": (self.max_engine_mismatch, lambda x: x > 0, "positive (nats), or None"),
             "learning_rate": (self.learning_rate, lambda x: 0 <= x < math.inf, "at least 0, or None to adapt it"),
             "prior_probe": (self.prior_probe, lambda x: x >= 0, "at least 0 (completions)"),
             "reward_retries": (self.reward_retries, lambda x: x >= 0, "at least 0"),
@@ -208,6 +221,12 @@ class RolloutConfig(FaultConfig, RLOOConfig):
                     f"`generation_kwargs` may hold {sorted(_HARMLESS_GENERATION_KWARGS)}, got {name!r}: it may change "
                     "the distribution that rollouts come from. Remove it."
                 )
+        room = self.vllm_max_model_length
+        if self.use_vllm and room is not None and room <= self.max_completion_length:
+            raise ValueError(
+                f"`vllm_max_model_length` must be at least a prompt plus `max_completion_length` = "
+                f"{self.max_completion_length} tokens, got {room}: completions would be cut. Raise it."
+            )
         if self.neftune_noise_alpha is not None:
             raise ValueError(
                 f"`neftune_noise_alpha` must be None, got {self.neftune_noise_alpha}: with noise in its embeddings "

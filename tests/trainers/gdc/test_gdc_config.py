@@ -98,6 +98,7 @@ def test_every_number_that_is_new_is_among_the_nan_tests():
     numbers = {name for name, field in NEW_FIELDS.items() if field.type in (int, float, float | None, int | None)}
     numbers -= {
         "max_nonfinite_steps",
+        "max_engine_mismatch",
         "prior_probe",
         "reward_retries",
         "reward_timeout",

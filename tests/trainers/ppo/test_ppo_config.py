@@ -82,6 +82,7 @@ def test_refusals(changes, message, tmp_path):
         "target_kl",
         "kl_horizon",
         "missing_eos_penalty",
+        "max_engine_mismatch",
         "prior_probe",
         "reward_timeout",
         "reward_retries",

@@ -1,6 +1,7 @@
 """What PPO optimises: the posterior is its fixed point, its gradient that of the ELBO, and it gets there."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -278,7 +279,16 @@ def test_it_is_a_drop_in_for_rloo(toy, tmp_path):
     )  # fmt: skip
     trained = PPOTrainer(model=folder, reward_funcs=toy_reward, args=args, train_dataset=prompts_of(toy))
     assert trained.train().global_step == 1
-    trained.create_model_card(model_name="toy")
+    trained.save_model()
+    trained.create_model_card(model_name="out")  # as transformers calls it
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"began as `{tmp_path.name}/model`, trained by PPO" in card
+    assert "exp(r/β) of the reward `toy_reward`, β = 0.05" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    exec(code, scope := {})
+    text = scope["output"][0]["generated_text"]
+    assert text.startswith(toy.prompts[0])
+    assert len(text) > len(toy.prompts[0])
 
 
 def test_arguments_of_another_class_are_refused(toy, tmp_path):
