@@ -16,6 +16,31 @@ def report() -> SuggestingParser:
     return parser
 
 
+def what_if() -> SuggestingParser:
+    """Flags of `rlhf-bayes what-if`."""
+    parser = SuggestingParser(
+        prog="rlhf-bayes what-if",
+        description="Estimates the posteriors of several β from a store of completions, which `rlhf-bayes sample "
+        "--store` or a trainer with `store` wrote. No model is loaded, and nothing is drawn.",
+    )
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument(
+        "--beta",
+        nargs="+",
+        type=float,
+        metavar="B",
+        help="units of reward per nat of evidence. Default: seven around the standard deviation of the rewards",
+    )
+    parser.add_argument(
+        "--reward_weights", nargs="+", type=float, metavar="W", help="one for each reward of the store. Default: 1"
+    )
+    parser.add_argument(
+        "--reward_clip_range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="bounds of the weighted sum"
+    )
+    parser.add_argument("--missing_eos_penalty", type=float, metavar="R", help="subtracted where no EOS came")
+    return parser
+
+
 def merge() -> SuggestingParser:
     """Flags of `rlhf-bayes merge`."""
     parser = SuggestingParser(
@@ -82,6 +107,7 @@ def environment() -> SuggestingParser:
 
 
 PARSERS: dict[str, Callable[[], SuggestingParser]] = {
+    "what-if": what_if,
     "report": report,
     "merge": merge,
     "export": export,

@@ -30,6 +30,7 @@ from rlhf_bayes.lm.pretrained import load_causal_lm, tokenizer_folder, whole_wei
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.report import betas_around, what_if_of, write_report, write_sampling
 from rlhf_bayes.samplers.all_samplers import SAMPLERS, samplers_of_the_posterior
+from rlhf_bayes.store import CompletionStore, provenance_of, scored_completions
 from rlhf_bayes.toy.rewards import sentiment_reward
 
 DEFAULT_SAMPLERS = tuple(samplers_of_the_posterior())
@@ -115,6 +116,11 @@ class Arguments:
                   "transformers."},
     )  # fmt: skip
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    store: str | None = field(
+        default=None,
+        metadata={"help": "Add the prior's completions, with their log-probs, raw rewards and features, to the store "
+                  "in this folder. `rlhf-bayes what-if` reads it, and `GDCTrainer` trains from it for any β."},
+    )  # fmt: skip
     output_dir: str = field(
         default="runs/sample", metadata={"help": "Where to write the report, and a folder for each sampler."}
     )
@@ -144,6 +150,9 @@ def draw_and_report(args: Arguments) -> None:
         posterior, names = Posterior(prior, likelihood), [str(args.likelihood)]
     else:
         posterior, names = make_posterior(args, prior, reward_funcs, predicate)
+    store = None
+    if args.store is not None:
+        store = CompletionStore.create(args.store, provenance_of(prior, posterior.likelihood))
     beta = args.beta if reward_funcs else None
     proposal = None if args.proposal is None else load_model(args, args.proposal, prior)
     samplers = {
@@ -156,7 +165,11 @@ def draw_and_report(args: Arguments) -> None:
 
     # draws of the prior, from which the posteriors of other β are estimated
     with console.status(f"The prior: {doing}"):
-        from_prior = draw_from_prior(posterior, beta, prompts, args.num_samples, generator, columns)
+        drawn = prior.sample(prompts, args.num_samples, generator)
+        if store is not None:
+            of_rows = {name: [x for x in values for _ in range(args.num_samples)] for name, values in columns.items()}
+            store.append(scored_completions(drawn, prior, posterior.likelihood, columns=of_rows))
+        from_prior = draw_from_prior(posterior, beta, drawn, len(prompts), columns)
     found = {}
     if from_prior.rewards is not None:
         found = what_if_of(from_prior.rewards.view(len(prompts), -1), _betas(args))

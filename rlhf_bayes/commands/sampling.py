@@ -12,7 +12,7 @@ from scipy.stats import chi2, norm
 from torch import Tensor
 
 from rlhf_bayes.diagnostics.over_prompts import CONFIDENCE
-from rlhf_bayes.lm import Prompt
+from rlhf_bayes.lm import Completions, Prompt
 from rlhf_bayes.numerics.log_weights import MIN_IMPORTANCE_ESS
 from rlhf_bayes.posterior import Posterior
 from rlhf_bayes.samplers import Draws, IndependentRows, Sampler, expectation
@@ -70,23 +70,23 @@ class Method:
 def draw_from_prior(
     posterior: Posterior,
     beta: float | None,
-    prompts: Sequence[Prompt],
-    n: int,
-    generator: torch.Generator,
+    drawn: Completions,
+    num_prompts: int,
     columns: Mapping[str, Sequence],
 ) -> Method:
     """
-    Completions of the prior. The estimates for other β use them, and tables compare samplers with them.
+    The estimates from completions of the prior. Those for other β use them, and tables compare samplers with them.
 
     Args:
-        posterior ([`~rlhf_bayes.Posterior`]): The posterior, whose prior is drawn from.
+        posterior ([`~rlhf_bayes.Posterior`]): The posterior.
         beta (`float`, *optional*): Units of reward per nat, where the evidence is a reward.
-        prompts, n, generator, columns: As in [`Sampler.sample`].
+        drawn ([`~rlhf_bayes.lm.Completions`]): Completions of its prior, as many of each prompt.
+        num_prompts (`int`): The number of prompts.
+        columns (`Mapping[str, Sequence]`): As in [`Sampler.sample`].
     """
-    drawn = posterior.prior.sample(prompts, n, generator)
     return _method(
         "prior",
-        Draws.of(drawn, len(prompts), guarantee="none", dependence=IndependentRows()),
+        Draws.of(drawn, num_prompts, guarantee="none", dependence=IndependentRows()),
         posterior,
         beta,
         columns,
@@ -109,14 +109,19 @@ def draw_by(
     Args:
         name (`str`): Name of the sampler, for tables.
         sampler ([`~rlhf_bayes.samplers.Sampler`]): The sampler.
-        posterior, beta, prompts, n, generator, columns: As in [`draw_from_prior`].
+        posterior, beta: As in [`draw_from_prior`].
+        prompts, n, generator, columns: As in [`Sampler.sample`].
     """
     return _method(name, sampler.sample(posterior, prompts, n, generator, columns), posterior, beta, columns)
 
 
-def what_if_table(rows: Sequence[Mapping[str, Any]], beta: float | None) -> Table:
-    """A row for each β, with the one that was asked for in bold."""
-    caption = "From draws of the prior alone, for these prompts. ± standard error; ESS of the worst prompt."
+def what_if_table(
+    rows: Sequence[Mapping[str, Any]],
+    beta: float | None,
+    source: str = "From draws of the prior alone, for these prompts.",
+) -> Table:
+    """A row for each β, with the one that was asked for in bold; `source` says what the estimates come from."""
+    caption = f"{source} ± standard error; ESS of the worst prompt."
     if not all(row["trustworthy"] for row in rows):
         caption += " ≥ bound at 95%: the draws allow no estimate at this β."
     table = Table(title="What if β were another", caption=caption)

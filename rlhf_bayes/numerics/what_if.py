@@ -1,4 +1,4 @@
-"""Estimates of the posteriors of many β from the same draws of the prior, to choose β before training."""
+"""Estimates of the posteriors of many β from the same draws, of the prior or another, to choose β before training."""
 
 import math
 from collections.abc import Sequence
@@ -45,11 +45,12 @@ class WhatIf(NamedTuple):
     """Lower bound of log Z, nats, of the same kind."""
 
 
-def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
+def what_if(rewards: Tensor, betas: Sequence[float], log_ratios: Tensor | None = None) -> list[WhatIf]:
     r"""
-    Estimates of the posterior at each β, by reweighting draws of the prior.
+    Estimates of the posterior at each β, by reweighting draws of the prior, or of another proposal q.
 
-        w̄_i ∝ exp(r_i/β),    E_π*[r] ≈ Σ_i w̄_i·r_i,    KL(π*‖π0) ≈ E_π*[r]/β − log Ẑ,    Ẑ = (1/n) Σ_i exp(r_i/β)
+        w_i = π0/q·exp(r_i/β),    w̄ = w/Σw,    E_π*[r] ≈ Σ_i w̄_i·r_i
+        KL(π*‖π0) ≈ E_π*[r]/β − log Ẑ,    Ẑ = (1/n) Σ_i w_i
 
     The smaller β is, the fewer draws have weight: about exp(KL(π*‖π0)) draws are needed. All β use the same draws, so
     the errors of neighbouring rows are correlated.
@@ -62,6 +63,8 @@ def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
             (P, n): rewards of n completions of each of P prompts, drawn from the prior; `-inf` where one is forbidden.
         betas (`Sequence[float]`):
             Values of β, units of reward per nat of evidence, positive.
+        log_ratios (`torch.Tensor`, *optional*):
+            (P, n), nats: log π0 − log q of completions that q drew. Default: 0, draws of the prior.
 
     Returns:
         `list[WhatIf]`: one for each β, in the given order.
@@ -78,12 +81,18 @@ def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
             "no spread."
         )
     rewards = rewards.detach().double().cpu()
+    ratios = torch.zeros_like(rewards) if log_ratios is None else log_ratios.detach().double().cpu()
+    if ratios.shape != rewards.shape or not bool(ratios.isfinite().all()):
+        raise ValueError(
+            f"`log_ratios` must be finite and of the shape of `rewards`, {tuple(rewards.shape)}, got "
+            f"{tuple(ratios.shape)} or a number that is not. Leave it out for draws of the prior."
+        )
     if bool((rewards.isnan() | (rewards == math.inf)).any()):
         raise ValueError("`rewards` must be finite or -inf, got nan or +inf. Look for the completion that has it.")
     for beta in betas:
         if not 0 < beta < math.inf:
             raise ValueError(f"`betas` must be positive and finite, got {beta}: β = 0 has no posterior.")
-    found = {beta: _at(rewards, beta) for beta in sorted({float(beta) for beta in betas}, reverse=True)}
+    found = {beta: _at(rewards, ratios, beta) for beta in sorted({float(beta) for beta in betas}, reverse=True)}
     above_reward, above_kl = -math.inf, 0.0
     for beta, row in found.items():  # from the largest β on
         above_reward = max(above_reward, row.reward_at_least)
@@ -92,8 +101,8 @@ def what_if(rewards: Tensor, betas: Sequence[float]) -> list[WhatIf]:
     return [found[float(beta)] for beta in betas]
 
 
-def _at(rewards: Tensor, beta: float) -> WhatIf:
-    log_weights = rewards / beta  # (P, n)
+def _at(rewards: Tensor, log_ratios: Tensor, beta: float) -> WhatIf:
+    log_weights = rewards / beta + log_ratios  # (P, n)
     num_prompts, n = rewards.shape
     sizes, shape = importance_ess(log_weights), pooled_khat(log_weights)
     trusted = weights_suffice(sizes, shape, n)

@@ -14,6 +14,7 @@ EVALUATION_FILE = "evaluation.json"
 SAMPLING_FILE = "sampling.json"
 DRAWS_FILE = "draws.jsonl"
 PRIOR_FILE = "prior.jsonl"
+STORE_FILE = "store.json"  # of a store of completions
 _MAX_COMPLETION_FILES = 40
 _NOT_FINITE = "not finite"
 _WHY_NOT_FINITE = "a completion that the posterior forbids has a log density of −∞"
@@ -139,7 +140,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
             Output folders of trainers, or of `rlhf-bayes sample`. Of these files, those that exist are read:
             `trainer_state.json` (in the folder or its last `checkpoint-*`), `training_args.bin`,
             `completions/*.parquet` of TRL's `log_completions`, `evaluation.json`, `sampling.json`, `draws.jsonl` and
-            `prior.jsonl`.
+            `prior.jsonl`. A store of completions is a run too.
 
     Raises:
         FileNotFoundError: if a folder does not exist.
@@ -160,6 +161,10 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
+    if (folder / STORE_FILE).is_file():
+        from rlhf_bayes.report.stored_run import stored_run  # torch takes seconds to import, and only a store needs it
+
+        return stored_run(folder, name)
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: _number(path.name), reverse=True)
     places = [folder, *checkpoints]
     state = next((place / "trainer_state.json" for place in places if (place / "trainer_state.json").is_file()), None)

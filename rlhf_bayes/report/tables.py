@@ -183,9 +183,9 @@ def what_if_tables(runs: Sequence[Run]) -> str:
     if not parts:
         return ""
     note = (
-        "One set of draws from the prior, reweighted, for these prompts. ± is a standard error. What is red cannot be "
-        "measured with these draws, since too few of them count: ≥ is a bound at 95% that holds all the same. ESS is "
-        "that of the worst prompt, k̂ that of all weights together."
+        "One set of draws from the prior, or of a store, reweighted, for these prompts. ± is a standard error. What "
+        "is red cannot be measured with these draws, since too few of them count: ≥ is a bound at 95% that holds all "
+        "the same. ESS is that of the worst prompt, k̂ that of all weights together."
     )
     return "".join(parts) + f'<p class="note">{note}</p>'
 

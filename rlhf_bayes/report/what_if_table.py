@@ -1,4 +1,4 @@
-"""What draws of the prior say of the posteriors of other β, without training."""
+"""What draws of the prior, or of a store, say of the posteriors of other β, without training."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,9 @@ def betas_around(beta: float) -> list[float]:
     return [beta * factor for factor in _FACTORS]
 
 
-def what_if_of(rewards: Tensor, betas: Sequence[float]) -> dict[str, list[dict[str, Any]]]:
+def what_if_of(
+    rewards: Tensor, betas: Sequence[float], log_ratios: Tensor | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """
     `what_if`, the posterior at each β, and `best_of_n`, for `sampling.json`.
 
@@ -24,10 +26,15 @@ def what_if_of(rewards: Tensor, betas: Sequence[float]) -> dict[str, list[dict[s
             (P, n): rewards of the prior's completions, in the reward's own units.
         betas (`Sequence[float]`):
             Positive values of β, in units of reward per nat of evidence; empty where there is no posterior.
+        log_ratios (`torch.Tensor`, *optional*):
+            (P, n), nats: log π0 − log q of completions that another proposal drew. There is no `best_of_n` then.
     """
     rewards = rewards.double()
-    found: dict[str, list[dict[str, Any]]] = {"what_if": [row._asdict() for row in what_if(rewards, betas)]}
-    if bool(rewards.isfinite().all()):  # the best of n is not defined where a completion is forbidden
+    found: dict[str, list[dict[str, Any]]] = {
+        "what_if": [row._asdict() for row in what_if(rewards, betas, log_ratios)]
+    }
+    of_prior = log_ratios is None or not bool(log_ratios.any())
+    if of_prior and bool(rewards.isfinite().all()):  # the best of n is not defined where a completion is forbidden
         ns = [2**power for power in range(rewards.size(1).bit_length())]
         means = expected_best_of_n(rewards, rewards, ns).tolist()
         found["best_of_n"] = [

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from rlhf_bayes import RewardLikelihood
 from rlhf_bayes.likelihoods import Constraint, MomentLikelihood, ProductLikelihood
@@ -189,6 +190,22 @@ def test_a_resumed_run_is_bitwise_that_of_an_uninterrupted_one(toy, tmp_path, di
     store.append(drawn(toy, toy.log_prior, 4, "prior", seed=1))
     with pytest.raises(ValueError, match="must hold the 72 completions of the run that is resumed, got 84"):
         make(tmp_path / "more").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+
+
+@pytest.mark.slow
+def test_micro_batches_and_an_adapter_have_the_gradient_of_one_batch(toy, store, tmp_path):
+    """With LoRA the prior is the base, with the hash of the plain model. Micro-batches sum to the same gradient."""
+    found = []
+    for sizes in ({}, {"per_device_train_batch_size": 60, "gradient_accumulation_steps": 2}):
+        torch.manual_seed(0)
+        policy, recorder = toy.random_policy(noise=0.0), Recorder()
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj"])
+        args = gdc_config(tmp_path, **ONE_BATCH | {"beta": 0.5, "divergence": "log_variance"} | sizes)
+        trained = trainer(toy, args, policy, None, train_dataset=store, peft_config=adapter, callbacks=[recorder])
+        trained.train()
+        found.append(torch.cat([gradient.flatten() for gradient in recorder.gradients[0].values()]))
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
 def test_any_evidence_of_stored_columns_and_of_the_texts(toy, store):
