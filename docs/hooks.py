@@ -76,7 +76,9 @@ def notebook_page(script: Path) -> str:
     for cell in re.split(r"^# %%", script.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
         kind, _, body = cell.partition("\n")
         if "[markdown]" in kind:
-            parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE))
+            parts.append(
+                re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE) if body[0] == "#" else body.strip('"\n')
+            )
         else:
             parts.append(f"```python\n{body.strip()}\n```")
     return (

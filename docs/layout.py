@@ -19,12 +19,13 @@ holds the layer of each part, and enforces it.
 
 
 def first_sentence(path: Path) -> str:
-    """The first sentence of the docstring of a module or a package, in one line."""
+    """The first sentence of the docstring of a module or a package, in one line; of a folder of scripts, its title."""
     source = path / "__init__.py" if path.is_dir() else path
     if not source.is_file():
-        return ""
+        readme = path / "README.md"
+        return readme.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") if readme.is_file() else ""
     text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(text.split("\n\n")[0].split())
+    paragraph = " ".join(text.split("\n\n")[0].split()).removeprefix("# ")  # the title of a notebook
     return paragraph.split(". ")[0].rstrip(".:")
 
 

@@ -74,7 +74,7 @@ def section(config: type) -> str:
     rows = []
     for name in names:
         field = config.__dataclass_fields__[name]
-        kind = inspect.formatannotation(field.type).replace("typing.", "")
+        kind = inspect.formatannotation(field.type).replace("typing.", "").replace(" | ", " or ")
         text = re.sub(r"%%", "%", field.metadata["help"])
         rows.append((f"`{name}`", f"`{kind}`", f"`{field.default!r}`", text))
     base = next(cls for cls in config.__mro__ if cls.__module__.startswith("trl."))

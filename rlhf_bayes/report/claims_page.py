@@ -146,7 +146,7 @@ def _summary(results: Sequence[ClaimResult]) -> str:
             result.title,
             result.verdict,
             f"{sum(statement.verdict == AGREES for statement in result.statements)} of {len(result.statements)}",
-            "; ".join(
+            "\n".join(
                 f"{statement.text} ({statement.number}: {statement.verdict})"
                 for statement in result.statements
                 if statement.verdict != AGREES
@@ -161,7 +161,7 @@ def _summary(results: Sequence[ClaimResult]) -> str:
         "bounds, and disagrees if the whole interval lies outside. A claim disagrees if one of its statements does."
     )
     header = ["claim", "verdict", "statements that agree", "what does not agree", "CPU seconds"]
-    return table(header, rows, kind="texts") + f'<p class="note">{escape(note)}</p>'
+    return table(header, rows, kind="texts claims") + f'<p class="note">{escape(note)}</p>'
 
 
 def _section(result: ClaimResult, folder: Path) -> str:
@@ -170,7 +170,7 @@ def _section(result: ClaimResult, folder: Path) -> str:
     return (
         "".join(f"<p>{escape(paragraph)}</p>" for paragraph in result.text)
         + f"<p><b>Verdict: {escape(result.verdict)}.</b></p>"
-        + table(["statement", "measured", "agrees if", "verdict"], rows, kind="texts")
+        + table(["statement", "measured", "agrees if", "verdict"], rows, kind="texts claims")
         + embedded_image(folder / f"{result.name}.png", result.title, result.caption, _WIDTH)
         + _data(folder / f"{result.name}.csv")
         + _samples(result.samples)

@@ -247,9 +247,11 @@ dt { font-weight: 600; margin-top: 6px; }
 dd { margin: 0; color: var(--muted); }
 td.bad { color: var(--bad); }
 table.texts { width: 100%; table-layout: fixed; }
+table.claims { table-layout: auto; }
 table.texts th, table.texts td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere;
   padding-right: 18px; }
 table.texts th { white-space: normal; }
+table.claims th, table.claims td { overflow-wrap: break-word; }
 table.settings td { white-space: normal; overflow-wrap: anywhere; max-width: 40ch; }
 table.texts p { margin: 0 0 8px; }
 .score { color: var(--muted); font-size: 12px; display: block; }

@@ -70,7 +70,9 @@ def test_the_learning_rate_with_the_best_median_counts():
 
 
 def test_a_run_ends_in_a_table_a_plot_and_curves(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(exact_posterior, "quiet", lambda: None)  # for the tests that come after in this process
+    monkeypatch.setattr(
+        exact_posterior, "quiet", lambda **options: None
+    )  # for the tests that come after in this process
     monkeypatch.setattr(exact_posterior, "EXACT_STEPS", 2)
     image, curves = tmp_path / "curves.png", tmp_path / "curves.json"
     options = ["--samples", "64", "--seeds", "1", "--learning-rates", "2e-3", "--plot", str(image)]

@@ -56,7 +56,7 @@ def test_satisfied_means_to_stay():
 
 
 def test_a_run_ends_in_tables_and_curves(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(robustness, "quiet", lambda: None)  # for the tests that come after in this process
+    monkeypatch.setattr(robustness, "quiet", lambda **options: None)  # for the tests that come after in this process
     monkeypatch.setattr(robustness, "DRAWS", 10)
     path = tmp_path / "runs.json"
     methods = ["--method", "{}", "--method", '{"divergence": "log_variance"}']

@@ -60,7 +60,9 @@ def test_the_log_variance_loss_has_the_gradient_of_the_reverse_kl_with_a_leave_o
 
 
 def test_a_run_ends_in_a_table_and_rows(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gradient_variance, "quiet", lambda: None)  # for the tests that come after in this process
+    monkeypatch.setattr(
+        gradient_variance, "quiet", lambda **options: None
+    )  # for the tests that come after in this process
     path = tmp_path / "rows.json"
     gradient_variance.main(["--quick", "--steps", "2", "--json", str(path)])
     assert "log_variance" in capsys.readouterr().out

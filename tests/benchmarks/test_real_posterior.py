@@ -200,7 +200,9 @@ def test_errors_are_clustered_by_prompt_and_seeds_add_theirs():
 
 
 def test_a_run_ends_in_a_table_and_goes_on_from_its_files(task, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(real_posterior, "quiet", lambda: None)  # for the tests that come after in this process
+    monkeypatch.setattr(
+        real_posterior, "quiet", lambda **options: None
+    )  # for the tests that come after in this process
     for module in (real_posterior, worker):
         monkeypatch.setattr(module, "TASKS", {"toy": lambda folders: task})
     (tmp_path / "models").mkdir()

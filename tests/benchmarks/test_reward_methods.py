@@ -104,7 +104,7 @@ def test_words_find_that_longer_texts_win(preferences):
 
 @pytest.mark.parametrize("data", ["ukp", "hh"])
 def test_every_method_is_judged_on_the_same_pairs(data, preferences, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(methods, "quiet", lambda: None)  # for the tests that come after in this process
+    monkeypatch.setattr(methods, "quiet", lambda **options: None)  # for the tests that come after in this process
     image, figures = tmp_path / "reliability.png", tmp_path / "figures.json"
     chosen = [part for name in methods.METHODS[data] for part in ("--method", name)]
     options = ["--seeds", "1", "--train-pairs", "12", "--test-pairs", "7", "--batch", "4", "--max-length", "64"]

@@ -10,7 +10,7 @@ from .scripts import load
 
 pytestmark = pytest.mark.slow
 
-load("sampler_tasks")  # as `quiet`, it lies beside
+load("sampler_tasks")  # the benchmark imports it from its own folder
 samplers = load("samplers")
 
 
@@ -72,7 +72,7 @@ def test_the_bar_of_log_z_is_that_of_its_interval(task):
 
 
 def test_a_quick_run_ends_in_tables_a_plot_and_numbers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(samplers, "quiet", lambda: None)  # for the tests that come after in this process
+    monkeypatch.setattr(samplers, "quiet", lambda **options: None)  # for the tests that come after in this process
     image, figures = tmp_path / "samplers.png", tmp_path / "samplers.json"
     chosen = ["--method", "importance", "--method", "SMC, prefix reward", "--method", "best of 8"]
     samplers.main(["--quick", *chosen, "--plot", str(image), "--json", str(figures), "--max-completion-length", "8"])
