@@ -127,7 +127,11 @@ class StepSize(TrainerCallback):
 
     @torch.no_grad()
     def _log_probs(self, step: OptimizerStep) -> Tensor:
-        """log π of the tokens of some completions of a step, with 0 at padding: (n, T), in the weights' precision."""
+        """
+        log π of the tokens of some completions of a step: (n, T), in the precision of the weights.
+
+        It is 0 at padding and for the tokens of an environment.
+        """
         trainer, rows = self.trainer, []
         for batch in step.batches:
             room = _ROWS - sum(map(len, rows))
@@ -136,7 +140,7 @@ class StepSize(TrainerCallback):
                 model = trainer.model if trainer.sharded else trainer._plain_policy
                 with in_full_precision(model):  # the noise of half precision may be larger than a step
                     scores = trainer.score(model, part)
-                rows.append(torch.where(part.completion_mask.bool(), scores.log_probs.float(), 0.0))
+                rows.append(torch.where(part.policy_tokens, scores.log_probs.float(), 0.0))
         width = max(part.size(1) for part in rows)
         return torch.cat([torch.nn.functional.pad(part, (0, width - part.size(1))) for part in rows])
 
