@@ -9,6 +9,7 @@ be equal bit for bit.
 """
 
 import argparse
+import logging
 import multiprocessing
 import os
 import random
@@ -97,6 +98,7 @@ def run(
         changes: Changes of the configuration.
     """
     quiet(threads=1)
+    logging.getLogger("rlhf_bayes").setLevel(logging.WARNING)  # `other_faults.py` shows what the trainers say
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     trainer = make(kind, folder, reward, **changes)
     if prepare is not None:

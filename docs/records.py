@@ -7,6 +7,7 @@ Writes metrics.md and config_fields.md from the records and configurations of th
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 from rlhf_bayes import GDCConfig, PPOConfig, RewardConfig
 from rlhf_bayes.diagnostics.callback import PREFIX
@@ -67,14 +68,15 @@ the class and a flag of the recipes.
 
 def section(config: type) -> str:
     """The fields of a configuration that this package declares, its own first."""
-    names: dict[str, None] = {}
+    # as they are declared: transformers' parser of flags changes `field.type`
+    types: dict[str, Any] = {}
     for cls in config.__mro__:
         if cls.__module__.startswith("rlhf_bayes."):
-            names |= dict.fromkeys(inspect.get_annotations(cls))
+            types = types | {name: of for name, of in inspect.get_annotations(cls).items() if name not in types}
     rows = []
-    for name in names:
+    for name, of in types.items():
         field = config.__dataclass_fields__[name]
-        kind = inspect.formatannotation(field.type).replace("typing.", "").replace(" | ", " or ")
+        kind = inspect.formatannotation(of).replace("typing.", "").replace(" | ", " or ")
         text = re.sub(r"%%", "%", field.metadata["help"])
         rows.append((f"`{name}`", f"`{kind}`", f"`{field.default!r}`", text))
     base = next(cls for cls in config.__mro__ if cls.__module__.startswith("trl."))
