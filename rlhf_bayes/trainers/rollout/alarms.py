@@ -174,9 +174,9 @@ class Alarms(TrainerCallback):
         )
 
     def _check_step(self, kl: float) -> None:
-        args, state, distance = self.trainer.args, self.trainer.state, self.prior.distance(self.trainer.beta)
         if self.trainer.beta <= 0 or len(self.prior) == 0:
             return
+        args, state, distance = self.trainer.args, self.trainer.state, self.prior.distance(self.trainer.beta)
         if kl > distance:
             self._raise(
                 "stride",

@@ -81,7 +81,9 @@ class PriorDraws:
         self._keys = torch.empty(0, dtype=torch.long)
         self._rewards = torch.empty(0, dtype=torch.float64)
         self._log_prior = torch.empty(0, dtype=torch.float64)
+        # β and what was computed of it, since that goes over all draws
         self._entropies: tuple[float, ByPrompt | None] | None = None
+        self._distances: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -103,7 +105,7 @@ class PriorDraws:
             self._keys = torch.cat([self._keys, keys[:room]])
             self._rewards = torch.cat([self._rewards, rewards[:room]])
             self._log_prior = torch.cat([self._log_prior, log_prior[:room]])
-            self._entropies = None
+            self._entropies = self._distances = None
 
     def rewards_of_prompts(self) -> Tensor:
         """Rewards in a row for each prompt, as many as every prompt has: (P, n)."""
@@ -124,6 +126,11 @@ class PriorDraws:
             beta (`float`):
                 β, units of reward per nat.
         """
+        if self._distances is None or self._distances[0] != beta:
+            self._distances = beta, self._distance(beta)
+        return self._distances[1]
+
+    def _distance(self, beta: float) -> float:
         rewards = self.rewards_of_prompts() if len(self) else torch.empty(0, 0)
         if beta <= 0 or rewards.size(1) < 2:
             return 1.0
@@ -179,7 +186,7 @@ class PriorDraws:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._keys, self._rewards, self._log_prior = state["keys"], state["rewards"], state["log_prior"]
-        self._entropies = None
+        self._entropies = self._distances = None
 
 
 def what_is_asked_for(rewards: Tensor, beta: float, is_reward: bool) -> str:

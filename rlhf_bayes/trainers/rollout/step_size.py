@@ -40,8 +40,8 @@ class StepSize(TrainerCallback):
 
     n is the number of completions that are drawn for each optimizer step. The noise of a gradient falls like 1/n, so
     that the step may be so much longer, and each completion moves the policy as far, however a batch is divided into
-    steps. The scheduler's decay multiplies η. `benchmarks/real_posterior.py` and `benchmarks/exact_posterior.py`
-    measure how close this comes to the best learning rate.
+    steps. The scheduler's decay multiplies η. `benchmarks/real_posterior.py` measures how close this comes to the best
+    learning rate.
 
     Args:
         trainer (`RolloutTrainer`):
@@ -49,13 +49,11 @@ class StepSize(TrainerCallback):
 
     Attributes:
         adapts (`bool`): whether the learning rate is adapted in this training.
-        last (`float`, *optional*): KL(π‖π') of the step measured last, nats per sequence.
     """
 
     def __init__(self, trainer: "RolloutTrainer"):
         self.trainer = trainer
         self.adapts = False
-        self.last: float | None = None
         self._world = TrainerWorld(trainer)
         self._measured = 0
         self._log_curvature = 0.0
@@ -85,10 +83,9 @@ class StepSize(TrainerCallback):
         if self._before is None:
             return
         (step, rate, before), self._before = self._before, None
-        kl = self._kl(step, before, self._log_probs(step))
+        kl = self._kl(before, self._log_probs(step))
         if not 0 < kl < math.inf:
             return  # the step was skipped, or has broken the policy
-        self.last = kl
         self._world.log("step_kl", kl)
         if self.adapts:
             self._adapt(kl, rate)
@@ -99,11 +96,8 @@ class StepSize(TrainerCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._measured, self._log_curvature, self._distance = (
-            state["measured"],
-            state["log_curvature"],
-            state["distance"],
-        )
+        self._measured, self._log_curvature = state["measured"], state["log_curvature"]
+        self._distance = state["distance"]
 
     def _adapt(self, kl: float, rate: float) -> None:
         self._measured += 1
@@ -144,7 +138,7 @@ class StepSize(TrainerCallback):
         width = max(part.size(1) for part in rows)
         return torch.cat([torch.nn.functional.pad(part, (0, width - part.size(1))) for part in rows])
 
-    def _kl(self, step: OptimizerStep, before: Tensor, after: Tensor) -> float:
+    def _kl(self, before: Tensor, after: Tensor) -> float:
         """KL(π‖π'), nats per sequence, a mean over the rows of all processes."""
         per_row = k3(before, after).sum(-1)  # (n,)
         total, count = self._world.reduce(torch.stack([per_row.sum(), per_row.new_tensor(float(len(per_row)))]))
