@@ -103,10 +103,7 @@ def main() -> None:
 
     # train, save and report
     def report() -> None:
-        if likelihood is None:
-            cli.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
-        else:
-            cli.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
+        cli.evidence_report(trainer, args, model_args.model_name_or_path, dataset, reward_funcs, likelihood)
 
     cli.train_and_report(trainer, report if args.report_prompts > 0 else None, args.overwrite_output_dir)
 

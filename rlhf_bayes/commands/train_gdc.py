@@ -28,7 +28,7 @@ ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {"output_dir": "runs/gdc_dpg", "use_cpu": ON_CPU, "bf16": not ON_CPU, "logging_steps": 5}
 # the means are over all prompts, so a report on fewer prompts would show other means
 DEFAULTS |= {"report_prompts": 32, "report_samples": 64}
-# defaults of the bundled model; with another model, TRL's defaults apply
+# defaults of the bundled model; with another model, those of the configuration apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "learning_rate": 5e-4,

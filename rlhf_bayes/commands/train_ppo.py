@@ -21,7 +21,7 @@ from rlhf_bayes.toy.rewards import sentiment_reward
 
 ON_CPU = not torch.cuda.is_available()
 DEFAULTS = {"output_dir": "runs/ppo_klrl", "use_cpu": ON_CPU, "bf16": not ON_CPU, "logging_steps": 1}
-# defaults of the bundled model; with another model, TRL's defaults apply
+# defaults of the bundled model; with another model, those of the configuration apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "beta": 0.25,
@@ -108,9 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # train, save and report
     def report() -> None:
-        if likelihood is None:
-            flags.reward_report(trainer, args, model_args.model_name_or_path, reward_funcs, dataset)
-        else:
-            flags.likelihood_report(trainer, args, model_args.model_name_or_path, likelihood, dataset)
+        flags.evidence_report(trainer, args, model_args.model_name_or_path, dataset, reward_funcs, likelihood)
 
     flags.train_and_report(trainer, report if args.report_prompts > 0 else None, args.overwrite_output_dir)

@@ -12,6 +12,7 @@ from rlhf_bayes.commands.flags.named import (
 from rlhf_bayes.commands.flags.recipe import (
     PromptArguments,
     evaluate_saved,
+    evidence_report,
     likelihood_report,
     model_init_kwargs,
     parse_flags,
@@ -25,6 +26,7 @@ __all__ = [
     "PromptArguments",
     "contains_words",
     "evaluate_saved",
+    "evidence_report",
     "hold_out",
     "likelihood_report",
     "load_function",

@@ -273,6 +273,29 @@ def print_samples(evaluation: Evaluation, console: Console) -> None:
     console.print(samples_table(evaluation.from_policy.prompts[:4], draws, title="Samples"))
 
 
+def evidence_report(
+    trainer: Trainer,
+    args: PromptArguments,
+    model_path: str,
+    dataset: Dataset,
+    reward_funcs: list,
+    likelihood: Likelihood | None,
+) -> None:
+    """
+    [`likelihood_report`] where the policy was trained on a likelihood, else [`reward_report`].
+
+    Args:
+        trainer, args, model_path, dataset:
+            As in [`evaluate_saved`].
+        reward_funcs (`list`), likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
+            The evidence; reward functions do not count beside a likelihood.
+    """
+    if likelihood is None:
+        reward_report(trainer, args, model_path, reward_funcs, dataset)
+    else:
+        likelihood_report(trainer, args, model_path, likelihood, dataset)
+
+
 def reward_report(
     trainer: Trainer, args: PromptArguments, model_path: str, reward_funcs: list, dataset: Dataset
 ) -> None:
