@@ -287,8 +287,10 @@ def evidence_report(
     Args:
         trainer, args, model_path, dataset:
             As in [`evaluate_saved`].
-        reward_funcs (`list`), likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
-            The evidence; reward functions do not count beside a likelihood.
+        reward_funcs (`list`):
+            The reward functions, which do not count beside a likelihood.
+        likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*):
+            The likelihood that the policy was trained on.
     """
     if likelihood is None:
         reward_report(trainer, args, model_path, reward_funcs, dataset)
