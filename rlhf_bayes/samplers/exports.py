@@ -76,9 +76,10 @@ def as_arviz(draws: "Draws", values: Mapping[str, Sequence[float] | Tensor] | No
         ) from error
     groups = arviz_groups(draws, values)
     dims = {name: ["prompt"] for group in groups.values() for name in group}
+    from_dict: Any = arviz.from_dict  # untyped here: the releases before and after ArviZ 1 take other arguments
     if hasattr(arviz, "InferenceData"):  # before ArviZ 1
-        return arviz.from_dict(**groups, dims=dims)
-    return arviz.from_dict(groups, dims=dims)
+        return from_dict(**groups, dims=dims)
+    return from_dict(groups, dims=dims)
 
 
 def arviz_groups(
