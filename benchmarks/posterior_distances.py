@@ -8,8 +8,8 @@ How far a policy is from a posterior whose log Z comes from many draws of the pr
     KL(π*‖π) = E_π*[r/β] − log Z + E_π*[log π0 − log π]         by self-normalised weights on draws of the prior
 
 per prompt. The term with c is 0 in expectation. As a control variate it takes away some of the variance; c is
-the coefficient of a regression on the draws of all prompts, and at most 1. The first two terms of KL(π*‖π) use all draws of the
-prior, the last one the first few of each prompt, because the policy must score them.
+the coefficient of a regression on the draws of all prompts, and at most 1. The first two terms of KL(π*‖π) use all
+draws of the prior, the last one the first few of each prompt, because the policy must score them.
 """
 
 import math
