@@ -104,8 +104,8 @@ def actor() -> SuggestingParser:
     parser = SuggestingParser(
         prog="rlhf-bayes actor",
         description="Draws from the policy of a `GDCTrainer` with `actor_weights` while it trains, scores, and adds "
-        "to the store that it learns from. Any number of actors may run. Each ends when the training does, with Ctrl-C, "
-        "or when there is a file `stop` in the folder of the weights.",
+        "to the store that it learns from. Any number of actors may run. Each ends when the training does, with "
+        "Ctrl-C, or when there is a file `stop` in the folder of the weights.",
     )
     flag = parser.add_argument
     flag("--store", required=True, metavar="DIR", help="The store, made where there is none.")
