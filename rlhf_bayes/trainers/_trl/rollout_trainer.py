@@ -63,6 +63,7 @@ from rlhf_bayes.trainers.rollout.store_writer import StoreWriter
 from rlhf_bayes.trainers.rollout.write_card import write_card
 
 if TYPE_CHECKING:
+    from rlhf_bayes.trainers.gdc.actor_rollouts import ActorRollouts
     from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts
 
 PRIVATE_NAMES = {
@@ -86,7 +87,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
     """The evidence, if it is a likelihood rather than a reward."""
-    stored: "StoredRollouts | None" = None
+    stored: "StoredRollouts | ActorRollouts | None" = None
     """The rollouts of a store, where completions and their scores come from one."""
     asked_for_prefixes: Sequence[int] = ()
     """Numbers of the reward functions that are also asked for the rewards of prefixes."""
