@@ -33,8 +33,9 @@ class Likelihood(Protocol):
       stop with an error. Samplers and the other objectives take `-inf` either way.
     - a method `evidence`, with the arguments of `log_likelihood`, that returns [`Evidence`].
     - an attribute `takes_prefixes` (`bool`): True if `log_likelihood` may be asked of prefixes of completions, and
-      costs little there: see [`~rlhf_bayes.rewards.takes_prefixes`]. A critic of `PPOTrainer` then reads it. Where only
-      a part of the evidence may be asked, a method `prefix_log_likelihood`, with the same arguments, gives that part.
+      costs little there: see [`~rlhf_bayes.rewards.takes_prefixes`]. A critic of `PPOTrainer` then reads it. Where
+      only a part of the evidence may be asked, a method `prefix_log_likelihood`, with the same arguments, gives that
+      part.
     """
 
     def log_likelihood(

@@ -1,4 +1,4 @@
-"""Prefixes in one pass of a causal classifier: against each text read by itself, and refused where they would differ."""
+"""Prefixes in one pass of a causal classifier: against each text by itself, and not taken where they would differ."""
 
 import pytest
 import torch
@@ -155,7 +155,7 @@ def test_members_of_an_ensemble_read_prefixes_in_one_pass(llama, llama_tokenizer
         ensemble = RewardEnsemble([heads(llama, 1), llama], llama_tokenizer)
     ensemble.normalize(PROMPTS, PREFIXES)
     pooled = ensemble.pooled("min", centers=False)
-    assert ensemble.takes_prefixes and pooled.takes_prefixes and ensemble.member(1).takes_prefixes
+    assert all(reward.takes_prefixes for reward in (ensemble, pooled, ensemble.member(1)))
     sizes = [sizes_of_passes(classifier.model) for classifier in ensemble.classifiers]
     found = read_once(ensemble.member_rewards, PROMPTS, PREFIXES)
     assert {size for of_one in sizes for size in of_one} == {(2, 7)}
@@ -189,5 +189,7 @@ def test_evidence_gives_the_part_that_takes_prefixes(llama, llama_tokenizer):
     arguments = (PROMPTS, PREFIXES, [[1]] * 8, {"shift": shift})
     counts = torch.tensor([0.0, *(text.count("d") + s for text, s in zip(PREFIXES[1:], shift[1:], strict=True))])
     of_rewards = (2 * torch.tensor(model(PROMPTS, PREFIXES)) - counts).clamp(-3, 3) / 0.5
-    expected = 0.5 * of_rewards + 2 * classifier.log_likelihood(*arguments[:2]) + ensemble.log_likelihood(*arguments[:2])
+    expected = (
+        0.5 * of_rewards + 2 * classifier.log_likelihood(*arguments[:2]) + ensemble.log_likelihood(*arguments[:2])
+    )
     assert_close(read_once(prefix_log_likelihood, product, *arguments), expected, rtol=1e-4, atol=1e-4)

@@ -150,8 +150,8 @@ def functions_of_prefixes(trainer: "RolloutTrainer", asked: bool | None) -> dict
 
 def _as_reward_model(trainer: "RolloutTrainer", number: int) -> RewardModel | None:
     """A module among the reward functions, which TRL runs itself, as one that texts are given to."""
-    module, tokenizer = trainer.reward_funcs[number], trainer.reward_processing_classes[number]
-    module = trainer.accelerator.unwrap_model(module)
+    tokenizers: Any = trainer.reward_processing_classes
+    module, tokenizer = trainer.accelerator.unwrap_model(trainer.reward_funcs[number]), tokenizers[number]
     if tokenizer is None or trainer.reads_images:
         return None
     was_training = module.training  # the caller decides whether the module drops out
