@@ -101,7 +101,8 @@ def test_of_evidence_the_parts_that_take_prefixes_are_asked(toy, tmp_path):
     assert {name: len(values) for name, values in rollout.features.items()} == {"reward": 24, "reward_2": 24}
     plain = trainer(toy, config(tmp_path, beta=BETA), likelihood=RewardLikelihood(toy_reward, 0.5))
     assert not plain.asked_for_prefixes
-    assert functions_of_prefixes(plain, True)[0](["a"], ["b"], [[1]]) == [2 * toy_reward(["a"], ["b"], [[1]])[0]]
+    one = {"prompts": ["a"], "completions": ["b"], "completion_ids": [[1]]}
+    assert functions_of_prefixes(plain, True)[0](**one) == pytest.approx([2 * toy_reward(**one)[0]])
 
 
 def test_a_function_around_a_causal_model_shares_the_pass(toy, tmp_path):
