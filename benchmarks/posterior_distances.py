@@ -8,8 +8,8 @@ How far a policy is from a posterior whose log Z comes from many draws of the pr
     KL(π*‖π) = E_π*[r/β] − log Z + E_π*[log π0 − log π]         by self-normalised weights on draws of the prior
 
 per prompt. The term with c is 0 in expectation. As a control variate it takes away some of the variance; c is
-the coefficient of a regression on the draws of all prompts. The first two terms of KL(π*‖π) use all draws of the
-prior, the last one the first few of each prompt, because the policy must score them.
+the coefficient of a regression on the draws of all prompts, and at most 1. The first two terms of KL(π*‖π) use all
+draws of the prior, the last one the first few of each prompt, because the policy must score them.
 """
 
 import math
@@ -132,7 +132,8 @@ def reverse_kl(log_z: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
     ratio = log_ratio.exp()
     residual, centred = ((x - x.mean(-1, keepdim=True)) for x in (log_ratio, ratio))
     total = centred.square().sum()
-    slope = (residual * centred).sum() / total if total > 0 else total  # 0 where π is π*
+    # 0 where π is π*; more than 1 only where all ratios are near 0, which is no ground for a regression
+    slope = ((residual * centred).sum() / total).clamp(max=1.0) if total > 0 else total
     terms = slope * (ratio - 1) - log_ratio
     return terms.mean(-1), terms.var(-1) / terms.size(-1)
 

@@ -12,7 +12,8 @@ are in `real_tasks.py`. Every method draws the same number of completions in bat
 linear decay and a gradient norm of at most 0.1.
 
 - The learning rate of each method is chosen on each task by KL(π‖π*) of one run a rate with a seed of its own. Where
-  the best rate is at the edge of the set, the set grows. The verdict comes from other seeds and other draws.
+  the best rate is at the edge of the set, the set grows. The verdict comes from other seeds and other draws. A model
+  of smaller weights has smaller rates (`RATE_SCALES` in `real_tasks.py`).
 - Distances are computed by `posterior_distances.py`, with log Z from draws of the prior, and do not use the metrics
   of the trainers. The trainer's own `posterior/gap` stands beside the truth.
 - ± is one standard error clustered by prompt. That of a difference is of the prompts' differences, and includes the
@@ -38,7 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from real_posterior_worker import Method, Run, Sizes, Target, check_samples, measure
 from real_report import choices_of, write_report
-from real_tasks import TASKS, Folders
+from real_tasks import RATE_SCALES, TASKS, Folders
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -86,6 +87,12 @@ def extended(by_rate: dict[float, float]) -> float | None:
     return next_rate(best, up=best == rates[-1])
 
 
+def rates_of(args: argparse.Namespace, task: str, method: Method) -> list[float]:
+    """The learning rates to begin with, ascending. Those of a flag and a single one are taken as they are."""
+    scale = 1.0 if args.learning_rates or len(method.learning_rates) == 1 else RATE_SCALES.get(task, 1.0)
+    return [float(f"{scale * rate:.6g}") for rate in method.learning_rates]
+
+
 def still_needed(args: argparse.Namespace, results: Results) -> list[Run]:
     """The runs that can start with what is known: those that choose a learning rate, then those of the verdict."""
     needed = []
@@ -93,7 +100,8 @@ def still_needed(args: argparse.Namespace, results: Results) -> list[Run]:
         for name, method in args.methods.items():
             run = partial(Run, task, name, method, sizes=args.sizes)
             choice = [
-                run(learning_rate=rate, seed=args.choice_seed, for_verdict=False) for rate in method.learning_rates
+                run(learning_rate=rate, seed=args.choice_seed, for_verdict=False)
+                for rate in rates_of(args, task, method)
             ]
             if len(choice) > 1:
                 missing = [candidate for candidate in choice if candidate not in results]

@@ -97,3 +97,6 @@ def convincing(folders: Folders) -> Task:
 
 
 TASKS: dict[str, Callable[[Folders], Task]] = {"stories": stories, "bitstories": bitstories, "convincing": convincing}
+# the weights of bitstories3M are about 0.0005, those of stories260K about 0.05, and a step of Adam is as large as its
+# rate whatever the weights are
+RATE_SCALES = {"bitstories": 0.01}

@@ -113,6 +113,7 @@ def _patch_forward(lm: PreTrainedModel) -> None:
         *args,
         completion_ids=None,
         completion_mask=None,
+        num_tokens=None,
         temperature=1.0,
         hidden_only=False,
         with_hidden=False,
@@ -129,13 +130,15 @@ def _patch_forward(lm: PreTrainedModel) -> None:
                 type(self).forward(self, *args, **kwargs) if earlier_patch is None else earlier_patch(*args, **kwargs)
             )
         states = states_before(trunk_of(self)(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
-        hidden = states[completion_mask]  # (N, H)
+        places = token_places(completion_mask, num_tokens)
+        hidden = states.flatten(0, 1).index_select(0, places)  # (N, H)
         critic: Critic | None = getattr(self, CRITIC, None) if with_values else None
         values = None if critic is None else scatter(critic(self, hidden, completion_mask, kwargs), completion_mask)
         if hidden_only:
             return CompletionScores(None, None, values, hidden)
         head = LMHead.of(self, temperature)
-        log_probs, entropy = token_log_probs_and_entropy(hidden, completion_ids[completion_mask], head)
+        targets = completion_ids.flatten().index_select(0, places)  # (N,)
+        log_probs, entropy = token_log_probs_and_entropy(hidden, targets, head)
         columns = (scatter(column, completion_mask) for column in (log_probs, entropy))
         return CompletionScores(*columns, values, hidden if with_hidden else None)
 
@@ -218,8 +221,12 @@ def _score_batch(
     **options: Any,
 ) -> CompletionScores:
     width = completion_mask.size(1)
-    start = int(prompt_mask.any(dim=0).long().argmax())
-    stop = int(completion_mask.any(dim=0).cumsum(0).argmax()) + 1
+    sizes = (
+        prompt_mask.any(dim=0).long().argmax(),
+        completion_mask.any(dim=0).cumsum(0).argmax() + 1,
+        completion_mask.bool().sum(),
+    )
+    start, stop, num_tokens = torch.stack(sizes).tolist()  # at once, since the host waits for the device here
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
     completion_ids, completion_mask = completion_ids[:, :stop], completion_mask[:, :stop]
     attention_mask = torch.cat(
@@ -238,6 +245,7 @@ def _score_batch(
         **others,
         completion_ids=completion_ids,
         completion_mask=completion_mask.bool(),
+        num_tokens=num_tokens,
         **options,
     )
     if not isinstance(scores, CompletionScores):
@@ -247,6 +255,14 @@ def _score_batch(
         )
     columns = (x if x is None else nn.functional.pad(x, (0, width - stop)) for x in scores[:-1])
     return CompletionScores(*columns, scores.hidden)
+
+
+def token_places(mask: Tensor, num_tokens: int | None = None) -> Tensor:
+    """The places of the N valid tokens of a bool mask (B, T) in its B·T entries, in row order: (N,)."""
+    if num_tokens is None:
+        return mask.flatten().nonzero().squeeze(-1)
+    # not `nonzero`, whose count the host would wait for, and again in a backward pass through a mask
+    return mask.flatten().logical_not().byte().argsort(stable=True)[:num_tokens]
 
 
 def scatter(values: Tensor, mask: Tensor) -> Tensor:

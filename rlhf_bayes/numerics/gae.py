@@ -42,6 +42,21 @@ def gae(
             f"`rewards` and `values` must both be (B, T), got {tuple(rewards.shape)} and {tuple(values.shape)}."
         )
     check_right_padded(mask)
+    return gae_of_padded(rewards, values, gamma, lam)
+
+
+def gae_of_padded(
+    rewards: Tensor, values: Tensor, gamma: float = 1.0, lam: float | Tensor = 0.95
+) -> tuple[Tensor, Tensor]:
+    """
+    [`gae`] of rewards and values that are known to be right-padded with 0, without its checks.
+
+    A check asks for values, so the host waits for the device.
+
+    Args:
+        rewards, values (`torch.Tensor`): (B, T), 0 on padding.
+        gamma, lam: as in [`gae`].
+    """
     next_values = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)  # (B, T), 0 after the last token
     residuals = rewards + gamma * next_values - values  # (B, T), 0 on padding
     advantages = torch.zeros_like(residuals)

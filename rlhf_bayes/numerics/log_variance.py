@@ -157,12 +157,13 @@ def _differences(log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor) 
             "`log_policy`, `log_prior` and `log_likelihood` must have the same shape (B,), got "
             f"{tuple(log_policy.shape)}, {tuple(log_prior.shape)} and {tuple(log_likelihood.shape)}."
         )
+    usable = log_policy.isfinite() & log_prior.isfinite() & (log_likelihood != torch.inf)
+    if usable.all():  # one question, since each makes the host wait for the device
+        return log_policy - log_prior - log_likelihood
     for name, log_prob in (("log_policy", log_policy), ("log_prior", log_prior)):
         if not log_prob.isfinite().all():
             raise ValueError(
                 f"`{name}` must be finite, got {int((~log_prob.isfinite()).sum())} that are not: a completion that "
                 "was drawn has a positive probability."
             )
-    if bool((log_likelihood == torch.inf).any()):
-        raise ValueError("`log_likelihood` must be finite, -inf or nan, got +inf. Bound the evidence from above.")
-    return log_policy - log_prior - log_likelihood
+    raise ValueError("`log_likelihood` must be finite, -inf or nan, got +inf. Bound the evidence from above.")

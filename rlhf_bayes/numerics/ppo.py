@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_bayes.numerics.gae import check_right_padded, gae
+from rlhf_bayes.numerics.gae import check_right_padded, gae_of_padded
 from rlhf_bayes.numerics.masked import masked_var, zero_padding
 
 
@@ -109,8 +109,12 @@ def token_rewards(score: Tensor, token_kl: Tensor, mask: Tensor, beta: float | T
         raise ValueError(
             f"`score` must be (B,) and `token_kl` (B, T), got {tuple(score.shape)} and {tuple(token_kl.shape)}."
         )
-    penalties = -beta * zero_padding(token_kl, mask)  # (B, T)
     check_right_padded(mask)
+    return _token_rewards(score, zero_padding(token_kl, mask), mask, beta)
+
+
+def _token_rewards(score: Tensor, token_kl: Tensor, mask: Tensor, beta: float | Tensor) -> Tensor:
+    penalties = -beta * token_kl  # (B, T)
     followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)  # (B, T)
     # torch.where rather than a product with the mask: a score may be −inf
     rewards = torch.where(mask & ~followed, penalties + score[:, None], penalties)
@@ -171,8 +175,8 @@ def kl_penalised_advantages(
     packed, values = mask.gather(1, places), values.gather(1, places)  # (B, T), right-padded
     log_ratios = zero_padding(log_ratios.gather(1, places), packed)  # (B, T)
     paid = beta * (log_ratios.cumsum(-1) - log_ratios)  # (B, T)
-    rewards = token_rewards(score, log_ratios, packed, beta)  # (B, T)
-    advantages, _ = gae(rewards, values + paid, packed, lam=lam)
+    rewards = _token_rewards(score, log_ratios, packed, beta)  # (B, T)
+    advantages, _ = gae_of_padded(rewards, zero_padding(values + paid, packed), lam=lam)
     advantages = torch.zeros_like(advantages).scatter(1, places, advantages)
     return advantages, torch.where(mask, rewards.sum(-1, keepdim=True), 0.0)
 

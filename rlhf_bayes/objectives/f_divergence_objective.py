@@ -84,15 +84,10 @@ class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
     def loss(self, scores: CompletionScores, batch: FDivergenceBatch) -> LossSums:
         """−A·log π, summed over completions."""
         log_policy = scored(scores, batch.policy_mask)[0].sum(-1)  # (B,)
-        advantages, clipped = dpg_advantages(
-            self._log_target(batch),
-            log_policy,
-            batch.log_proposal,
-            batch.baseline,
-            self.divergence,
-            self.alpha,
-            self.max_pseudo_reward,
-        )
+        columns = torch.stack([self._log_target(batch), log_policy.detach(), batch.log_proposal, batch.baseline])
+        # their values are checked, so the host waits for the device once, and not at each check
+        found = dpg_advantages(*columns.cpu(), self.divergence, self.alpha, self.max_pseudo_reward)
+        advantages, clipped = (x.to(columns.device, non_blocking=True) for x in found)
         sums = {"clipped": clipped.sum(), "kept": advantages.abs().sum()}
         return LossSums(-(advantages * log_policy).sum(), self.sums_to_report(scores, batch) | sums)
 

@@ -80,14 +80,17 @@ class GDCObjective(ABC, Generic[B]):
         log_likelihood = rollout.rewards / self.beta
         kls = log_policy - log_prior if rollout.token_kl is None else rollout.token_kl.sum(-1)
         local = torch.stack([log_policy, log_prior, rollout.log_proposal, log_likelihood, kls], dim=-1)
-        everyone = GatheredRollout(
-            self.world.gather(rollout.prompt_keys), *self.world.gather(local.double()).unbind(-1)
-        )
+        # a few numbers a completion: on the host, no statistic of them makes it wait for the device again
+        keys, numbers = (self.world.gather(column).cpu() for column in (rollout.prompt_keys, local))
+        everyone = GatheredRollout(keys, *numbers.double().unbind(-1))
         estimate = self.target.estimate(
             everyone.prompt_keys, everyone.log_prior, everyone.log_proposal, everyone.log_likelihood
         )
-        columns = self.columns(rollout, everyone, estimate)
-        own: dict[str, Any] = {name: own_rows(self.world, column) for name, column in columns.items()}
+        columns = {"log_z": estimate.log_z.float()} | self.columns(rollout, everyone, estimate)
+        own: dict[str, Any] = {
+            name: own_rows(self.world, column).to(log_policy.device, non_blocking=True)
+            for name, column in columns.items()
+        }
         batch = self.batch_type(
             **rollout.sequences,
             prompt_keys=rollout.prompt_keys,
@@ -95,7 +98,6 @@ class GDCObjective(ABC, Generic[B]):
             log_prior=log_prior,
             log_proposal=rollout.log_proposal,
             log_likelihood=log_likelihood,
-            log_z=own_rows(self.world, estimate.log_z).float(),
             **own,
         )
         self._report_rollout(rollout, everyone, estimate)
@@ -170,7 +172,7 @@ class GDCObjective(ABC, Generic[B]):
         """Effective sample size of the weights p/q of a step, over all processes."""
         names = ("log_prior", "log_likelihood", "log_z", "log_proposal")
         columns = torch.stack([torch.cat([getattr(batch, name) for batch in batches]) for name in names], dim=-1)
-        log_prior, log_likelihood, log_z, log_proposal = self.world.gather(columns.double()).unbind(-1)
+        log_prior, log_likelihood, log_z, log_proposal = self.world.gather(columns).cpu().double().unbind(-1)
         log_weights = self.target.log_target(log_prior, log_likelihood, log_z) - log_proposal  # (M_global,)
         return importance_ess(torch.where(log_weights.isnan(), -torch.inf, log_weights)).item()
 

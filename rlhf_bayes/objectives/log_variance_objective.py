@@ -121,6 +121,9 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
         self, log_policy: Tensor, log_prior: Tensor, log_likelihood: Tensor, log_z: Tensor, prompt_keys: Tensor
     ) -> LogVarianceCentres:
         evidence = self.target.power * log_likelihood
+        # on the host, since the layout of the groups and the checks depend on values
+        columns = torch.stack([log_policy.detach(), log_prior, evidence, log_z]).cpu()
         # where the evidence forbids completions, deviations are measured from −log Z instead of a mean
-        known = log_z if self.target.forbids else None
-        return log_variance_centres(log_policy, log_prior, evidence, prompt_keys, self.huber_delta, known)
+        known = columns[3] if self.target.forbids else None
+        centres = log_variance_centres(*columns[:3], prompt_keys.cpu(), self.huber_delta, known)
+        return LogVarianceCentres(*(x.to(log_policy.device, non_blocking=True) for x in centres))

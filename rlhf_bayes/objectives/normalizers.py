@@ -80,8 +80,8 @@ class Normalizers:
 
     def log_z(self, prompt_keys: Tensor) -> Tensor:
         """The current estimate of log Z of each completion's prompt: (B,), fp64, nats."""
-        unique, row = prompt_keys.unique(return_inverse=True)
-        return self.pool.log_z([str(key) for key in unique.tolist()]).to(prompt_keys.device)[row]
+        unique, row = prompt_keys.cpu().unique(return_inverse=True)
+        return self.pool.log_z([str(key) for key in unique.tolist()])[row].to(prompt_keys.device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""

@@ -174,7 +174,8 @@ def moments_of_all(world: World, rollout: Rollout, weights: Tensor | None = None
     if not rollout.features:
         return {}
     local = torch.stack([values.to(rollout.rewards.device) for values in rollout.features.values()], dim=-1)  # (B, F)
-    return feature_moments(world.gather(local).double(), rollout.features, weights)
+    weights = None if weights is None else weights.cpu()
+    return feature_moments(world.gather(local).cpu().double(), rollout.features, weights)
 
 
 def log_z_without_bias(log_weights: Tensor) -> Tensor:

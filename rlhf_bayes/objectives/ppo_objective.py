@@ -146,6 +146,7 @@ class PPOObjective:
         features = None if critic is None else self._features(critic, rollout)
         values = _valued(rollout.values) if features is None or critic is None else critic.forecast(features)  # (B, T)
         mask = rollout.policy_tokens & ~rollout.rewards.isnan()[:, None]
+        constants = {"advantage_shift": 0.0, "advantage_scale": 1.0, "beta": self.beta, "lam": self._lam()}
         batch = PPOBatch(
             **rollout.sequences,
             loss_mask=mask,
@@ -155,10 +156,7 @@ class PPOObjective:
             old_values=values,
             token_entropy=rollout.token_entropy,
             value_shift=self._value_shift(rollout, values),
-            advantage_shift=rollout.rewards.new_tensor(0.0),
-            advantage_scale=rollout.rewards.new_tensor(1.0),
-            beta=torch.tensor(self.beta, device=rollout.rewards.device),
-            lam=torch.tensor(self._lam(), device=rollout.rewards.device),
+            **{name: rollout.rewards.new_full((), value) for name, value in constants.items()},
             policy_weights=rollout.policy_weights,
         )
         advantages, targets = self._advantages(rollout.token_log_probs, values, batch)
@@ -167,7 +165,7 @@ class PPOObjective:
         columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
         forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
         self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
-        self.world.log("ppo/lam", batch.lam.item())
+        self.world.log("ppo/lam", constants["lam"])
         if features is not None and critic is not None and self.world.training:
             critic.learn(features, self._returns(rollout), mask, rollout.policy_weights)
         self._report_rollout(rollout)
@@ -271,8 +269,9 @@ class PPOObjective:
         log_ratios = k1(rollout.token_log_probs, rollout.ref_token_log_probs)  # (B, T), 0 on padding
         kls = log_ratios if rollout.token_kl is None else rollout.token_kl  # (B, T), 0 on padding
         local = torch.stack([rollout.rewards, log_ratios.sum(-1), kls.sum(-1)], dim=-1)  # (B, 3)
-        rewards, log_ratios, kls = self.world.gather(local).unbind(-1)  # (B_global,)
-        weights = None if rollout.policy_weights is None else self.world.gather(rollout.policy_weights)
+        # on the host, no statistic of them makes it wait for the device again
+        rewards, log_ratios, kls = self.world.gather(local).cpu().unbind(-1)  # (B_global,)
+        weights = None if rollout.policy_weights is None else self.world.gather(rollout.policy_weights).cpu()
         metrics = posterior_metrics(
             rewards, log_ratios, kls, self.beta, rollout.num_generations, weights=weights
         ) | moments_of_all(self.world, rollout, weights)

@@ -132,6 +132,14 @@ def test_the_control_variate_leaves_less_noise(toy, task, policy):
         assert ((gap - toy.reverse_kl(policy).double()).abs() < 5 * variance.sqrt()).all()
 
 
+def test_a_policy_that_has_left_the_posterior_has_a_large_gap():
+    # all ratios π*/π of its draws are near 0: a coefficient of the control variate without a bound was 2e8
+    log_z = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    log_weights = log_z[:, None] - torch.tensor([[25.0, 24.0, 27.0], [30.0, 28.0, 31.0]], dtype=torch.float64)
+    gap, _ = estimates.reverse_kl(log_z, log_weights)
+    assert gap.tolist() == pytest.approx([76 / 3, 89 / 3], abs=1.001)
+
+
 def test_log_z_of_a_batch_has_the_expectation_of_enumeration(task):
     toy = EnumerableLM(max_completion_length=2)
     log_prior, evidence = toy.log_prior[2].double(), toy.log_likelihood[2].double()  # (N,)
@@ -176,8 +184,9 @@ def fake_result(run, gap):
 
 def test_other_seeds_and_draws_choose_the_rate_than_give_the_verdict():
     args = argparse.Namespace(
-        tasks=["toy"], methods={"a": worker.Method("ppo")}, seeds=2, choice_seed=1000, sizes=worker.Sizes()
-    )
+        tasks=["toy"], methods={"a": worker.Method("ppo")}, seeds=2, choice_seed=1000, sizes=worker.Sizes(),
+        learning_rates=None,
+    )  # fmt: skip
     results, gaps = {}, {2e-5: 0.3, 5e-5: 0.2, 1e-4: 0.1, 2e-4: 0.15}
     tried = []
     while not (needed := real_posterior.still_needed(args, results))[0].for_verdict:
@@ -189,6 +198,16 @@ def test_other_seeds_and_draws_choose_the_rate_than_give_the_verdict():
     results |= {run: fake_result(run, 0.5) for run in needed}
     assert real_posterior.still_needed(args, results) == []
     assert report.choices_of(results, "toy", "a")[1e-4] == pytest.approx(0.2)
+
+
+def test_models_of_smaller_weights_have_smaller_rates():
+    given, tuned = argparse.Namespace(learning_rates=None), worker.Method("ppo")
+    assert real_posterior.rates_of(given, "stories", tuned) == [2e-5, 5e-5, 1e-4]
+    assert real_posterior.rates_of(given, "bitstories", tuned) == [2e-7, 5e-7, 1e-6]
+    assert real_posterior.rates_of(given, "bitstories", worker.Method("ppo", learning_rates=(1e-6,))) == [1e-6]
+    given.learning_rates = [1e-3, 2e-3]  # which the parser has put into the methods
+    own = worker.Method("ppo", learning_rates=(1e-3, 2e-3))
+    assert real_posterior.rates_of(given, "bitstories", own) == [1e-3, 2e-3]
 
 
 def test_errors_are_clustered_by_prompt_and_seeds_add_theirs():

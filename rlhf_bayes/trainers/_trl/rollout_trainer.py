@@ -63,6 +63,7 @@ from rlhf_bayes.trainers.rollout.store_writer import StoreWriter
 from rlhf_bayes.trainers.rollout.write_card import write_card
 
 if TYPE_CHECKING:
+    from rlhf_bayes.trainers.gdc.actor_rollouts import ActorRollouts
     from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts
 
 PRIVATE_NAMES = {
@@ -86,7 +87,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     """The objective that a step minimises. Subclasses create it at the end of their constructor."""
     evidence: LikelihoodReward | None = None
     """The evidence, if it is a likelihood rather than a reward."""
-    stored: "StoredRollouts | None" = None
+    stored: "StoredRollouts | ActorRollouts | None" = None
     """The rollouts of a store, where completions and their scores come from one."""
     asked_for_prefixes: Mapping[int, Callable] = {}
     """Number of a reward function -> what is called for the rewards of prefixes: see [`functions_of_prefixes`]."""
@@ -247,7 +248,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         # RLOO logs means of rewards, which leave out nan: forbidden completions must not make them −inf
         rewards = torch.where(rewards == -torch.inf, torch.nan, rewards)
         eos = set(self._eos_ids)
-        self._in_flight.ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list], device=rewards.device)
+        ended = torch.tensor([ids[-1] in eos for ids in completion_ids_list])
+        self._in_flight.ended = ended.to(rewards.device, non_blocking=True)
         return rewards
 
     def _prefix_rewards(self, inputs, prompts, completion_ids) -> Tensor | None:
@@ -305,11 +307,12 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             in_flight.ended,
         )  # (B,), nan where no reward function applies
         names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        keys = torch.tensor([prompt_key(row) for row in inputs])
         return Rollout(
             **{name: output[name] for name in names},
             **in_flight.scored,
             model_inputs=self.model_inputs,
-            prompt_keys=torch.tensor([prompt_key(row) for row in inputs], device=rewards.device),
+            prompt_keys=keys.to(rewards.device, non_blocking=True),
             rewards=rewards,
             num_generations=self.num_generations if self.mode == "train" else self.num_generations_eval,
             prefix_rewards=in_flight.prefix_rewards,

@@ -10,6 +10,7 @@ from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.store import CompletionStore
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
+from rlhf_bayes.trainers.gdc.actor_rollouts import ActorRollouts, WeightsPusher
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig, check_annealing
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.gdc.store_checks import check_made_by, check_store_training
@@ -49,7 +50,8 @@ class GDCTrainer(RolloutTrainer):
         train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or [`~rlhf_bayes.store.CompletionStore`]):
             Prompts, as in [`PPOTrainer`]. Or a store of completions: then nothing is generated, and neither prior nor
             reward is run or kept in memory, since their values are stored. An epoch is one pass over the store.
-            `reward_funcs` and `ref_model` may be left out; given ones must be those of the store.
+            `reward_funcs` and `ref_model` may be left out; given ones must be those of the store. With `actor_weights`
+            the training follows the store while actors add to it: see [`~rlhf_bayes.store.Actor`].
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config:
             As in [`PPOTrainer`].
         peft_config, ref_model:
@@ -65,6 +67,7 @@ class GDCTrainer(RolloutTrainer):
     `posterior/moments/<feature>`, `posterior/skipped_prompts` (share of prompts whose weights were all 0);
     `gdc/step_ess` (completions), `gdc/skipped_steps`, `gdc/ratio_ess` (share: importance ratios π/q of the step),
     `gdc/clipped` (share of the pseudo-reward that `max_pseudo_reward` cut off), `gdc/beta`, `gdc/proposal_replaced`.
+    With actors: `actors/staleness` (steps), `actors/ess` (share), `actors/waiting` (share of time), `actors/dropped`.
 
     `eval_loss` is the divergence that is minimised, estimated on the policy's own completions.
 
@@ -111,9 +114,14 @@ class GDCTrainer(RolloutTrainer):
         made_by = reward_funcs, ref_model
         if store is not None:
             check_store_training(args, store, eval_dataset)
-            self.stored = StoredRollouts(store, args, likelihood)
+            self.stored = (StoredRollouts if args.actor_weights is None else ActorRollouts)(store, args, likelihood)
             train_dataset, ref_model = self.stored.dataset, None
             reward_funcs = stored_rewards if likelihood is None else reward_funcs
+        elif args.actor_weights is not None:
+            raise ValueError(
+                f"`actor_weights` must be left out without a store as `train_dataset`, got {args.actor_weights!r}: "
+                "actors add to a store. Pass the one that they write: `train_dataset=CompletionStore(...)`."
+            )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
         check_prior_samples(args.prior_samples, train_dataset)
@@ -144,6 +152,8 @@ class GDCTrainer(RolloutTrainer):
         self.objective = self._make_objective(likelihood)
         if self.stored is None:
             self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
+        if isinstance(self.stored, ActorRollouts):
+            self.add_callback(WeightsPusher(self, self.stored))
         if args.prior_samples:
             self.add_callback(PriorSamples(self))
         if args.max_pseudo_reward is not None:
@@ -204,12 +214,15 @@ class GDCTrainer(RolloutTrainer):
     def rollout_state(self) -> dict[str, Any]:
         """The state of the objective and the proposal, for a checkpoint."""
         proposal = self.proposal.weights if isinstance(self.proposal, Snapshot) else self.proposal
-        return super().rollout_state() | {"proposal": proposal}
+        read = {"actors": self.stored.state_dict()} if isinstance(self.stored, ActorRollouts) else {}
+        return super().rollout_state() | {"proposal": proposal} | read
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
         """Restore what `rollout_state` returned."""
         super().load_rollout_state(state)
         self.proposal = state["proposal"]
+        if isinstance(self.stored, ActorRollouts):
+            self.stored.load_state_dict(state["actors"])
         if not isinstance(self.proposal, str):
             snapshot = Snapshot(self._plain_policy)
             snapshot.weights = state["proposal"]

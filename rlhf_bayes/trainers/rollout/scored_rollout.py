@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_bayes.lm import score_completions
-from rlhf_bayes.lm.forward import CompletionScores, scatter
+from rlhf_bayes.lm.forward import CompletionScores, scatter, token_places
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_exact_kl
 from rlhf_bayes.lm.model_inputs import RowInputs
 from rlhf_bayes.trainers.rollout.reference import Reference
@@ -82,7 +82,8 @@ def score_under_both(
     if heads is None:
         return policy, ref.log_probs, None
     with heads(ref_model) as (head, ref_head), torch.set_grad_enabled(graph is not None):
-        columns = token_log_probs_and_exact_kl(policy.hidden, head, ref.hidden, ref_head, completion_ids[mask])
+        targets = completion_ids.flatten().index_select(0, token_places(mask, len(policy.hidden)))  # (N,)
+        columns = token_log_probs_and_exact_kl(policy.hidden, head, ref.hidden, ref_head, targets)
         log_probs, ref_log_probs, entropy, token_kl = (scatter(column, mask) for column in columns)
     hidden = policy.hidden if with_hidden else None
     return CompletionScores(log_probs, entropy, policy.values, hidden), ref_log_probs, token_kl
