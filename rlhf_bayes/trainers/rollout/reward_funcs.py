@@ -100,7 +100,13 @@ class LikelihoodReward:
     def of_prefixes(
         self, prompts: list, completions: list, completion_ids: list, *, whole: bool = False, **columns: Any
     ) -> list[float | None]:
-        """The part of the evidence that takes prefixes, or the `whole`, of prefixes of completions; None for none."""
+        """
+        The evidence of prefixes, nats; None where there is none.
+
+        Args:
+            prompts, completions, completion_ids, columns: As in TRL's protocol, with prefixes for completions.
+            whole (`bool`): Whether all of the evidence is meant, rather than the part that takes prefixes.
+        """
         ask = self.likelihood.log_likelihood if whole else functools.partial(prefix_log_likelihood, self.likelihood)
         nats = ask(prompts, completions, completion_ids, columns)  # (N,)
         return [None if value != value else value for value in nats.tolist()]
