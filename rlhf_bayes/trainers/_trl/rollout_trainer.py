@@ -144,6 +144,19 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
 
     # The objective
 
+    @property
+    def adds_stored(self) -> bool:
+        """Whether `extended` adds stored completions to the batches of the policy's."""
+        return False
+
+    def rows_to_draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a rollout for which completions are drawn: all, unless others are added to the batch."""
+        return inputs
+
+    def extended(self, batch: Batch) -> Batch:
+        """The batch of a rollout with what is added to it."""
+        return batch
+
     def after_rollout(self) -> None:
         """Called after the objective has made its batch of a rollout."""
 
@@ -272,10 +285,11 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             self.accelerator.distributed_type == DistributedType.NO
         )  # an engine needs its forward in the same step as the loss
         whole = self.args.steps_per_generation == 1 and not (self.objective.replays or self.alarms.alone)
-        return alone and whole and self.proposal in ("policy", "store")
+        return alone and whole and not self.adds_stored and self.proposal in ("policy", "store")
 
     def _generate_and_score_completions(self, inputs):
         in_flight = self._in_flight = RolloutInFlight()
+        inputs = self.rows_to_draw(inputs)
         if self.stored is not None:
             output, rollout = {}, self.stored.rollout(self, inputs, in_flight)
         else:
@@ -290,10 +304,12 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             self.alarms.see(rollout)
             if self.alarms.alone:
                 return output
-        batch = self.objective.batch(rollout)
+        drawn = self.objective.batch(rollout)
         self.beta = self.objective.beta
         self.after_rollout()
-        columns = output | batch.columns()
+        batch = self.extended(drawn)
+        # RLOO's own columns have no rows for completions that were added, and are not read
+        columns = (output if batch is drawn else {}) | batch.columns()
         if in_flight.graph is not None:
             columns["row"] = torch.arange(len(batch), device=batch.completion_mask.device)
         return columns
