@@ -134,12 +134,12 @@ def problem_of(name: str, args: argparse.Namespace) -> Problem:
 
 
 def store_of(problem: Problem, folder: Path, samples: int, seed: int) -> CompletionStore:
-    """Draws of the prior, the same number of each prompt; those that are there already, if there are any."""
+    """Draws of the prior, as many whole groups of each prompt; those that are there already, if there are any."""
     prior = LanguageModel(problem.policy(), problem.tokenizer, problem.length)
     likelihood = prior.tilt(problem.reward, beta=problem.beta).likelihood
     store = CompletionStore.create(folder, provenance_of(prior, likelihood))
     if len(store) == 0:
-        count = math.ceil(samples / len(problem.prompts))
+        count = problem.group * math.ceil(samples / len(problem.prompts) / problem.group)
         drawn = prior.sample(problem.prompts, count, torch.Generator().manual_seed(30_000 + seed))
         store.append(scored_completions(drawn, prior, likelihood))
     return store

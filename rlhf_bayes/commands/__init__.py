@@ -19,6 +19,7 @@ COMMANDS = {
     "reward": Command("train_reward", "train a reward model, or an ensemble, from preferences"),
     "sample": Command("sample", "draw from a posterior without training, and see what other β would give"),
     "what-if": Command("stored_what_if", "what other β, weights or clipping would give, from a store of completions"),
+    "actor": Command("run_actor", "draw from a policy while another process trains it, into the store it learns from"),
     "report": Command("report", "one page of HTML, and PNGs, on one or several runs"),
     "memory": Command("memory", "predict how much memory PPO needs, by role"),
     "merge": Command("merge", "merge adapters into their base, for programs that do not read adapters"),

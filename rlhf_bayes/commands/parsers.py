@@ -99,6 +99,37 @@ def memory() -> SuggestingParser:
     return parser
 
 
+def actor() -> SuggestingParser:
+    """Flags of `rlhf-bayes actor`, named as in `rlhf-bayes sample`."""
+    parser = SuggestingParser(
+        prog="rlhf-bayes actor",
+        description="Draws from the policy of a `GDCTrainer` with `actor_weights` while it trains, scores, and adds "
+        "to the store that it learns from. Any number of actors may run. Each ends when the training does, with "
+        "Ctrl-C, or when there is a file `stop` in the folder of the weights.",
+    )
+    flag = parser.add_argument
+    flag("--store", required=True, metavar="DIR", help="The store, made where there is none.")
+    flag("--weights", required=True, metavar="DIR", help="The learner's `actor_weights`.")
+    flag("--model_name_or_path", help="The prior, where the learner started. Default: the bundled model.")
+    flag("--dataset_name", help="Prompts: a name on the hub, a file, or a folder of `save_to_disk`.")
+    flag("--dataset_config", help="Configuration of a dataset on the hub.")
+    flag("--dataset_split", default="train", help="Default: train.")
+    flag("--prompt_column", default="prompt", help="Column that holds the prompts. Default: prompt.")
+    flag("--prompt", action="append", help="A prompt in place of a dataset; may be given several times.")
+    flag("--max_prompts", type=int, help="This many prompts of the dataset, chosen at random. Default: all.")
+    flag("--reward_func", action="append", metavar="MODULE:FUNCTION", help="May be given several times.")
+    flag("--reward_model_path", help="A reward model; added to the functions.")
+    flag("--likelihood", metavar="MODULE:OBJECT", help="Evidence in nats instead of rewards.")
+    flag("--max_completion_length", type=int, help="Tokens. Default: 64; 32 with the bundled model.")
+    flag("--temperature", type=float, default=1.0, help="Divides the logits. Default: 1.")
+    flag("--chat_template_kwargs", metavar="JSON", help="What the chat template gets beside the messages.")
+    flag("--batch_size", type=int, default=256, help="Sequences in one forward pass. Default: 256.")
+    flag("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="float32", help="Of the weights.")
+    flag("--seed", type=int, help="Of all draws. Each actor needs its own. Default: from the operating system.")
+    flag("--timeout", type=float, default=1800.0, help="Seconds without the learner, to end after. Default: 1800.")
+    return parser
+
+
 def environment() -> SuggestingParser:
     """Flags of `rlhf-bayes env`: none."""
     return SuggestingParser(
@@ -108,6 +139,7 @@ def environment() -> SuggestingParser:
 
 PARSERS: dict[str, Callable[[], SuggestingParser]] = {
     "what-if": what_if,
+    "actor": actor,
     "report": report,
     "merge": merge,
     "export": export,

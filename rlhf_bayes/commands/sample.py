@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def draw_and_report(args: Arguments) -> None:
     """Draw by each sampler, print tables and write the report."""
-    _check(args)
+    check(args)
     _check_policies(args)
     prompts, columns = load_prompts(args)
     likelihood = None if args.likelihood is None else cli.load_likelihood(args.likelihood)
@@ -284,7 +284,8 @@ def make_posterior(
     return (posterior, names) if predicate is None else (posterior.condition(predicate), [*names, str(args.condition)])
 
 
-def _check(args: Arguments) -> None:
+def check(args: Arguments) -> None:
+    """Refuse flags that do not go together, and numbers out of range."""
     if args.model_name_or_path is not None:
         if args.dataset_name is None and not args.prompt:
             raise ValueError("`--dataset_name` or `--prompt` must be given with `--model_name_or_path`, got neither.")

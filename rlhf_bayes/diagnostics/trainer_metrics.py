@@ -62,6 +62,14 @@ TRAINER_METRICS: dict[str, TrainerMetric] = {
     "gdc/clipped": TrainerMetric("share", "of the pseudo-reward that `max_pseudo_reward` took"),
     "gdc/beta": TrainerMetric("reward per nat", "the β that is being annealed with `beta_init`"),
     "gdc/proposal_replaced": TrainerMetric("share", 'how often `proposal="adaptive"` took a new proposal'),
+    "actors/staleness": TrainerMetric(
+        "optimizer steps", "age of the policy that drew a completion, when it is learnt from; with actors only"
+    ),
+    "actors/ess": TrainerMetric("share", "of the completions that the weights πθ/q of what actors drew leave"),
+    "actors/waiting": TrainerMetric("share of time", "in which the learner waits for completions of actors"),
+    "actors/dropped": TrainerMetric(
+        "completions", "for each rollout, that were older than `max_staleness` and not learnt from"
+    ),
     "engine/mismatch": TrainerMetric(
         "nats per sequence",
         "with vLLM or continuous batching: KL(q‖πθ) of what the engine draws, from the policy as the trainer has it. "

@@ -144,10 +144,21 @@ class CompletionStore:
         """
         self._read_new()
         if not self._tables:
-            empty = _as_table([])
-            return Dataset(empty)
+            return as_dataset([])
         tables = [self._tables[name] for name in sorted(self._tables)]
         return Dataset(pa.concat_tables(tables, promote_options="default").combine_chunks())
+
+    def files(self) -> list[str]:
+        """Names of its files, sorted."""
+        return sorted(path.name for path in self.path.glob("*.parquet"))
+
+    def rows_of(self, name: str) -> list[dict[str, Any]] | None:
+        """The rows of one of its files; None where the file was not written to the end, or is not there."""
+        try:
+            return pq.read_table(self.path / name).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            logger.debug("%s: %s", name, error)
+            return None
 
     def __len__(self) -> int:
         self._read_new()
@@ -188,6 +199,11 @@ class CompletionStore:
                     f"`completions` must have the rewards of the store, {sorted(wanted)}, got {sorted(found)}. Score "
                     "them by the same functions, or keep other scores as features."
                 )
+
+
+def as_dataset(rows: list[dict[str, Any]]) -> Dataset:
+    """Rows that [`CompletionStore.rows_of`] gave, as [`CompletionStore.read`] gives all."""
+    return Dataset(_as_table(rows))
 
 
 def _as_table(rows: list[dict[str, Any]]) -> pa.Table:

@@ -57,6 +57,11 @@ class StoredDraws:
             raise ValueError(
                 f"`{store.path}` must hold completions, got none. Draw some: `rlhf-bayes sample --store {store.path}`."
             )
+        return cls.of_rows(rows)
+
+    @classmethod
+    def of_rows(cls, rows: Dataset) -> "StoredDraws":
+        """The draws of some rows of a store."""
         keys = list(zip(rows["prompt"], rows["is_chat"], rows["columns"], strict=True))
         unique = {key: index for index, key in enumerate(dict.fromkeys(keys))}
         prompt_index = torch.tensor([unique[key] for key in keys])

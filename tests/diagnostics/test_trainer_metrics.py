@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf_bayes.diagnostics.trainer_metrics import TRAINER_METRICS
 
 PACKAGE = Path(__file__).parents[2] / "rlhf_bayes"
-OURS = re.compile(r"(posterior|ppo|gdc|engine)/\w+|nonfinite_steps|step_kl")
+OURS = re.compile(r"(posterior|ppo|gdc|engine|actors)/\w+|nonfinite_steps|step_kl")
 
 
 def logged_by(folder: str) -> set[str]:

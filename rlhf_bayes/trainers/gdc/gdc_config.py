@@ -140,6 +140,58 @@ class GDCConfig(RolloutConfig):
             )
         },
     )
+    actor_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A folder through which actors, processes of their own, get the policy's weights. The training then "
+                "follows the store that is `train_dataset` as they add to it: see `rlhf-bayes actor`. Default: a "
+                "store is read as it is."
+            )
+        },
+    )
+    push_steps: int = field(
+        default=1, metadata={"help": "Optimizer steps after which actors get new weights. For `actor_weights` only."}
+    )
+    max_staleness: int = field(
+        default=8,
+        metadata={
+            "help": (
+                "How many optimizer steps old the policy may be that drew a completion. Older ones are dropped, and "
+                "actors wait rather than run further ahead. At least `push_steps`. For `actor_weights` only."
+            )
+        },
+    )
+    actor_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": (
+                "Seconds without a completion of any actor after which the training stops, with a checkpoint. For "
+                "`actor_weights` only."
+            )
+        },
+    )
+
+    replay_store: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A store of completions, a share of which is learnt from beside the fresh ones: in each rollout, for "
+                "some of its prompts completions are read from it, and none is drawn. `train_dataset` may hold only "
+                "prompts that it has. To learn from a store alone, pass it as `train_dataset`."
+            )
+        },
+    )
+    store_share: float = field(
+        default=0.5,
+        metadata={
+            "help": (
+                "The share of the prompts of each rollout whose completions come from `replay_store`. Where the prior "
+                "drew these, all completions are weighted as draws of the mixture of policy and prior, otherwise each "
+                "by what drew it."
+            )
+        },
+    )
 
     @property
     def infinite_where_forbidden(self) -> str | None:
@@ -163,6 +215,10 @@ class GDCConfig(RolloutConfig):
             "max_pseudo_reward": (self.max_pseudo_reward, lambda x: 0 < x < math.inf, "positive, or None"),
             "beta_init": (self.beta_init, lambda x: 0 < x < math.inf, "positive and finite, or None"),
             "beta_init_steps": (self.beta_init_steps, lambda x: x >= 1, "at least 1 (optimizer steps), or None"),
+            "store_share": (self.store_share, lambda x: 0 < x < 1, "between 0 and 1, exclusive"),
+            "push_steps": (self.push_steps, lambda x: x >= 1, "at least 1 (optimizer steps)"),
+            "max_staleness": (self.max_staleness, lambda x: x >= 1, "at least 1 (optimizer steps)"),
+            "actor_timeout": (self.actor_timeout, lambda x: x > 0, "positive (seconds)"),
             "prior_samples": (
                 self.prior_samples,
                 lambda x: x >= 0 and x % max(self.num_generations, 1) == 0,
@@ -174,9 +230,18 @@ class GDCConfig(RolloutConfig):
         super()._check_posterior()
         if GDC_LOSSES[self.divergence].has_pseudo_reward:
             divergence_of(self.divergence, self.alpha)  # refuses an α that does not fit
-            self._refuse_for_others("huber_delta", "forbidden_gap")
+            self._refuse_for_others(
+                "`divergence`='log_variance'", f"with {self.divergence!r}", "huber_delta", "forbidden_gap"
+            )
         else:
             self._check_log_variance()
+        if self.actor_weights is None:
+            self._refuse_for_others("`actor_weights`", "without it", "push_steps", "max_staleness", "actor_timeout")
+        elif self.max_staleness < self.push_steps:
+            raise ValueError(
+                f"`max_staleness` must be at least `push_steps` ({self.push_steps}), got {self.max_staleness}: what "
+                "the newest weights draw would be too old before actors get others. Raise it, or push more often."
+            )
         if self.baseline == "leave_one_out" and self.num_generations == 1:
             raise ValueError(
                 "`num_generations` must be at least 2 with `baseline`='leave_one_out', got 1: there are no others. "
@@ -211,13 +276,10 @@ class GDCConfig(RolloutConfig):
                     "pseudo-reward. Leave it out."
                 )
 
-    def _refuse_for_others(self, *names: str) -> None:
+    def _refuse_for_others(self, owner: str, instead: str, *names: str) -> None:
         for name in names:
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"`{name}` belongs to `divergence`='log_variance', got {getattr(self, name)} with "
-                    f"{self.divergence!r}. Leave it out."
-                )
+                raise ValueError(f"`{name}` belongs to {owner}, got {getattr(self, name)} {instead}. Leave it out.")
 
 
 def check_annealing(args: GDCConfig, beta: float) -> None:

@@ -5,15 +5,17 @@ import textwrap
 from typing import Any, ClassVar
 
 from rlhf_bayes.likelihoods import Likelihood, known_bound, known_forbids
-from rlhf_bayes.objectives import FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
+from rlhf_bayes.objectives import Batch, FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
 from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.store import CompletionStore
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
+from rlhf_bayes.trainers.gdc.actor_rollouts import ActorRollouts, WeightsPusher
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig, check_annealing
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.gdc.store_checks import check_made_by, check_store_training
 from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts, stored_rewards
+from rlhf_bayes.trainers.gdc.stored_share import StoredShare, check_store_share
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of, of_one_turn
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
@@ -49,7 +51,8 @@ class GDCTrainer(RolloutTrainer):
         train_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or [`~rlhf_bayes.store.CompletionStore`]):
             Prompts, as in [`PPOTrainer`]. Or a store of completions: then nothing is generated, and neither prior nor
             reward is run or kept in memory, since their values are stored. An epoch is one pass over the store.
-            `reward_funcs` and `ref_model` may be left out; given ones must be those of the store.
+            `reward_funcs` and `ref_model` may be left out; given ones must be those of the store. With `actor_weights`
+            the training follows the store while actors add to it: see [`~rlhf_bayes.store.Actor`].
         eval_dataset, processing_class, reward_processing_classes, callbacks, optimizers, quantization_config:
             As in [`PPOTrainer`].
         peft_config, ref_model:
@@ -65,6 +68,7 @@ class GDCTrainer(RolloutTrainer):
     `posterior/moments/<feature>`, `posterior/skipped_prompts` (share of prompts whose weights were all 0);
     `gdc/step_ess` (completions), `gdc/skipped_steps`, `gdc/ratio_ess` (share: importance ratios π/q of the step),
     `gdc/clipped` (share of the pseudo-reward that `max_pseudo_reward` cut off), `gdc/beta`, `gdc/proposal_replaced`.
+    With actors: `actors/staleness` (steps), `actors/ess` (share), `actors/waiting` (share of time), `actors/dropped`.
 
     `eval_loss` is the divergence that is minimised, estimated on the policy's own completions.
 
@@ -107,18 +111,28 @@ class GDCTrainer(RolloutTrainer):
         likelihood: Likelihood | None = None,
     ):
         args = config_of(args, GDCConfig, model, "GDC")
+        self.stored_share: StoredShare | None = None
+        self._rows_to_read: list[dict[str, Any]] = []
         store = train_dataset if isinstance(train_dataset, CompletionStore) else None
         made_by = reward_funcs, ref_model
         if store is not None:
             check_store_training(args, store, eval_dataset)
-            self.stored = StoredRollouts(store, args, likelihood)
+            self.stored = (StoredRollouts if args.actor_weights is None else ActorRollouts)(store, args, likelihood)
             train_dataset, ref_model = self.stored.dataset, None
             reward_funcs = stored_rewards if likelihood is None else reward_funcs
+        elif args.actor_weights is not None:
+            raise ValueError(
+                f"`actor_weights` must be left out without a store as `train_dataset`, got {args.actor_weights!r}: "
+                "actors add to a store. Pass the one that they write: `train_dataset=CompletionStore(...)`."
+            )
         check_datasets(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_enough_prompts(args, train_dataset)
         check_prior_samples(args.prior_samples, train_dataset)
         check_evidence(args, reward_funcs, likelihood, reward_processing_classes)
         check_annealing(args, beta_of(args, likelihood))
+        if args.replay_store is not None:
+            check_store_share(args)
+            self.stored_share = StoredShare(args, likelihood, train_dataset)
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
         self.evidence = None if likelihood is None else reward_funcs[0]
@@ -144,6 +158,10 @@ class GDCTrainer(RolloutTrainer):
         self.objective = self._make_objective(likelihood)
         if self.stored is None:
             self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
+        if self.stored_share is not None:
+            self._know_stored(self.stored_share)
+        if isinstance(self.stored, ActorRollouts):
+            self.add_callback(WeightsPusher(self, self.stored))
         if args.prior_samples:
             self.add_callback(PriorSamples(self))
         if args.max_pseudo_reward is not None:
@@ -175,10 +193,38 @@ class GDCTrainer(RolloutTrainer):
             replay,
             divergence=args.divergence,
             alpha=args.alpha,
-            baseline=args.baseline,
+            # the mean of siblings is another for stored completions than for fresh ones
+            baseline=args.baseline or (None if args.replay_store is None else "constant"),
             max_pseudo_reward=args.max_pseudo_reward,
             **shared,
         )
+
+    def _know_stored(self, share: StoredShare) -> None:
+        share.check_made_by(self)
+        draws = share.rollouts.draws
+        evidence = share.rollouts.rewards.double() / self.beta
+        keys = share.keys[draws.prompt_index]
+        self.objective.know_stored(keys, draws.log_prior - draws.log_proposal, evidence)
+
+    @property
+    def adds_stored(self) -> bool:
+        """Whether a share of the batches comes from a store."""
+        return self.stored_share is not None
+
+    def rows_to_draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a rollout for which completions are drawn, and not read from a store."""
+        self._rows_to_read = []
+        learns = self.mode == "train" and self.proposal == "policy" and not self.alarms.alone
+        if self.stored_share is not None and learns:
+            inputs, self._rows_to_read = self.stored_share.split(self, inputs)
+        return inputs
+
+    def extended(self, batch: Batch) -> Batch:
+        """The batch with the completions that are read from a store."""
+        if self.stored_share is None or not self._rows_to_read:
+            return batch
+        rollout = self.stored_share.rollout(self, self._rows_to_read)
+        return self.objective.with_stored(batch, rollout, self.stored_share.from_prior)
 
     def after_rollout(self) -> None:
         """Replace the proposal by the policy, if the policy is closer to the posterior."""
@@ -204,12 +250,15 @@ class GDCTrainer(RolloutTrainer):
     def rollout_state(self) -> dict[str, Any]:
         """The state of the objective and the proposal, for a checkpoint."""
         proposal = self.proposal.weights if isinstance(self.proposal, Snapshot) else self.proposal
-        return super().rollout_state() | {"proposal": proposal}
+        read = {"actors": self.stored.state_dict()} if isinstance(self.stored, ActorRollouts) else {}
+        return super().rollout_state() | {"proposal": proposal} | read
 
     def load_rollout_state(self, state: dict[str, Any]) -> None:
         """Restore what `rollout_state` returned."""
         super().load_rollout_state(state)
         self.proposal = state["proposal"]
+        if isinstance(self.stored, ActorRollouts):
+            self.stored.load_state_dict(state["actors"])
         if not isinstance(self.proposal, str):
             snapshot = Snapshot(self._plain_policy)
             snapshot.weights = state["proposal"]

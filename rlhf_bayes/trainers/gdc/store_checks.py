@@ -24,8 +24,13 @@ _UNUSED = {
     "use_vllm": _NOTHING_IS_DRAWN,
     "use_transformers_continuous_batching": _NOTHING_IS_DRAWN,
     "log_completions": _NOTHING_IS_DRAWN,
+    "replay_store": "the store is all that is learnt from",
     "store": f"{_NOTHING_IS_DRAWN}, so there is nothing new to keep",
     "remove_unused_columns": "the columns say which completions of the store a row stands for",
+}
+_WITH_ACTORS = {
+    "prior_samples": "Z is estimated from the completions that were read so far",
+    "replay_batches": "`max_staleness` bounds their age, and `num_iterations` says how often each is used",
 }
 
 
@@ -41,7 +46,8 @@ def check_store_training(args: GDCConfig, store: CompletionStore, eval_dataset: 
     Raises:
         ValueError: the field, the value, and why.
     """
-    for name, reason in _UNUSED.items():
+    reasons = _UNUSED if args.actor_weights is None else _UNUSED | _WITH_ACTORS
+    for name, reason in reasons.items():
         if not hasattr(args, name):  # not in every release of TRL
             continue
         value, default = getattr(args, name), _default(args, name)
@@ -55,6 +61,8 @@ def check_store_training(args: GDCConfig, store: CompletionStore, eval_dataset: 
             "needs the prior and the rewards, which are not in memory. Evaluate the trained policy by "
             "`rlhf_bayes.evaluate(policy, posterior, prompts)`."
         )
+    if args.actor_weights is not None:
+        _check_with_actors(args)
     made = store.provenance
     for name in ("temperature", "max_completion_length"):
         if getattr(args, name) != getattr(made, name):
@@ -62,6 +70,19 @@ def check_store_training(args: GDCConfig, store: CompletionStore, eval_dataset: 
                 f"`{name}` must be that of the store {str(store.path)!r}, {getattr(made, name)}, got "
                 f"{getattr(args, name)}: its log-probabilities are those of another prior. Set it, or draw anew."
             )
+
+
+def _check_with_actors(args: GDCConfig) -> None:
+    if args.max_steps < 1:
+        raise ValueError(
+            f"`max_steps` must be at least 1 with `actor_weights`, got {args.max_steps}: a store that grows has no "
+            "length, so that there are no epochs."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"`actor_weights` must be left out with several processes, got {args.world_size}: which completions each "
+            "of them reads is not decided yet. Train in one process; any number of actors may draw."
+        )
 
 
 def check_made_by(

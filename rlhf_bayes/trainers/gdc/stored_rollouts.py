@@ -56,12 +56,7 @@ class StoredRollouts:
 
     def __init__(self, store: CompletionStore, args: GDCConfig, likelihood: Likelihood | None = None):
         self.draws, self.args, self.likelihood = StoredDraws.of(store), args, likelihood
-        if likelihood is None:
-            names = store.reward_names
-            options = (args.reward_weights, args.reward_clip_range, args.missing_eos_penalty)
-            self.rewards, self.features = self.draws.rewards(names, *options), {}
-        else:
-            self.rewards, self.features = self.draws.evidence(likelihood)
+        self.rewards, self.features = evidence_of(self.draws, store.reward_names, args, likelihood)
         order = self.draws.prompt_index.argsort(stable=True)
         self._rows_of = order.split(self.draws.prompt_index.bincount().tolist())
         self._epoch, self._orders = -1, {}
@@ -97,34 +92,9 @@ class StoredRollouts:
                 The rollout. It keeps the policy's graph where the first step learns by the same forward.
         """
         which = self._rows(trainer, inputs)
-        rows = self.draws.rows[which.tolist()]
-        device = trainer.accelerator.device
-        prompt_ids, prompt_mask = pad_ids(rows["prompt_ids"], "left", device)
-        completion_ids, mask = pad_ids(rows["completion_ids"], "right", device)
-        sequences = (prompt_ids, prompt_mask.long(), completion_ids, mask.long())
-        trainer.state.num_input_tokens_seen += int(prompt_mask.sum() + mask.sum())
-        learns = trainer.step_is_rollout
-        with trainer.accelerator.autocast(), torch.no_grad():
-            if learns:
-                with graph_kept(trainer.model, trainer.args):
-                    scores = score_completions(trainer.model, *sequences, trainer.temperature)
-                in_flight.graph = scores._replace(hidden=None)
-            else:
-                scores = score_completions(trainer.model, *sequences, trainer.temperature)
-        log_probs, entropy = scored(scores)
-        of_rows = {"dtype": torch.float32, "device": device}
-        return Rollout(
-            *sequences,
-            prompt_keys=self.draws.prompt_index[which].to(device),
-            token_log_probs=log_probs.detach(),
-            ref_token_log_probs=self.draws.log_prior[which, None].to(**of_rows),
-            token_entropy=entropy.detach(),
-            log_proposal=self.draws.log_proposal[which].to(**of_rows),
-            rewards=self.rewards[which].to(**of_rows),
-            num_generations=self.args.num_generations,
-            drawn_from="store",
-            features={name: values[which].to(device) for name, values in self.features.items()},
-        )
+        features = {name: values[which] for name, values in self.features.items()}
+        keys = self.draws.prompt_index[which]
+        return scored_rows(trainer, self.draws, which, keys, self.rewards[which], features, in_flight)
 
     def _groups(self, store: CompletionStore) -> Dataset:
         size = self.args.num_generations
@@ -170,3 +140,71 @@ class StoredRollouts:
             seed = hash((self.args.seed, epoch, prompt)) % 2**63
             self._orders[prompt] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
         return self._orders[prompt]
+
+
+def evidence_of(
+    draws: StoredDraws, reward_names: Sequence[str], args: GDCConfig, likelihood: Likelihood | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    The reward of stored completions, or their evidence in nats, and the features that it comes from, (N,) each.
+
+    Args:
+        draws ([`~rlhf_bayes.store.stored_draws.StoredDraws`]): The completions.
+        reward_names (`Sequence[str]`): The reward functions of the store.
+        args ([`GDCConfig`]): Weights and clipping of the rewards.
+        likelihood ([`~rlhf_bayes.likelihoods.Likelihood`], *optional*): Evidence in their place.
+    """
+    if likelihood is not None:
+        return draws.evidence(likelihood)
+    return draws.rewards(reward_names, args.reward_weights, args.reward_clip_range, args.missing_eos_penalty), {}
+
+
+def scored_rows(
+    trainer: "RolloutTrainer",
+    draws: StoredDraws,
+    which: Tensor,
+    prompt_keys: Tensor,
+    rewards: Tensor,
+    features: dict[str, Tensor],
+    in_flight: RolloutInFlight,
+) -> Rollout:
+    """
+    A rollout of stored completions, scored under the policy alone.
+
+    Args:
+        trainer (`RolloutTrainer`): Holds the policy.
+        draws ([`~rlhf_bayes.store.stored_draws.StoredDraws`]): Stored completions.
+        which, prompt_keys, rewards (`Tensor` (B,)): Their rows that the rollout takes, and of each of these an integer
+            that tells its prompt, and its reward.
+        features (`dict[str, Tensor]`): Name -> (B,).
+        in_flight ([`RolloutInFlight`]): The rollout. It keeps the policy's graph where the first step learns by the
+            same forward.
+    """
+    rows = draws.rows[which.tolist()]
+    device = trainer.accelerator.device
+    prompt_ids, prompt_mask = pad_ids(rows["prompt_ids"], "left", device)
+    completion_ids, mask = pad_ids(rows["completion_ids"], "right", device)
+    sequences = (prompt_ids, prompt_mask.long(), completion_ids, mask.long())
+    trainer.state.num_input_tokens_seen += int(prompt_mask.sum() + mask.sum())
+    learns = trainer.step_is_rollout
+    with trainer.accelerator.autocast(), torch.no_grad():
+        if learns:
+            with graph_kept(trainer.model, trainer.args):
+                scores = score_completions(trainer.model, *sequences, trainer.temperature)
+            in_flight.graph = scores._replace(hidden=None)
+        else:
+            scores = score_completions(trainer.model, *sequences, trainer.temperature)
+    log_probs, entropy = scored(scores)
+    of_rows = {"dtype": torch.float32, "device": device}
+    return Rollout(
+        *sequences,
+        prompt_keys=prompt_keys.to(device),
+        token_log_probs=log_probs.detach(),
+        ref_token_log_probs=draws.log_prior[which, None].to(**of_rows),
+        token_entropy=entropy.detach(),
+        log_proposal=draws.log_proposal[which].to(**of_rows),
+        rewards=rewards.to(**of_rows),
+        num_generations=trainer.args.num_generations,
+        drawn_from="store",
+        features={name: values.to(device) for name, values in features.items()},
+    )
