@@ -131,6 +131,7 @@ class GDCObjective(ABC, Generic[B]):
         whole = GatheredRollout(stored.prompt_keys.cpu(), *numbers[:, :5].unbind(-1))
         log_target = self.target.log_target(whole.log_prior, whole.log_likelihood, numbers[:, 5])
         columns = self.columns(stored, whole, TargetEstimate(log_target, numbers[:, 5], numbers[:, 5]))
+        own: dict[str, Any] = {name: column.to(log_z.device, non_blocking=True) for name, column in columns.items()}
         other = self.batch_type(
             **stored.sequences,
             prompt_keys=stored.prompt_keys,
@@ -139,7 +140,7 @@ class GDCObjective(ABC, Generic[B]):
             log_proposal=local[2],
             log_likelihood=log_likelihood,
             log_z=log_z,
-            **{name: column.to(log_z.device, non_blocking=True) for name, column in columns.items()},
+            **own,
         )
         parts = [batch, other]
         if drawn_by_prior:
