@@ -24,13 +24,13 @@ def small(monkeypatch, tmp_path):
 
 
 def test_a_run_ends_in_a_table_and_goes_on_from_its_files(small, monkeypatch, capsys):
-    distances.main([*small, "--seeds", "2", "--lag", "store", "1"])
+    distances.main([*small, "--seeds", "2", "--lag", "store", "1", "2"])
     table = capsys.readouterr().out
-    assert table.count("js, 64, updates 1") == 2
+    assert table.count("js, 64, updates 1") == 3
     assert "2 seeds" in table
     assert " ± " in table
     monkeypatch.setattr(distances, "trained", None)  # it would be called
-    distances.main([*small, "--seeds", "2", "--lag", "store", "1"])
+    distances.main([*small, "--seeds", "2", "--lag", "store", "1", "2"])
     assert capsys.readouterr().out == table
 
 
