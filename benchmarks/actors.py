@@ -79,7 +79,7 @@ def speed_of(num_actors: int, steps: int, max_staleness: int) -> dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"output_dir": folder, "beta": 0.25, "max_steps": steps, "learning_rate": 1e-4}
         options |= {"num_generations": 8, "max_completion_length": 32, "logging_steps": 1, **QUIET}
-        actors = [children.Process(target=act, args=(folder,)) for _ in range(num_actors)]
+        actors = [children.Process(target=act, args=(folder,), daemon=True) for _ in range(num_actors)]
         if actors:
             bundled_actor(folder)  # makes the store
             args = GDCConfig(actor_weights=f"{folder}/weights", max_staleness=max_staleness, **options)
