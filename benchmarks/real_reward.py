@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from rlhf_bayes import LanguageModel
 from rlhf_bayes.likelihoods import Likelihood, ProductLikelihood, RewardLikelihood
-from rlhf_bayes.rewards import load_reward
+from rlhf_bayes.rewards import load_reward, takes_prefixes
 
 TRAIN_PAIRS, TEST_PAIRS = 1000, 200
 LONGEST_TEXT, MAX_LENGTH = 200, 160  # characters, tokens with the prompt
@@ -33,6 +33,7 @@ ANIMALS = (
 _ANIMAL = re.compile(rf"\b({ANIMALS.replace(' ', '|')})s?\b")
 
 
+@takes_prefixes
 def names_an_animal(completions: Sequence[str], **columns: object) -> list[float]:
     """1 for completions that name an animal, otherwise 0."""
     return [float(_ANIMAL.search(text.lower()) is not None) for text in completions]
@@ -69,6 +70,7 @@ def evidence(reward_model: Path) -> Likelihood:
 def as_reward(likelihood: Likelihood, beta: float) -> Callable[..., list[float]]:
     """Evidence as a reward of TRL's protocol, so that RLOO and GRPO can take it: r = β·log_likelihood."""
 
+    @takes_prefixes
     def evidence_reward(prompts, completions, completion_ids, **columns) -> list[float]:
         return (beta * likelihood.log_likelihood(prompts, completions, completion_ids)).tolist()
 

@@ -134,12 +134,12 @@ def problem_of(name: str, args: argparse.Namespace) -> Problem:
 
 
 def store_of(problem: Problem, folder: Path, samples: int, seed: int) -> CompletionStore:
-    """Draws of the prior, the same number of each prompt; those that are there already, if there are any."""
+    """Draws of the prior, as many whole groups of each prompt; those that are there already, if there are any."""
     prior = LanguageModel(problem.policy(), problem.tokenizer, problem.length)
     likelihood = prior.tilt(problem.reward, beta=problem.beta).likelihood
     store = CompletionStore.create(folder, provenance_of(prior, likelihood))
     if len(store) == 0:
-        count = math.ceil(samples / len(problem.prompts))
+        count = problem.group * math.ceil(samples / len(problem.prompts) / problem.group)
         drawn = prior.sample(problem.prompts, count, torch.Generator().manual_seed(30_000 + seed))
         store.append(scored_completions(drawn, prior, likelihood))
     return store
@@ -148,7 +148,9 @@ def store_of(problem: Problem, folder: Path, samples: int, seed: int) -> Complet
 def trained(problem: Problem, cell: Cell, rate: float, seed: int, folder: Path) -> nn.Module:
     """The policy after a training of a cell."""
     from_store = cell.lag == STORE
-    data: Any = Dataset.from_dict({"prompt": problem.prompts * math.ceil(BATCH / problem.group)})
+    at_once = 1 if from_store else int(cell.lag)
+    # a rollout needs as many rows as it has groups
+    data: Any = Dataset.from_dict({"prompt": problem.prompts * math.ceil(BATCH * at_once / problem.group)})
     if from_store:
         data = store_of(problem, folder / f"store_{cell.task}_{cell.samples}_{seed}", cell.samples, seed)
     with tempfile.TemporaryDirectory() as output:
@@ -160,7 +162,7 @@ def trained(problem: Problem, cell: Cell, rate: float, seed: int, folder: Path) 
             learning_rate=rate,
             per_device_train_batch_size=BATCH,
             num_generations=problem.group,
-            steps_per_generation=1 if from_store else int(cell.lag),
+            steps_per_generation=at_once,
             num_iterations=1 if from_store else cell.updates,
             max_completion_length=problem.length,
             max_steps=cell.samples // BATCH * cell.updates,

@@ -1,26 +1,20 @@
 """
-Training from stored completions beside on-line training and DPO: cost of a step, and distance reached.
+What a step costs that learns from stored completions, beside on-line training and DPO.
 
-    python benchmarks/stored_draws.py cost
-    python benchmarks/stored_draws.py distance
+    python benchmarks/stored_draws.py
 
-`cost` trains a random Llama for a few steps, each way in a process of its own: peak memory, and CPU seconds of a step,
-which other programs on the machine disturb less than the wall clock. All ways learn from the same number of
-completions in a step; DPO from half as many pairs.
-
-`distance` trains the enumerable toy (4,681 completions a prompt): exact KL(π‖π*) after as many completions from a
-store of the prior's draws as on-line, for two β from one store.
+Trains a random Llama for a few steps, each way in a process of its own: peak memory, and CPU seconds of a step, which
+other programs on the machine disturb less than the wall clock. All ways learn from the same number of completions in a
+step; DPO from half as many pairs. How far such a training gets: `stored_distances.py`.
 """
 
 import argparse
 import json
-import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -40,7 +34,6 @@ from trl import DPOConfig, DPOTrainer
 
 from rlhf_bayes import GDCConfig, GDCTrainer, LanguageModel, toy
 from rlhf_bayes.store import CompletionStore, provenance_of, scored_completions
-from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 BATCH, GROUP, TOKENS, PROMPTS = 32, 8, 32, 6
 WAYS = {
@@ -139,7 +132,7 @@ def cost(hidden: int, layers: int, steps: int) -> Table:
     """A row for each way, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = ["--hidden", str(hidden), "--layers", str(layers), "--steps", str(steps), "--folder", folder]
-        run = [sys.executable, __file__, "cost", *sizes, "--way"]
+        run = [sys.executable, __file__, *sizes, "--way"]
         subprocess.run([*run, "fill"], check=True, stdout=subprocess.DEVNULL)
         found = {
             way: json.loads(subprocess.run([*run, way], check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
@@ -154,87 +147,11 @@ def cost(hidden: int, layers: int, steps: int) -> Table:
     return table
 
 
-def trained_distance(
-    lm: EnumerableLM,
-    store: CompletionStore | None,
-    beta: float,
-    divergence: str,
-    samples: int,
-    epochs: int,
-    seed: int,
-) -> float:
-    """Exact KL(π‖π*), nats, the mean over prompts, after a training on so many completions."""
-    batch, group = 64, 16
-    policy = lm.random_policy(noise=0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        args = GDCConfig(
-            output_dir=folder,
-            beta=beta,
-            divergence=divergence,
-            seed=seed,
-            learning_rate=2e-3,
-            per_device_train_batch_size=batch,
-            num_generations=group,
-            num_iterations=1 if store is not None else epochs,
-            max_completion_length=lm.max_completion_length,
-            max_steps=samples // batch * epochs,
-            max_grad_norm=1.0,
-            **QUIET,
-        )
-        data = Dataset.from_dict({"prompt": lm.prompts * 4}) if store is None else store
-        reward = toy_reward if store is None else None
-        trainer = GDCTrainer(policy, reward, args, data, processing_class=lm.tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    with torch.no_grad():
-        return lm.reverse_kl(policy, lm.rewards / beta).mean().item()
-
-
-def distance(samples: int, seeds: int, epochs: list[int]) -> Table:
-    """A row for each loss and number of passes; a column for each β and source of completions."""
-    lm, betas, losses = EnumerableLM(), (0.5, 1.0), ("log_variance", "js")
-    table = Table(title=f"KL(π‖π*), nats, after {samples:,} completions; medians of {seeds} seeds")
-    table.add_column("loss, updates a completion")
-    for beta in betas:
-        before = lm.reverse_kl(lm.model, lm.rewards / beta).mean().item()
-        table.add_column(f"β {beta:g} (prior {before:.2f}): store", justify="right")
-        table.add_column("on-line", justify="right")
-    with tempfile.TemporaryDirectory() as folder:
-        stores = [one_store(lm, Path(folder) / str(seed), samples, seed) for seed in range(seeds)]
-        for loss in losses:
-            for passes in epochs:
-                cells = []
-                for beta in betas:
-                    for sources in (stores, [None] * seeds):
-                        found = [
-                            trained_distance(lm, source, beta, loss, samples, passes, seed)
-                            for seed, source in enumerate(sources)
-                        ]
-                        cells.append(f"{median(found):.3f}")
-                table.add_row(f"{loss}, {passes}", *cells)
-                Console(stderr=True).print(loss, passes, cells)
-    return table
-
-
-def one_store(lm: EnumerableLM, folder: Path, samples: int, seed: int) -> CompletionStore:
-    """Draws of the prior, the same number of each prompt."""
-    prior = LanguageModel(lm.random_policy(noise=0.0), lm.tokenizer, lm.max_completion_length)
-    likelihood = prior.tilt(toy_reward, beta=1.0).likelihood
-    store = CompletionStore.create(folder, provenance_of(prior, likelihood))
-    drawn = prior.sample(lm.prompts, math.ceil(samples / len(lm.prompts)), torch.Generator().manual_seed(seed))
-    store.append(scored_completions(drawn, prior, likelihood))
-    return store
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Training from stored completions beside on-line training and DPO.")
-    parser.add_argument("what", choices=["cost", "distance"])
+    parser = argparse.ArgumentParser(description="What a step costs that learns from stored completions.")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=6400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--way", choices=["fill", *WAYS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -243,7 +160,5 @@ if __name__ == "__main__":
         fill_store(flags.folder, flags.hidden, flags.layers)
     elif flags.way is not None:
         print(json.dumps(cost_of(flags.way, flags.folder, flags.steps)))
-    elif flags.what == "cost":
-        Console().print(cost(flags.hidden, flags.layers, flags.steps))
     else:
-        Console().print(distance(flags.samples, flags.seeds, flags.epochs))
+        Console().print(cost(flags.hidden, flags.layers, flags.steps))

@@ -81,6 +81,11 @@ class ClassifierLikelihood(Described):
     def _facts(self) -> dict[str, Any]:
         return {"classifier": self.classifier.name, "label": self.label}
 
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether the classifier reads prefixes in one pass: see [`TextClassifier.reads_trees`]."""
+        return self.classifier.reads_trees
+
     def log_likelihood(
         self,
         prompts: Sequence[Any],

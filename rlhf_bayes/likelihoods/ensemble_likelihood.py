@@ -100,6 +100,11 @@ class EnsembleLikelihood(Described):
     def _facts(self) -> dict[str, Any]:
         return {"ensemble": self.ensemble, "beta": self.beta, "rule": self.pooled.rule}
 
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether the members take prefixes."""
+        return self.pooled.takes_prefixes
+
     def rewards(
         self,
         prompts: Sequence[Any],

@@ -32,6 +32,10 @@ class Likelihood(Protocol):
       model loads. Without the attribute, or with None, they train until `-inf` comes, and then save a checkpoint and
       stop with an error. Samplers and the other objectives take `-inf` either way.
     - a method `evidence`, with the arguments of `log_likelihood`, that returns [`Evidence`].
+    - an attribute `takes_prefixes` (`bool`): True if `log_likelihood` may be asked of prefixes of completions, and
+      costs little there: see [`~rlhf_bayes.rewards.takes_prefixes`]. A critic of `PPOTrainer` then reads it. Where
+      only a part of the evidence may be asked, a method `prefix_log_likelihood`, with the same arguments, gives that
+      part.
     """
 
     def log_likelihood(
@@ -153,6 +157,27 @@ def known_forbids(likelihood: Any) -> bool | None:
             f"{type(forbids).__name__}. Set it to True if `log_likelihood` may be -inf, to False if it never is."
         )
     return forbids
+
+
+def known_prefixes(likelihood: Any) -> bool:
+    """`likelihood.takes_prefixes`: whether it may be asked of prefixes of completions; False where it does not say."""
+    return bool(getattr(likelihood, "takes_prefixes", False))
+
+
+def prefix_log_likelihood(
+    likelihood: Likelihood,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence] | None = None,
+) -> Tensor:
+    """
+    The part of the evidence that prefixes may be asked for, of N prefixes: (N,), fp32, nats; nan where there is none.
+
+    Arguments are those of [`Likelihood.log_likelihood`], with prefixes in place of completions.
+    """
+    ask = getattr(likelihood, "prefix_log_likelihood", likelihood.log_likelihood)
+    return ask(prompts, completions, completion_ids, columns).float().cpu()
 
 
 def _checked(result: Any, likelihood: Likelihood, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:

@@ -6,6 +6,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods.likelihood import (
@@ -15,6 +16,8 @@ from rlhf_bayes.likelihoods.likelihood import (
     checked_evidence,
     known_bound,
     known_forbids,
+    known_prefixes,
+    prefix_log_likelihood,
 )
 
 
@@ -82,6 +85,31 @@ class ProductLikelihood(EvidenceLikelihood):
         """True if one of the experts forbids, False if none does, `None` if one does not say and no other forbids."""
         said = [known_forbids(part) for part in self.likelihoods]
         return True if True in said else None if None in said else False
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether some of the experts take prefixes."""
+        return any(map(known_prefixes, self.likelihoods))
+
+    def prefix_log_likelihood(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        The sum over the experts that take prefixes: (N,), fp32, nats.
+
+        Arguments are those of [`Likelihood.log_likelihood`], with prefixes in place of completions.
+        """
+        return torch.stack(
+            [
+                power * prefix_log_likelihood(part, prompts, completions, completion_ids, columns).nan_to_num(0.0)
+                for part, power in zip(self.likelihoods, self.powers, strict=True)
+                if known_prefixes(part)
+            ]
+        ).sum(0)
 
     def evidence(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf_bayes.likelihoods.combine import combine_rewards
 from rlhf_bayes.likelihoods.likelihood import Evidence, EvidenceLikelihood
 from rlhf_bayes.rewards import RewardFunc, RewardScorer
+from rlhf_bayes.rewards.prefix_rewards import takes_prefixes_of
 
 
 @final
@@ -114,6 +115,27 @@ class RewardLikelihood(EvidenceLikelihood):
         Arguments are those of [`Likelihood.log_likelihood`].
         """
         return self._scorer(prompts, completions, completion_ids, columns)
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether some of the reward functions take prefixes."""
+        return any(map(takes_prefixes_of, self.reward_funcs.values()))
+
+    def prefix_log_likelihood(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]],
+        columns: Mapping[str, Sequence] | None = None,
+    ) -> Tensor:
+        """
+        r / beta of prefixes, of the reward functions that take prefixes, without the penalty: (N,), fp32, nats.
+
+        It is nan where each of them returned `None`. Arguments are those of [`Likelihood.log_likelihood`].
+        """
+        asked = [takes_prefixes_of(func) for func in self.reward_funcs.values()]
+        rewards = self._scorer(prompts, completions, completion_ids, columns, asked)  # (N, F)
+        return combine_rewards(rewards, self.reward_weights, self.reward_clip_range) / self.beta
 
     def rewards(
         self,

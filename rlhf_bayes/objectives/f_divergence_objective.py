@@ -86,7 +86,9 @@ class FDivergenceObjective(GDCObjective[FDivergenceBatch]):
         log_policy = scored(scores, batch.policy_mask)[0].sum(-1)  # (B,)
         columns = torch.stack([self._log_target(batch), log_policy.detach(), batch.log_proposal, batch.baseline])
         # their values are checked, so the host waits for the device once, and not at each check
-        found = dpg_advantages(*columns.cpu(), self.divergence, self.alpha, self.max_pseudo_reward)
+        log_target, current, log_proposal, baseline = columns.cpu().unbind(0)
+        options = (self.divergence, self.alpha, self.max_pseudo_reward)
+        found = dpg_advantages(log_target, current, log_proposal, baseline, *options)
         advantages, clipped = (x.to(columns.device, non_blocking=True) for x in found)
         sums = {"clipped": clipped.sum(), "kept": advantages.abs().sum()}
         return LossSums(-(advantages * log_policy).sum(), self.sums_to_report(scores, batch) | sums)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from rlhf_bayes.lm import CompletionScores
 from rlhf_bayes.numerics import importance_ess
+from rlhf_bayes.numerics.mixture import log_balance
+from rlhf_bayes.objectives.batch import joined
 from rlhf_bayes.objectives.gdc_batch import GatheredRollout, GDCBatch
 from rlhf_bayes.objectives.objective import LossSums, Step, scored
 from rlhf_bayes.objectives.posterior_metrics import (
@@ -104,6 +106,60 @@ class GDCObjective(ABC, Generic[B]):
         if self.comparison is not None and rollout.drawn_from == "snapshot":
             self.comparison.add(estimate.log_target, everyone.log_policy, everyone.log_proposal)
         return batch
+
+    def with_stored(self, batch: B, stored: Rollout, drawn_by_prior: bool) -> B:
+        r"""
+        A batch of the policy's completions, and stored ones, as one batch.
+
+        Where the prior drew what is stored, each completion is weighted as a draw of the mixture of what drew them:
+
+            q = (n·π + m·π0)/(n + m)    for n completions of the policy and m stored ones
+
+        Where something else did, whose density at the policy's completions is not known, each by its own q. Z is
+        estimated from the policy's completions, and from those of the store only once: see [`know_stored`].
+
+        Args:
+            batch ([`GDCBatch`]): Of completions that the policy has drawn.
+            stored ([`Rollout`]): Stored completions of other prompts, chosen at random, as they are scored now.
+            drawn_by_prior (`bool`): Whether the prior drew them.
+
+        Source: the balance heuristic, Veach & Guibas 1995.
+        """
+        local = (stored.token_log_probs.sum(-1), stored.ref_token_log_probs.sum(-1), stored.log_proposal)
+        log_likelihood, log_z = stored.rewards / self.beta, self.target.log_z(stored.prompt_keys)
+        numbers = torch.stack([*local, log_likelihood, local[0] - local[1], log_z], dim=-1).cpu().double()
+        whole = GatheredRollout(stored.prompt_keys.cpu(), *numbers[:, :5].unbind(-1))
+        log_target = self.target.log_target(whole.log_prior, whole.log_likelihood, numbers[:, 5])
+        columns = self.columns(stored, whole, TargetEstimate(log_target, numbers[:, 5], numbers[:, 5]))
+        own: dict[str, Any] = {name: column.to(log_z.device, non_blocking=True) for name, column in columns.items()}
+        other = self.batch_type(
+            **stored.sequences,
+            prompt_keys=stored.prompt_keys,
+            log_policy=local[0],
+            log_prior=local[1],
+            log_proposal=local[2],
+            log_likelihood=log_likelihood,
+            log_z=log_z,
+            **own,
+        )
+        parts = [batch, other]
+        if drawn_by_prior:
+            counts = [len(part) for part in parts]
+            parts = [
+                replace(part, log_proposal=log_balance(torch.stack([part.log_policy, part.log_prior]), counts).float())
+                for part in parts
+            ]
+        return joined(parts)
+
+    def know_stored(self, prompt_keys: Tensor, log_ratios: Tensor, log_likelihood: Tensor) -> None:
+        """
+        Estimate Z from the completions of a store, before any other. Call it once.
+
+        Args:
+            prompt_keys (`Tensor` (N,)): As in a rollout.
+            log_ratios, log_likelihood (`Tensor` (N,)): log π0 − log q and the evidence, nats.
+        """
+        self.target.normalizers.estimate(prompt_keys, log_ratios, log_likelihood, keep=True)
 
     @abstractmethod
     def columns(self, rollout: Rollout, everyone: GatheredRollout, estimate: TargetEstimate) -> dict[str, Tensor]:

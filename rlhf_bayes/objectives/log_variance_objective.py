@@ -122,8 +122,8 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
     ) -> LogVarianceCentres:
         evidence = self.target.power * log_likelihood
         # on the host, since the layout of the groups and the checks depend on values
-        columns = torch.stack([log_policy.detach(), log_prior, evidence, log_z]).cpu()
+        policy, prior, evidence, log_z = torch.stack([log_policy.detach(), log_prior, evidence, log_z]).cpu().unbind(0)
         # where the evidence forbids completions, deviations are measured from −log Z instead of a mean
-        known = columns[3] if self.target.forbids else None
-        centres = log_variance_centres(*columns[:3], prompt_keys.cpu(), self.huber_delta, known)
+        known = log_z if self.target.forbids else None
+        centres = log_variance_centres(policy, prior, evidence, prompt_keys.cpu(), self.huber_delta, known)
         return LogVarianceCentres(*(x.to(log_policy.device, non_blocking=True) for x in centres))

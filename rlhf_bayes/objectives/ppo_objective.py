@@ -146,7 +146,9 @@ class PPOObjective:
         features = None if critic is None else self._features(critic, rollout)
         values = _valued(rollout.values) if features is None or critic is None else critic.forecast(features)  # (B, T)
         mask = rollout.policy_tokens & ~rollout.rewards.isnan()[:, None]
-        constants = {"advantage_shift": 0.0, "advantage_scale": 1.0, "beta": self.beta, "lam": self._lam()}
+        lam = self._lam()
+        numbers = {"advantage_shift": 0.0, "advantage_scale": 1.0, "beta": self.beta, "lam": lam}
+        constants: dict[str, Any] = {name: rollout.rewards.new_full((), value) for name, value in numbers.items()}
         batch = PPOBatch(
             **rollout.sequences,
             loss_mask=mask,
@@ -156,7 +158,7 @@ class PPOObjective:
             old_values=values,
             token_entropy=rollout.token_entropy,
             value_shift=self._value_shift(rollout, values),
-            **{name: rollout.rewards.new_full((), value) for name, value in constants.items()},
+            **constants,
             policy_weights=rollout.policy_weights,
         )
         advantages, targets = self._advantages(rollout.token_log_probs, values, batch)
@@ -165,7 +167,7 @@ class PPOObjective:
         columns = torch.stack([values, targets, mask.float()], dim=1)  # (B, 3, T)
         forecasts, targets, tokens = self.world.gather_tokens(columns).unbind(1)
         self.world.log("ppo/explained_variance", explained_variance(forecasts, targets, tokens.bool()).item())
-        self.world.log("ppo/lam", constants["lam"])
+        self.world.log("ppo/lam", lam)
         if features is not None and critic is not None and self.world.training:
             critic.learn(features, self._returns(rollout), mask, rollout.policy_weights)
         self._report_rollout(rollout)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_bayes.lm.critic import active_adapter
 from rlhf_bayes.rewards.reward_model import RewardModel
 from rlhf_bayes.rewards.text_classifier import TextClassifier, check_finite
+from rlhf_bayes.rewards.token_trees import beginnings_are_shared
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ class Members(Protocol):
     @property
     def classifiers(self) -> list[TextClassifier]:
         """The classifiers that read the texts: one that the members share, or one for each."""
+        ...
+
+    @property
+    def read_trees(self) -> bool:
+        """Whether all of them read prefixes of a text in one pass: see [`TextClassifier.reads_trees`]."""
         ...
 
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
@@ -68,6 +74,10 @@ class Heads:
     def classifiers(self) -> list[TextClassifier]:
         return [self.classifier]
 
+    @property
+    def read_trees(self) -> bool:
+        return self.classifier.reads_trees
+
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
         return self._scored(prompts, completions, members)
 
@@ -77,9 +87,7 @@ class Heads:
     def _scored(
         self, prompts: Sequence, completions: Sequence, members: Sequence[int], max_length: int | None = None
     ) -> Tensor:
-        batches = self.classifier.batches(prompts, completions, None, max_length)
-        parts = [self.classifier.forward(inputs) for inputs in batches]
-        rewards = torch.cat(parts).T[list(members)] if parts else torch.empty(len(members), 0)  # (K, B)
+        rewards = self.classifier.unchecked_logits(prompts, completions, max_length).T[list(members)]  # (K, B)
         check_finite(rewards, self.classifier.name, _described(self.names, members), completions)
         return rewards
 
@@ -117,6 +125,11 @@ class Adapters:
     def classifiers(self) -> list[TextClassifier]:
         return [self.classifier]
 
+    @property
+    def read_trees(self) -> bool:
+        with active_adapter(self._model.get_base_model(), self.names[0]):
+            return self.classifier.reads_trees
+
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
         return self._rewards(prompts, completions, members)
 
@@ -127,11 +140,20 @@ class Adapters:
         self, prompts: Sequence, completions: Sequence, members: Sequence[int], max_length: int | None = None
     ) -> Tensor:
         adapters = [self.names[member] for member in members]
+        if beginnings_are_shared():
+            rewards = []
+            for adapter in adapters:
+                with active_adapter(self._model.get_base_model(), adapter):
+                    rewards.append(self.classifier.unchecked_logits(prompts, completions, max_length)[:, 0])  # (B,)
+            return self._checked(torch.stack(rewards), members, completions)
         # a text takes a row for each adapter, and memory limits the number of rows
         size = max(1, self.classifier.batch_size // len(adapters)) if self.in_one_pass else None
         batches = self.classifier.batches(prompts, completions, size, max_length)
         parts = [self._scored(inputs, adapters) for inputs in batches]
         rewards = torch.cat(parts, dim=1) if parts else torch.empty(len(members), 0)  # (K, B)
+        return self._checked(rewards, members, completions)
+
+    def _checked(self, rewards: Tensor, members: Sequence[int], completions: Sequence) -> Tensor:
         check_finite(rewards, self.classifier.name, _described(self.names, members), completions)
         return rewards
 
@@ -195,6 +217,10 @@ class Models:
     @property
     def classifiers(self) -> list[TextClassifier]:
         return [model.classifier for model in self.models]
+
+    @property
+    def read_trees(self) -> bool:
+        return all(model.takes_prefixes for model in self.models)
 
     def raw_rewards(self, prompts: Sequence, completions: Sequence, members: Sequence[int]) -> Tensor:
         rewards = []

@@ -139,6 +139,11 @@ class PooledReward(Described):
     def _facts(self) -> dict[str, Any]:
         return {"ensemble": self.ensemble, "rule": self.rule, "beta": self.beta, "penalty": self.penalty}
 
+    @property
+    def takes_prefixes(self) -> bool:
+        """Whether a trainer asks for the rewards of prefixes by default: where the ensemble takes prefixes."""
+        return getattr(self.ensemble, "takes_prefixes", False)
+
     def rewards(self, prompts: Sequence, completions: Sequence) -> Tensor:
         """The pooled reward of each completion: (B,), fp32."""
         return self._pooled(*self._members(prompts, completions))

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_bayes.rewards.scoring import NOT_PASSED_BY_TRL, PASSED_BY_TRL
+from rlhf_bayes.rewards.token_trees import shared_beginnings
 from rlhf_bayes.rewards.validation import callable_name, is_async_callable
 
 _MARK = "takes_prefixes"
@@ -21,35 +22,33 @@ def takes_prefixes(func: Function) -> Function:
     Say so of a function that has a meaning on half a text and costs little, such as one that looks up words: it is
     called on as many texts as there are tokens. `PPOTrainer` then uses these rewards to tell which token earned what.
     The reward of a completion, and so the optimum, stays what it is.
+
+    Reward models of this package say so by themselves where they are causal: all prefixes of a text take one pass
+    then. Say so of a function that calls such a model too: the pass is shared within it as well.
     """
     setattr(func, _MARK, True)
     return func
 
 
-def functions_of_prefixes(reward_funcs: Sequence[Any], asked: bool | None) -> list[int]:
-    """
-    Which reward functions are asked for the rewards of prefixes, by their number.
+def takes_prefixes_of(func: Any) -> bool:
+    """Whether a reward function, perhaps inside of [`checked`], says that it may be asked of prefixes."""
+    return bool(getattr(getattr(func, "__wrapped__", func), _MARK, False))
 
-    Args:
-        reward_funcs (`Sequence`):
-            Reward functions of a trainer.
-        asked (`bool`, *optional*):
-            `prefix_rewards` of the configuration: True for all, False for none, None for those that are marked.
+
+def check_can_be_asked(reward_funcs: Sequence[Any], asked: bool | None) -> None:
+    """
+    Refuse `prefix_rewards=True` where a reward function cannot be asked of prefixes.
 
     Raises:
-        ValueError: if it is True, and a function is a module or async.
+        ValueError: if `asked` is True, and a function is async.
     """
-    if asked is None:
-        return [n for n, func in enumerate(reward_funcs) if getattr(getattr(func, "__wrapped__", func), _MARK, False)]
     for func in reward_funcs if asked else ():
-        if isinstance(func, nn.Module) or is_async_callable(func):
-            kind = "a module" if isinstance(func, nn.Module) else "async"
+        if is_async_callable(func):
             raise ValueError(
                 f"`prefix_rewards` must be left out, or False, with the reward function '{callable_name(func)}', "
-                f"which is {kind}: it would be called on as many texts as there are tokens. Leave it out, and mark "
+                "which is async: it would be called on as many texts as there are tokens. Leave it out, and mark "
                 "the functions that can be asked with the decorator `rlhf_bayes.rewards.takes_prefixes`."
             )
-    return list(range(len(reward_funcs))) if asked else []
 
 
 def prefix_rewards(
@@ -62,7 +61,8 @@ def prefix_rewards(
     """
     The rewards of the first t tokens of each completion, for t = 0, …, T − 1: (B, T, F), on the CPU.
 
-    It is nan for t = 0, on padding, and where a function returns `None`.
+    It is nan for t = 0, on padding, and where a function returns `None`. Classifiers that can do so read all prefixes
+    of a completion in one pass: see [`shared_beginnings`].
 
     Args:
         reward_funcs (`Sequence`):
@@ -83,10 +83,11 @@ def prefix_rewards(
     names = [name for name in inputs[0] if name not in (*NOT_PASSED_BY_TRL, *PASSED_BY_TRL)]
     columns = {name: [inputs[row][name] for row in rows] for name in names}
     columns |= {"prompts": [prompts[row] for row in rows], "completions": completions, "completion_ids": prefixes}
-    by_function = [
-        [torch.nan if reward is None else reward for reward in func(**columns)] if rows else []
-        for func in reward_funcs
-    ]
+    with shared_beginnings():
+        by_function = [
+            [torch.nan if reward is None else reward for reward in func(**columns)] if rows else []
+            for func in reward_funcs
+        ]
     rewards = torch.tensor(by_function, dtype=torch.float32).view(len(reward_funcs), -1).T  # (N, F)
     stops = torch.arange(max(lengths, default=0))  # (T,)
     asked = (stops > 0) & (stops < torch.tensor(lengths)[:, None])  # (B, T), in the order of `prefixes`

@@ -143,6 +143,11 @@ class RewardEnsemble(Described):
         return self._members.classifiers
 
     @property
+    def takes_prefixes(self) -> bool:
+        """Whether a trainer asks for the rewards of prefixes by default: see [`RewardModel.takes_prefixes`]."""
+        return self._members.read_trees
+
+    @property
     def index(self) -> RewardIndex:
         """How the ensemble is read, as `save_pretrained` stores it."""
         members = self._members
@@ -236,6 +241,11 @@ class EnsembleMember:
     def __init__(self, ensemble: RewardEnsemble, index: int):
         self.ensemble, self.index = ensemble, index
         self.__name__ = f"{ensemble.__name__}_{ensemble.index.members[index]}"
+
+    @property
+    def takes_prefixes(self) -> bool:
+        """As of the ensemble."""
+        return self.ensemble.takes_prefixes
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float]:
         """Reward of each completion. `columns` are TRL's other arguments, which a classifier does not use."""

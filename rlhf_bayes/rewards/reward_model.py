@@ -99,6 +99,15 @@ class RewardModel(Described):
         return [self.classifier]
 
     @property
+    def takes_prefixes(self) -> bool:
+        """
+        Whether a trainer asks it for the rewards of prefixes by default: it does if they take one pass.
+
+        See [`TextClassifier.reads_trees`], and [`takes_prefixes`] for what they are good for.
+        """
+        return self.classifier.reads_trees
+
+    @property
     def index(self) -> RewardIndex:
         """How the model is read, as `save_pretrained` stores it."""
         classifier = self.classifier

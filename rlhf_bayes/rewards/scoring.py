@@ -90,6 +90,7 @@ class RewardScorer:
         completions: Sequence,
         completion_ids: Sequence[Sequence[int]],
         columns: Mapping[str, Sequence] | None = None,
+        asked: Sequence[bool] | None = None,
     ) -> Tensor:
         """
         Reward of each completion by each function.
@@ -104,6 +105,8 @@ class RewardScorer:
             columns (`Mapping[str, Sequence]`, *optional*):
                 Columns of the dataset, with B entries each. As in TRL, `"prompt"` and `"completion"` are not passed
                 on.
+            asked (`Sequence[bool]`, *optional*): Which of the F functions are called; the others give NaN. Default:
+                all.
 
         Returns:
             `torch.Tensor` of shape `(B, F)`, fp32, on the CPU: NaN where a function returned `None`.
@@ -116,12 +119,13 @@ class RewardScorer:
         check_rows(prompts, completions, ids)
         kwargs = _checked_columns(columns or {}, len(prompts))
         kwargs |= {"trainer_state": None, "log_extra": _log_nothing, "log_metric": _log_nothing}
-        rewards = torch.empty(len(prompts), len(self._functions))  # (B, F)
+        rewards = torch.full((len(prompts), len(self._functions)), torch.nan)  # (B, F)
+        called = [index for index in range(len(self._functions)) if asked is None or asked[index]]
         call = {"prompts": prompts, "completions": completions, "completion_ids": ids} | kwargs
-        later = [index for index, func in enumerate(self._functions) if is_async_callable(func)]
-        for index, func in enumerate(self._functions):
+        later = [index for index in called if is_async_callable(self._functions[index])]
+        for index in called:
             if index not in later:
-                rewards[:, index] = _as_tensor(func(**call))
+                rewards[:, index] = _as_tensor(self._functions[index](**call))
         results = _run_together([self._functions[index](**call) for index in later])
         for index, result in zip(later, results, strict=True):
             rewards[:, index] = _as_tensor(result)

@@ -1,5 +1,6 @@
 """A sequence classifier on prompts and completions, which tokenises, batches and checks."""
 
+import functools
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,13 +11,24 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from rlhf_bayes.lm.pretrained import has_whole_weights
 from rlhf_bayes.lm.prompt_ids import check_texts
 from rlhf_bayes.rewards.folding import scale_in_weights
 from rlhf_bayes.rewards.index import RewardIndex
 from rlhf_bayes.rewards.lengths import LengthLimit, num_positions, shown_rows
-from rlhf_bayes.rewards.loading import load_classifier, load_tokenizer
+from rlhf_bayes.rewards.loading import is_head, load_classifier, load_tokenizer
+from rlhf_bayes.rewards.token_trees import (
+    TokenTree,
+    beginnings_are_shared,
+    in_batches,
+    token_trees,
+    tree_inputs,
+)
 
 logger = logging.getLogger(__name__)
+
+_AGREEMENT = 0.02  # of logits of trees and of single texts, in standard deviations; rounding of half precision aside
+_ROUNDING = 32  # units of it that logits of several layers may differ by, in standard deviations
 
 
 @final
@@ -132,10 +144,46 @@ class TextClassifier:
         Raises:
             `ValueError`: if the model cannot read a text, or logits are not finite.
         """
-        rows = [self.forward(inputs) for inputs in self.batches(prompts, completions, None, max_length)]
-        logits = torch.cat(rows) if rows else torch.empty(0, self.num_labels)  # (B, L)
+        logits = self.unchecked_logits(prompts, completions, max_length)  # (B, L)
         check_finite(logits.T, self.name, [f"label {label}" for label in range(logits.shape[1])], completions)
         return logits
+
+    def unchecked_logits(self, prompts: Sequence, completions: Sequence, max_length: int | None = None) -> Tensor:
+        """Those of `logits`, which may not be finite. Within [`shared_beginnings`] they are read from trees."""
+        if beginnings_are_shared() and self.reads_trees:
+            rows = self._encoded_rows(list(zip(prompts, completions, strict=True)), 0, max_length)["input_ids"]
+            parts = self._logits_of_trees(rows)  # pyright: ignore[reportArgumentType]
+        else:
+            parts = [self.forward(inputs) for inputs in self.batches(prompts, completions, None, max_length)]
+        return torch.cat(parts) if parts else torch.empty(0, self.num_labels)
+
+    @functools.cached_property
+    def reads_trees(self) -> bool:
+        """
+        Whether one pass over a tree of tokens gives the logits that the model gives for each text by itself.
+
+        It holds for causal models with a linear head on the last token that take positions and a mask for each pair
+        of tokens. Random tokens are read both ways to find out: others, such as models that read later tokens too, or
+        that pool in another way, do not agree.
+        """
+        if self._head is None or not has_whole_weights(self.model):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        # short, so that the comparison costs little, and with different ends on one beginning
+        texts = torch.randint(0, self._config.vocab_size, (3, 12), generator=generator).tolist()
+        texts = [[token for token in text if token != self.tokenizer.pad_token_id] for text in texts]
+        closing = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        rows = [text[:stop] + closing for text in texts for stop in (2, 5, 8, len(text))]
+        try:
+            inputs = self.tokenizer.pad({"input_ids": rows}, padding=True, padding_side="right", return_tensors="pt")
+            expected = self.forward(inputs.to(self.device))  # (N, L)
+            found = torch.cat(self._logits_of_trees(rows))  # (N, L)
+        except Exception as error:  # a model may refuse these inputs in any way, and is then read text by text
+            logger.info(f"'{self.name}' does not read several beginnings of a text in one pass: {error}")
+            return False
+        spread = expected.std(0)  # (L,)
+        tolerance = _AGREEMENT + _ROUNDING * torch.finfo(self._dtype).eps
+        return bool(((found - expected).abs() <= tolerance * spread + 1e-6).all())
 
     def batches(
         self,
@@ -167,10 +215,46 @@ class TextClassifier:
         finally:
             if training:
                 self.model.train()
+        return self._unscaled(logits)
+
+    def _unscaled(self, logits: Tensor) -> Tensor:
         if self._scale is None:
             return logits
         gain, bias = self._scale
         return (logits - bias) / gain
+
+    def _logits_of_trees(self, rows: list[list[int]]) -> list[Tensor]:
+        """Logits of texts, given by their tokens, in parts: (n, L) each."""
+        return [self._forward_trees(trees) for trees in in_batches(token_trees(map(self._read_tokens, rows)))]
+
+    def _read_tokens(self, row: list[int]) -> list[int]:
+        # the head reads the last token that is not the padding token, which may be the EOS that closes the text
+        stop = len(row)
+        while stop > 1 and row[stop - 1] == self.tokenizer.pad_token_id:
+            stop -= 1
+        return row[:stop]
+
+    def _forward_trees(self, trees: list[TokenTree]) -> Tensor:
+        inputs = tree_inputs(trees, self.tokenizer.pad_token_id, self._dtype)  # pyright: ignore[reportArgumentType]
+        kept: list[Tensor] = []
+        hook = self._head.register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            self.forward({name: values.to(self.device) for name, values in inputs.items()})
+        finally:
+            hook.remove()
+        logits = self._unscaled(kept[-1].float().cpu())  # (b, nodes, L)
+        return torch.cat([logits[row, tree.ends] for row, tree in enumerate(trees)])
+
+    @property
+    def _head(self) -> Any:
+        """The layer that gives the labels of each token, if there is one."""
+        model: Any = self.model
+        plain: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return next((module for name, module in plain.named_children() if is_head(name)), None)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(weight.dtype for weight in self.model.parameters() if weight.is_floating_point())
 
     def text(self, prompt: str | list[dict], completion: str | list[dict]) -> str:
         """The text that the model reads: prompt and completion joined, or the whole chat by the chat template."""
@@ -190,33 +274,38 @@ class TextClassifier:
         return self.tokenizer.apply_chat_template(list(prompt) + list(completion), tokenize=False)  # pyright: ignore
 
     def _encoded(self, pairs: list[tuple], first: int, max_length: int | None) -> BatchEncoding:
+        inputs = self._encoded_rows(pairs, first, max_length)
+        # transformers would advise to pad in the tokenizer's call, but the rows are tokenised already
+        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
+        return self.tokenizer.pad(inputs, padding=True, padding_side="right", return_tensors="pt")
+
+    def _encoded_rows(self, pairs: list[tuple], first: int, max_length: int | None) -> BatchEncoding:
+        if not pairs:
+            return BatchEncoding({"input_ids": []})
         inputs = self._tokens([self.text(*pair) for pair in pairs], isinstance(pairs[0][0], str))
         if max_length is not None:
             inputs = BatchEncoding({name: [row[-max_length:] for row in rows] for name, rows in inputs.items()})
+        limit, vocab_size = LengthLimit(positions=self.positions), getattr(self._config, "vocab_size", None)
         for row, (pair, ids) in enumerate(zip(pairs, inputs["input_ids"], strict=True)):
             if not ids:
                 raise ValueError(
                     f"Prompt and completion must have at least one token for the reward model '{self.name}', got none "
                     f"in row {first + row}: {pair!r}. Give it a prompt, or leave the row out."
                 )
-            self._check_fits(ids, first + row)
-        # transformers would advise to pad in the tokenizer's call, but the rows are tokenised already
-        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
-        return self.tokenizer.pad(inputs, padding=True, padding_side="right", return_tensors="pt")
+            self._check_fits(ids, first + row, limit, vocab_size)
+        return inputs
 
     def _tokens(self, texts: list[str], of_texts: bool) -> BatchEncoding:
         # TRL adds special tokens to plain texts in training, but not in scoring
         return self.tokenizer(text=texts, add_special_tokens=self.append_eos and of_texts)
 
-    def _check_fits(self, ids: list[int], row: int) -> None:
-        vocab_size = getattr(self._config, "vocab_size", None)
+    def _check_fits(self, ids: list[int], row: int, limit: LengthLimit, vocab_size: int | None) -> None:
         if vocab_size is not None and max(ids) >= vocab_size:
             raise ValueError(
                 f"The tokenizer of the reward model '{self.name}' must be the one that it was trained with: it "
                 f"gave token {max(ids)}, and the model's vocabulary has {vocab_size}. Pass the model's own tokenizer "
                 "in `reward_processing_classes`."
             )
-        limit = LengthLimit(positions=self.positions)
         if not limit.allows(len(ids)):
             raise ValueError(
                 f"Prompt and completion must fit the context of the reward model '{self.name}', {limit.tokens} "

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf_bayes.rewards import takes_prefixes
-from rlhf_bayes.rewards.prefix_rewards import functions_of_prefixes, prefix_rewards
+from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
 
 from ..trainers.training import config, trainer
 
@@ -52,17 +52,6 @@ def test_chats_are_asked_as_chats(toy):
     ids = [[2, 2, 2], [2]]
     found = prefix_rewards([last_role], toy.tokenizer, [{"prompt": chat}] * 2, [chat] * 2, ids)
     assert found.nan_to_num(-5.0).squeeze(-1).tolist() == [[-5.0, 1.0, 2.0], [-5.0, -5.0, -5.0]]
-
-
-def test_which_functions_are_asked():
-    async def slow(completions, **columns):
-        return [0.0] * len(completions)
-
-    assert functions_of_prefixes([only_long, count_b], None) == [1]
-    assert functions_of_prefixes([only_long, count_b], True) == [0, 1]
-    assert functions_of_prefixes([only_long, count_b], False) == []
-    with pytest.raises(ValueError, match=r"`prefix_rewards` must be left out, or False, .*'slow', which is async"):
-        functions_of_prefixes([slow], True)
 
 
 def test_a_function_that_cannot_be_asked_is_refused_before_training(toy, tmp_path):

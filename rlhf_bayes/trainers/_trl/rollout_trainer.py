@@ -11,7 +11,7 @@ TRL release moves one.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -89,8 +89,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     """The evidence, if it is a likelihood rather than a reward."""
     stored: "StoredRollouts | ActorRollouts | None" = None
     """The rollouts of a store, where completions and their scores come from one."""
-    asked_for_prefixes: Sequence[int] = ()
-    """Numbers of the reward functions that are also asked for the rewards of prefixes."""
+    asked_for_prefixes: Mapping[int, Callable] = {}
+    """Number of a reward function -> what is called for the rewards of prefixes: see [`functions_of_prefixes`]."""
 
     def __init__(self, model, reward_funcs, args, *, ref_model=None, quantization_config=None, **trl_arguments):
         # RLOO would reload the reference from the model's path, without changes that were made to an instance. With
@@ -137,7 +137,25 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         self._images_checked = False
         share_base(self.reward_funcs, lambda: self.model)
 
+    @property
+    def reward_failures(self) -> RewardFailures:
+        """The errors of reward functions in this process."""
+        return self._failures
+
     # The objective
+
+    @property
+    def adds_stored(self) -> bool:
+        """Whether `extended` adds stored completions to the batches of the policy's."""
+        return False
+
+    def rows_to_draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a rollout for which completions are drawn: all, unless others are added to the batch."""
+        return inputs
+
+    def extended(self, batch: Batch) -> Batch:
+        """The batch of a rollout with what is added to it."""
+        return batch
 
     def after_rollout(self) -> None:
         """Called after the objective has made its batch of a rollout."""
@@ -250,11 +268,11 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
     def _prefix_rewards(self, inputs, prompts, completion_ids) -> Tensor | None:
         if not self.asked_for_prefixes:
             return None
-        funcs = [self.reward_funcs[number] for number in self.asked_for_prefixes]
+        numbers, funcs = list(self.asked_for_prefixes), list(self.asked_for_prefixes.values())
         rewards = prefix_rewards(funcs, self._tokenizer, inputs, prompts, completion_ids).to(self.accelerator.device)
-        weights, clip_range = self.reward_weights[self.asked_for_prefixes], self.args.reward_clip_range
+        weights, clip_range = self.reward_weights[numbers], self.args.reward_clip_range
         combined = combine_rewards(rewards.flatten(0, 1), weights, clip_range).view(rewards.shape[:2])  # (B, T)
-        return combined.nan_to_num(0.0)
+        return torch.where(combined.isfinite(), combined, 0.0)
 
     @property
     def step_is_rollout(self) -> bool:
@@ -267,10 +285,11 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             self.accelerator.distributed_type == DistributedType.NO
         )  # an engine needs its forward in the same step as the loss
         whole = self.args.steps_per_generation == 1 and not (self.objective.replays or self.alarms.alone)
-        return alone and whole and self.proposal in ("policy", "store")
+        return alone and whole and not self.adds_stored and self.proposal in ("policy", "store")
 
     def _generate_and_score_completions(self, inputs):
         in_flight = self._in_flight = RolloutInFlight()
+        inputs = self.rows_to_draw(inputs)
         if self.stored is not None:
             output, rollout = {}, self.stored.rollout(self, inputs, in_flight)
         else:
@@ -285,10 +304,12 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             self.alarms.see(rollout)
             if self.alarms.alone:
                 return output
-        batch = self.objective.batch(rollout)
+        drawn = self.objective.batch(rollout)
         self.beta = self.objective.beta
         self.after_rollout()
-        columns = output | batch.columns()
+        batch = self.extended(drawn)
+        # RLOO's own columns have no rows for completions that were added, and are not read
+        columns = (output if batch is drawn else {}) | batch.columns()
         if in_flight.graph is not None:
             columns["row"] = torch.arange(len(batch), device=batch.completion_mask.device)
         return columns

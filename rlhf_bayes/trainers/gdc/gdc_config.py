@@ -172,6 +172,27 @@ class GDCConfig(RolloutConfig):
         },
     )
 
+    replay_store: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "A store of completions, a share of which is learnt from beside the fresh ones: in each rollout, for "
+                "some of its prompts completions are read from it, and none is drawn. `train_dataset` may hold only "
+                "prompts that it has. To learn from a store alone, pass it as `train_dataset`."
+            )
+        },
+    )
+    store_share: float = field(
+        default=0.5,
+        metadata={
+            "help": (
+                "The share of the prompts of each rollout whose completions come from `replay_store`. Where the prior "
+                "drew these, all completions are weighted as draws of the mixture of policy and prior, otherwise each "
+                "by what drew it."
+            )
+        },
+    )
+
     @property
     def infinite_where_forbidden(self) -> str | None:
         """The divergence, if it is infinite for a policy that can draw a forbidden completion; else None."""
@@ -194,6 +215,7 @@ class GDCConfig(RolloutConfig):
             "max_pseudo_reward": (self.max_pseudo_reward, lambda x: 0 < x < math.inf, "positive, or None"),
             "beta_init": (self.beta_init, lambda x: 0 < x < math.inf, "positive and finite, or None"),
             "beta_init_steps": (self.beta_init_steps, lambda x: x >= 1, "at least 1 (optimizer steps), or None"),
+            "store_share": (self.store_share, lambda x: 0 < x < 1, "between 0 and 1, exclusive"),
             "push_steps": (self.push_steps, lambda x: x >= 1, "at least 1 (optimizer steps)"),
             "max_staleness": (self.max_staleness, lambda x: x >= 1, "at least 1 (optimizer steps)"),
             "actor_timeout": (self.actor_timeout, lambda x: x > 0, "positive (seconds)"),

@@ -5,7 +5,7 @@ import textwrap
 from typing import Any, ClassVar
 
 from rlhf_bayes.likelihoods import Likelihood, known_bound, known_forbids
-from rlhf_bayes.objectives import FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
+from rlhf_bayes.objectives import Batch, FDivergenceObjective, LogVarianceObjective, PosteriorTarget, ReplayBuffer
 from rlhf_bayes.objectives.gdc_losses import LOG_VARIANCE
 from rlhf_bayes.objectives.proposal import Comparison, Snapshot, check_proposal
 from rlhf_bayes.store import CompletionStore
@@ -15,6 +15,7 @@ from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig, check_annealing
 from rlhf_bayes.trainers.gdc.prior_samples import PriorSamples, check_prior_samples
 from rlhf_bayes.trainers.gdc.store_checks import check_made_by, check_store_training
 from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts, stored_rewards
+from rlhf_bayes.trainers.gdc.stored_share import StoredShare, check_store_share
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of, of_one_turn
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
@@ -110,6 +111,8 @@ class GDCTrainer(RolloutTrainer):
         likelihood: Likelihood | None = None,
     ):
         args = config_of(args, GDCConfig, model, "GDC")
+        self.stored_share: StoredShare | None = None
+        self._rows_to_read: list[dict[str, Any]] = []
         store = train_dataset if isinstance(train_dataset, CompletionStore) else None
         made_by = reward_funcs, ref_model
         if store is not None:
@@ -127,6 +130,9 @@ class GDCTrainer(RolloutTrainer):
         check_prior_samples(args.prior_samples, train_dataset)
         check_evidence(args, reward_funcs, likelihood, reward_processing_classes)
         check_annealing(args, beta_of(args, likelihood))
+        if args.replay_store is not None:
+            check_store_share(args)
+            self.stored_share = StoredShare(args, likelihood, train_dataset)
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
         self.evidence = None if likelihood is None else reward_funcs[0]
@@ -152,6 +158,8 @@ class GDCTrainer(RolloutTrainer):
         self.objective = self._make_objective(likelihood)
         if self.stored is None:
             self.proposal = Snapshot(self._plain_policy) if args.proposal == "adaptive" else args.proposal
+        if self.stored_share is not None:
+            self._know_stored(self.stored_share)
         if isinstance(self.stored, ActorRollouts):
             self.add_callback(WeightsPusher(self, self.stored))
         if args.prior_samples:
@@ -185,10 +193,38 @@ class GDCTrainer(RolloutTrainer):
             replay,
             divergence=args.divergence,
             alpha=args.alpha,
-            baseline=args.baseline,
+            # the mean of siblings is another for stored completions than for fresh ones
+            baseline=args.baseline or (None if args.replay_store is None else "constant"),
             max_pseudo_reward=args.max_pseudo_reward,
             **shared,
         )
+
+    def _know_stored(self, share: StoredShare) -> None:
+        share.check_made_by(self)
+        draws = share.rollouts.draws
+        evidence = share.rollouts.rewards.double() / self.beta
+        keys = share.keys[draws.prompt_index]
+        self.objective.know_stored(keys, draws.log_prior - draws.log_proposal, evidence)
+
+    @property
+    def adds_stored(self) -> bool:
+        """Whether a share of the batches comes from a store."""
+        return self.stored_share is not None
+
+    def rows_to_draw(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of a rollout for which completions are drawn, and not read from a store."""
+        self._rows_to_read = []
+        learns = self.mode == "train" and self.proposal == "policy" and not self.alarms.alone
+        if self.stored_share is not None and learns:
+            inputs, self._rows_to_read = self.stored_share.split(self, inputs)
+        return inputs
+
+    def extended(self, batch: Batch) -> Batch:
+        """The batch with the completions that are read from a store."""
+        if self.stored_share is None or not self._rows_to_read:
+            return batch
+        rollout = self.stored_share.rollout(self, self._rows_to_read)
+        return self.objective.with_stored(batch, rollout, self.stored_share.from_prior)
 
     def after_rollout(self) -> None:
         """Replace the proposal by the policy, if the policy is closer to the posterior."""

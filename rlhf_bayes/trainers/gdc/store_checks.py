@@ -24,6 +24,7 @@ _UNUSED = {
     "use_vllm": _NOTHING_IS_DRAWN,
     "use_transformers_continuous_batching": _NOTHING_IS_DRAWN,
     "log_completions": _NOTHING_IS_DRAWN,
+    "replay_store": "the store is all that is learnt from",
     "store": f"{_NOTHING_IS_DRAWN}, so there is nothing new to keep",
     "remove_unused_columns": "the columns say which completions of the store a row stands for",
 }

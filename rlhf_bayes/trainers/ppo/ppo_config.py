@@ -73,8 +73,9 @@ class PPOConfig(RolloutConfig):
             "help": (
                 "Whether the 'ridge' critic reads the rewards of prefixes: a control variate, which reduces the noise "
                 "of the gradient and never moves the optimum. A reward function is then called on every prefix of "
-                "each completion. Default: those marked with `rlhf_bayes.rewards.takes_prefixes` are asked; True asks "
-                "all of them, False none."
+                "each completion; a causal reward model reads all prefixes of a completion in one pass. Default: "
+                "causal reward models are asked, and functions marked with `rlhf_bayes.rewards.takes_prefixes`; True "
+                "asks all rewards, False none."
             )
         },
     )

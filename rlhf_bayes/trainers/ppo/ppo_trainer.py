@@ -12,13 +12,14 @@ from rlhf_bayes.lm.critic import CRITIC, Critic
 from rlhf_bayes.objectives import PPOObjective
 from rlhf_bayes.objectives.ridge_critic import RidgeCritic
 from rlhf_bayes.rewards import RewardModel
-from rlhf_bayes.rewards.prefix_rewards import functions_of_prefixes
+from rlhf_bayes.rewards.prefix_rewards import check_can_be_asked
 from rlhf_bayes.trainers._trl.rollout_trainer import RolloutTrainer
 from rlhf_bayes.trainers.ppo.attach_critic import attach_critic
 from rlhf_bayes.trainers.ppo.old_names import OLD_ARGUMENTS, OLD_METHODS, names_successors, said_of
 from rlhf_bayes.trainers.ppo.ppo_config import PPOConfig
 from rlhf_bayes.trainers.rollout.checks import check_datasets, check_enough_prompts, config_of, of_one_turn
 from rlhf_bayes.trainers.rollout.evidence import beta_of, check_evidence, reward_funcs_of
+from rlhf_bayes.trainers.rollout.reward_funcs import functions_of_prefixes
 from rlhf_bayes.trainers.rollout.shared_rewards import PolicyBase
 from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
 
@@ -139,8 +140,7 @@ class PPOTrainer(RolloutTrainer):
         base = PolicyBase.of(model, peft_config, args.model_init_kwargs)
         reward_funcs = reward_funcs_of(likelihood, reward_funcs, reward_processing_classes, args.device, base)
         self.evidence = None if likelihood is None else reward_funcs[0]
-        if args.critic == "ridge":
-            self.asked_for_prefixes = functions_of_prefixes(reward_funcs, args.prefix_rewards)
+        check_can_be_asked(reward_funcs, args.prefix_rewards)
         if args.beta == 0:
             logger.warning(
                 "`beta` is 0: the optimum is an argmax of the reward, a single completion per prompt, and no "
@@ -160,6 +160,8 @@ class PPOTrainer(RolloutTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        if args.critic == "ridge":
+            self.asked_for_prefixes = functions_of_prefixes(self, args.prefix_rewards)
         self.beta = beta_of(args, likelihood)
         self.critic: Critic | None = None
         if args.critic != "ridge":

@@ -112,6 +112,11 @@ class SharedReward:
             return
         self.reward = _reward(classifier, self.tokenizer, self.index, self.__name__)
 
+    @property
+    def takes_prefixes(self) -> bool:
+        """As of the reward, once it is attached."""
+        return self.reward is not None and self.reward.takes_prefixes
+
     def __call__(self, *args: Any, **kwargs: Any) -> list[float]:
         return self.reward(*args, **kwargs)
 

@@ -83,6 +83,7 @@ def test_refusals(changes, message, tmp_path):
         "beta_init",
         "beta_init_steps",
         "prior_samples",
+        "store_share",
         "push_steps",
         "max_staleness",
         "actor_timeout",
