@@ -16,9 +16,9 @@ import argparse
 import math
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -51,12 +51,6 @@ def logged(trainer: GDCTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def cpu_seconds(who: int) -> float:
-    """CPU seconds of this process, or of its children that have ended."""
-    used = resource.getrusage(who)
-    return used.ru_utime + used.ru_stime
-
-
 # speed
 
 
@@ -68,9 +62,12 @@ def bundled_actor(folder: str) -> Actor:
 
 
 def act(folder: str) -> None:
-    """The process of an actor."""
+    """The process of an actor, which leaves the CPU seconds of a completion in the folder."""
     quiet(threads=1)
-    bundled_actor(folder).run()
+    actor = bundled_actor(folder)
+    start = time.process_time()
+    actor.run()
+    Path(f"{folder}/cpu").write_text(str((time.process_time() - start) / max(actor.num_drawn, 1)))
 
 
 def speed_of(num_actors: int, steps: int, max_staleness: int) -> dict[str, float]:
@@ -79,7 +76,7 @@ def speed_of(num_actors: int, steps: int, max_staleness: int) -> dict[str, float
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"output_dir": folder, "beta": 0.25, "max_steps": steps, "learning_rate": 1e-4}
         options |= {"num_generations": 8, "max_completion_length": 32, "logging_steps": 1, **QUIET}
-        actors = [children.Process(target=act, args=(folder,)) for _ in range(num_actors)]
+        actors = [children.Process(target=act, args=(folder,), daemon=True) for _ in range(num_actors)]
         if actors:
             bundled_actor(folder)  # makes the store
             args = GDCConfig(actor_weights=f"{folder}/weights", max_staleness=max_staleness, **options)
@@ -90,14 +87,13 @@ def speed_of(num_actors: int, steps: int, max_staleness: int) -> dict[str, float
         trainer.remove_callback(PrinterCallback)
         clock = Clock(after=5)  # the start of an actor takes longer than a step
         trainer.add_callback(clock)
-        before = cpu_seconds(resource.RUSAGE_CHILDREN)
         for process in actors:
             process.start()
         trainer.train()
         for process in actors:
             process.join()
         found = {"seconds": clock.seconds, "cpu": clock.cpu, "samples": BATCH * (steps - clock.after)}
-        found["actors_cpu"] = cpu_seconds(resource.RUSAGE_CHILDREN) - before
+        found["actor"] = BATCH * float(Path(f"{folder}/cpu").read_text()) if actors else math.nan
         for name in ("waiting", "staleness", "ess", "dropped"):
             found[name] = mean(logged(trainer, f"actors/{name}")[clock.after :] or [math.nan])
     return found
@@ -119,14 +115,16 @@ class Clock(TrainerCallback):
 def speed(steps: int, repeats: int, max_staleness: int) -> Table:
     """A row for one process, and for one with an actor."""
     table = Table(title=f"{BATCH} completions of up to 32 tokens a step; {repeats} runs of {steps} steps")
-    for column in ("", "samples/s", "waiting", "staleness", "ESS of π/q", "learner's CPU s a step", "dropped"):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("", "samples/s", "CPU s a step", "of the actor", "waiting", "staleness", "ESS", "dropped"):
+        table.add_column(column)
     for name, num_actors in (("one process", 0), ("a learner and an actor", 1)):
         runs = [speed_of(num_actors, steps, max_staleness) for _ in range(repeats)]
         rates = " ".join(f"{run['samples'] / run['seconds']:.1f}" for run in runs)
-        cells = [f"{mean(run[key] for run in runs):.2f}" for key in ("waiting", "staleness", "ess")]
-        cpu = mean(run["cpu"] / run["samples"] * BATCH for run in runs)
-        table.add_row(name, rates, *cells, f"{cpu:.2f}", f"{mean(run['dropped'] for run in runs):.1f}")
+        cpu = f"{mean(run['cpu'] / run['samples'] * BATCH for run in runs):.2f}"
+        keys = ("actor", "waiting", "staleness", "ess", "dropped")
+        cells = [f"{mean(run[key] for run in runs):.2f}" for key in keys]
+        table.add_row(name, rates, cpu, *("–" if cell == "nan" else cell for cell in cells))
+        Console(stderr=True).print(name, rates, cpu, *cells)
     return table
 
 

@@ -114,7 +114,7 @@ class ActorRollouts:
             groups, dropped = self._take(step)
         except TimeoutError as error:
             # a checkpoint is saved as where a reward fails: nothing has been learnt from since the last step
-            trainer._failures.errors.append(error)
+            trainer._failures.errors[:] = [error]
             trainer._failures.stop_all(trainer.accelerator.num_processes)
             raise
         rows = [row for group in groups for row in group]

@@ -257,7 +257,7 @@ class GDCTrainer(RolloutTrainer):
         """Restore what `rollout_state` returned."""
         super().load_rollout_state(state)
         self.proposal = state["proposal"]
-        if isinstance(self.stored, ActorRollouts):
+        if isinstance(self.stored, ActorRollouts) and "actors" in state:  # else it was written without actors
             self.stored.load_state_dict(state["actors"])
         if not isinstance(self.proposal, str):
             snapshot = Snapshot(self._plain_policy)
