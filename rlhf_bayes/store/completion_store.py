@@ -154,11 +154,8 @@ class CompletionStore:
 
     def rows_of(self, name: str) -> list[dict[str, Any]] | None:
         """The rows of one of its files; None where the file was not written to the end, or is not there."""
-        try:
-            return pq.read_table(self.path / name).to_pylist()
-        except (pa.ArrowException, OSError) as error:
-            logger.debug("%s: %s", name, error)
-            return None
+        table = self._table_of(name)
+        return None if table is None else table.to_pylist()
 
     def __len__(self) -> int:
         self._read_new()
@@ -171,20 +168,27 @@ class CompletionStore:
 
     def _read_new(self) -> None:
         unfinished = sorted(path.name for path in self.path.glob(f"*{_UNFINISHED}"))
-        for file in sorted(self.path.glob("*.parquet")):
-            if file.name in self._tables:
+        for name in self.files():
+            if name in self._tables:
                 continue
-            try:
-                self._tables[file.name] = pq.read_table(file)
-            except (pa.ArrowException, OSError) as error:
-                unfinished.append(file.name)
-                logger.debug("%s: %s", file, error)
+            table = self._table_of(name)
+            if table is None:
+                unfinished.append(name)
+            else:
+                self._tables[name] = table
         if unfinished and unfinished != self.incomplete:
             logger.warning(
                 f"The store {str(self.path)!r} has {len(unfinished)} file(s) that were not written to the end, or are "
                 f"being written: {', '.join(unfinished[:5])}. They are left out; the other files are whole."
             )
         self.incomplete = unfinished
+
+    def _table_of(self, name: str) -> pa.Table | None:
+        try:
+            return pq.read_table(self.path / name)
+        except (pa.ArrowException, OSError) as error:
+            logger.debug("%s: %s", self.path / name, error)
+            return None
 
     def _next_name(self) -> str:
         numbers = [int(path.name.split("-")[0]) for path in self.path.glob("[0-9]*-*.parquet")]

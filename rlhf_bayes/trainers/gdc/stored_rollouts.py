@@ -49,6 +49,7 @@ class StoredRollouts:
 
     Attributes:
         dataset (`Dataset`): a row for each group, which takes the place of a dataset of prompts.
+        rows_of (`Sequence[Tensor]`): the rows of each prompt, (n,) each.
 
     Raises:
         ValueError: if the store holds no group, or no rewards and no likelihood is given.
@@ -58,7 +59,7 @@ class StoredRollouts:
         self.draws, self.args, self.likelihood = StoredDraws.of(store), args, likelihood
         self.rewards, self.features = evidence_of(self.draws, store.reward_names, args, likelihood)
         order = self.draws.prompt_index.argsort(stable=True)
-        self._rows_of = order.split(self.draws.prompt_index.bincount().tolist())
+        self.rows_of = order.split(self.draws.prompt_index.bincount().tolist())
         self._epoch, self._orders = -1, {}
         self.dataset = self._groups(store)
         if self.draws.num_mixed or self.draws.num_own:
@@ -98,12 +99,12 @@ class StoredRollouts:
 
     def _groups(self, store: CompletionStore) -> Dataset:
         size = self.args.num_generations
-        counts = [len(rows) // size for rows in self._rows_of]  # groups of each prompt
+        counts = [len(rows) // size for rows in self.rows_of]  # groups of each prompt
         few = sum(count == 0 for count in counts)
         if few == len(counts):
             raise ValueError(
                 f"`num_generations` must be at most the completions that the store holds of a prompt, "
-                f"{max(map(len, self._rows_of))}, got {size}. Lower it, or draw more of each prompt."
+                f"{max(map(len, self.rows_of))}, got {size}. Lower it, or draw more of each prompt."
             )
         if few:
             logger.warning(
@@ -135,11 +136,15 @@ class StoredRollouts:
         if epoch != self._epoch:
             self._epoch, self._orders = epoch, {}
         if prompt not in self._orders:
-            rows = self._rows_of[prompt]
-            # consecutive seeds would give related orders
-            seed = hash((self.args.seed, epoch, prompt)) % 2**63
-            self._orders[prompt] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+            rows = self.rows_of[prompt]
+            self._orders[prompt] = rows[torch.randperm(len(rows), generator=seeded(self.args.seed, epoch, prompt))]
         return self._orders[prompt]
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator whose draws follow from some integers."""
+    # a hash of them, since consecutive seeds would give related orders
+    return torch.Generator().manual_seed(hash(numbers) % 2**63)
 
 
 def evidence_of(

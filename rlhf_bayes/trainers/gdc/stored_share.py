@@ -9,7 +9,7 @@ from rlhf_bayes.likelihoods import Likelihood
 from rlhf_bayes.objectives import Rollout
 from rlhf_bayes.store import CompletionStore
 from rlhf_bayes.trainers.gdc.gdc_config import GDCConfig
-from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts, scored_rows
+from rlhf_bayes.trainers.gdc.stored_rollouts import StoredRollouts, scored_rows, seeded
 from rlhf_bayes.trainers.rollout.in_flight import RolloutInFlight
 from rlhf_bayes.trainers.rollout.scored_rollout import prompt_key
 from rlhf_bayes.trainers.rollout.store_writer import provenance_of_trainer
@@ -61,8 +61,7 @@ class StoredShare:
             for prompt, columns in zip(draws.prompts, draws.columns, strict=True)
         ]
         self.keys = torch.tensor(keys)  # (P,)
-        order = draws.prompt_index.argsort(stable=True)
-        self._rows_of = dict(zip(keys, order.split(draws.prompt_index.bincount().tolist()), strict=True))
+        self._rows_of = dict(zip(keys, self.rollouts.rows_of, strict=True))
         for row in train_dataset:
             found = len(self._rows_of.get(prompt_key(row), ()))
             if found < args.num_generations:
@@ -121,9 +120,7 @@ class StoredShare:
     def _generator(self, trainer: "RolloutTrainer", number: int) -> torch.Generator:
         args = self.args
         rollout = trainer.micro_steps // (args.steps_per_generation * args.num_iterations)
-        # consecutive seeds would give related orders
-        seed = hash((args.seed, rollout, trainer.accelerator.process_index, number)) % 2**63
-        return torch.Generator().manual_seed(seed)
+        return seeded(args.seed, rollout, trainer.accelerator.process_index, number)
 
 
 def check_store_share(args: GDCConfig) -> None:
