@@ -72,7 +72,7 @@ class RolloutConfig(FaultConfig, RLOOConfig):
         metadata={
             "help": (
                 "Whether policy, prior and critic score completions without padding, several sequences in a row: the "
-                "same log-probs and gradients from fewer tokens where lengths differ. Refused for models of which "
+                "same scores and gradients from fewer tokens where lengths differ. Refused for models of which "
                 "this is not true, and for images. Generation and reward models pad as before."
             )
         },
