@@ -3,8 +3,8 @@ Notes where the host waits for its device, on a GPU and on a pretended accelerat
 
 On a GPU torch says so. On the pretended accelerator every tensor is taken to be on the device, except what is made
 without a device, or comes from `.cpu()`, and what is computed from such tensors alone. The device is named `cpu:0` and
-the host `cpu`, which are the same place for torch. So an operation that would stop on an accelerator, since some of its
-tensors are on the host, stops here too.
+the host `cpu`, which are the same place for torch. So an operation that would stop on an accelerator, since some of
+its tensors are on the host, stops here too.
 """
 
 import sys
