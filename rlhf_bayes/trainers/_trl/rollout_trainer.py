@@ -40,6 +40,7 @@ from rlhf_bayes.trainers._trl.image_prompts import ImagePromptRLOO, probe_with_i
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer, images_are_read
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
+from rlhf_bayes.trainers.faults.step_watch import TerminatedError
 from rlhf_bayes.trainers.rollout.alarms import Alarms
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
@@ -484,7 +485,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
 
     def on_failure(self, error: Exception) -> None:
         between_steps = self._step_end is not None and self._step_end.step == self.state.global_step
-        if error is self._failures.raised and between_steps:
+        nothing_learnt = error is self._failures.raised or isinstance(error, TerminatedError)
+        if nothing_learnt and between_steps:
             # the failed rollout has changed the random state and the count of tokens
             self._step_end.restore(self.state, self._metrics["train"])
             self.save_after(error)
