@@ -15,7 +15,9 @@ from transformers import AutoModel, PreTrainedModel
 from rlhf_bayes.lm.trunk import trunk_of
 
 CRITIC = "critic"  # the attribute of the causal LM that holds the critic, and its folder beside the policy's weights
-_CONFIG, _HEAD = "critic_config.json", "value_head.safetensors"
+CRITIC_CONFIG = "critic_config.json"  # says how the critic of a folder is read
+FITTED = "fitted"  # the trunk of a critic that has none
+_HEAD = "value_head.safetensors"
 
 
 def states_before(outputs: Any, completion_ids: Tensor) -> Tensor:
@@ -88,16 +90,22 @@ class Critic(nn.Module):
         save_file(head, folder / _HEAD)
         trunk = "backbone" if self.backbone is not None else "adapter" if self.adapter is not None else "shared"
         config = {"trunk": trunk, "hidden_size": self.value_head.in_features, "adapter": self.adapter}
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CRITIC_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def load(self, folder: str | Path) -> None:
         """
         Load the value head, and the backbone if it has one, from a saved critic.
 
         Raises:
-            ValueError: if the folder holds no critic, or one for hidden states of another size.
+            ValueError: if the folder holds no critic, one without a head, or one for hidden states of another size.
         """
-        size = critic_config(folder)["hidden_size"]
+        config = critic_config(folder)
+        if config["trunk"] == FITTED:
+            raise ValueError(
+                f"`folder` must hold a critic with a value head, got one in `{folder}` that was fitted in closed "
+                "form. Read it by `FittedCritic.from_pretrained`."
+            )
+        size = config["hidden_size"]
         if size != self.value_head.in_features:
             raise ValueError(
                 f"The critic in `{folder}` has hidden size {size}, the trunk it should read has "
@@ -126,14 +134,14 @@ class Critic(nn.Module):
 
 def is_critic_folder(folder: str | Path) -> bool:
     """Whether [`Critic.from_pretrained`] can read the folder."""
-    return (Path(folder) / _CONFIG).is_file()
+    return (Path(folder) / CRITIC_CONFIG).is_file()
 
 
 def critic_config(folder: str | Path) -> dict[str, Any]:
-    """The trunk ("shared", "backbone" or "adapter"), hidden size and adapter name of a saved critic."""
+    """How to read a saved critic: its trunk ("shared", "backbone", "adapter" or "fitted"), hidden size, adapter."""
     if not is_critic_folder(folder):
-        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {_CONFIG}.")
-    return json.loads((Path(folder) / _CONFIG).read_text())
+        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {CRITIC_CONFIG}.")
+    return json.loads((Path(folder) / CRITIC_CONFIG).read_text())
 
 
 @contextmanager
