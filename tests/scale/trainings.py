@@ -246,7 +246,7 @@ def run_ragged(models: Path, folder: Path, num_processes: int) -> tuple[list[lis
 ONE_FORWARD: dict[str, dict[str, Any]] = {
     "ppo": {},
     "ppo-lora": {"gradient_checkpointing": True},
-    "gdc": {"num_iterations": 1, "learning_rate": None},  # so that each step is measured too
+    "gdc": {"num_iterations": 1, "max_steps": 5},  # of which the last is measured
     "gdc-lora": {"num_iterations": 1},
 }
 
@@ -258,7 +258,8 @@ def run_by_one_forward(models: Path, folder: Path, num_processes: int, twice: bo
     The first rollout of each fails when it is scored and not yet learnt from, and is made anew.
 
     Returns:
-        Of each training the weights, whether all processes part them, and how often the trunk scored completions.
+        Of each training the weights, the largest change of one, whether all processes part them, and how often the
+        trunk scored completions.
     """
     found: dict[str, Any] = {}
     for training, changes in ONE_FORWARD.items():
@@ -266,13 +267,16 @@ def run_by_one_forward(models: Path, folder: Path, num_processes: int, twice: bo
         sizes |= batches(12, 12, num_processes)
         trainer = trainer_of(training, models, folder / training, num_processes, **sizes | changes)
         _fail_first(trainer)
+        before = {name: weight.detach().clone() for name, weight in base_causal_lm(trainer.model).named_parameters()}
         with patch.object(type(trainer), "step_is_rollout", False) if twice else nullcontext():
             forwards = _train_and_count(trainer)
         weights = dict(base_causal_lm(trainer.accelerator.unwrap_model(trainer.model)).named_parameters())
+        after = {name: _whole(weight).detach().clone() for name, weight in weights.items()}
         found[training] = {
             "forwards": forwards,
             "sharded": all(isinstance(weight, DTensor) for weight in weights.values()),
-            "weights": {name: _whole(weight).detach().clone() for name, weight in weights.items()},
+            "weights": after,
+            "moved": max((after[name] - weight).abs().max().item() for name, weight in before.items()),
         }
     return found
 
