@@ -18,7 +18,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_row_has_what_its_tables_show(device):
+def test_a_row_has_what_its_tables_show(device, monkeypatch):
+    for module in (speed_worker, worker):
+        monkeypatch.setattr(module, "WARM_UP", 0)
     found = worker.work(worker.Row("ppo", lora=True), TINY, torch.device(device), rollouts=1)
     for phase in ("generation", "training"):
         # a model of some thousand weights is far from any limit
