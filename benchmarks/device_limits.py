@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # large enough that no cache holds the copy, and that the product fills the device: (bytes, rows of the matrices)
-_SIZES = {"cuda": (2**30, 8192), "cpu": (2**26, 512)}
+_SIZES = {"cuda": (2**30, 8192), "cpu": (2**24, 128)}
 
 
 @dataclass(frozen=True)
