@@ -44,6 +44,7 @@ METHODS = {
     GDC: ("GDC, forward KL", {"method": "gdc"}),
     OLD: ("PPO of trl 1.12", {"method": "ppo_1_12"}),
 }
+NAMES = [name for name, _ in METHODS.values()]
 SETTINGS = {
     "full, 1 epoch": {},
     "LoRA, 1 epoch": {"lora": True},
@@ -133,7 +134,7 @@ def aims_table(results: Results) -> Table:
     for text, ours, theirs, column, wanted in AIMS:
         cells = []
         for setting in SETTINGS:
-            if (setting, theirs) in results:
+            if {(setting, theirs), (setting, ours)} <= results.keys():
                 value = ratio(results, setting, theirs, ours, column)
                 colour = "default" if wanted is None else "green" if value >= wanted else "red"
                 cells.append(f"[{colour}]{value:.2f} ×[/]")
@@ -151,25 +152,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rollouts", type=int, default=8, help="measured rollouts of one repetition of one row")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--no-old", action="store_true", help="leave out trl 1.12, and build no environment")
+    parser.add_argument(
+        "--setting", dest="settings", action="append", choices=list(SETTINGS), help="repeat for several"
+    )
+    parser.add_argument("--method", dest="methods", action="append", choices=NAMES, help="beside the floor and RLOO")
     parser.add_argument("--shape", type=json.loads, default={}, help='JSON, e.g. {"vocabulary": 32000, "batch": 16}')
     parser.add_argument("--json", type=Path, help="also write every repetition to this file")
     args = parser.parse_args()
     if args.quick:
         args.repetitions, args.rollouts = 1, 3
+    args.settings = args.settings or [name for name, row in SETTINGS.items() if not (args.quick and "epochs" in row)]
+    asked = set(args.methods or NAMES) | {METHODS[FLOOR][0], METHODS[RLOO][0]}  # every ratio is by one of these two
+    args.methods = [
+        method for method in METHODS if METHODS[method][0] in asked and not (args.no_old and method == OLD)
+    ]
     return args
 
 
 def main() -> None:
     args = parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
-    old = None if args.no_old else old_python()
-    settings = {name: row for name, row in SETTINGS.items() if not (args.quick and row.get("epochs"))}
-    cells = [(s, m) for s in settings for m in METHODS if not (args.no_old and m == OLD)]
+    old = old_python() if OLD in args.methods else None
+    cells = [(setting, method) for setting in args.settings for method in args.methods]
     results: Results = {}
     for repetition in range(args.repetitions):
         for number, (setting, method) in enumerate(cells, start=1):
             name, row = METHODS[method]
-            result = measure(row | settings[setting], args, old)
+            result = measure(row | SETTINGS[setting], args, old)
             results.setdefault((setting, method), []).append(result)
             done = f"repetition {repetition + 1}/{args.repetitions}, row {number}/{len(cells)}"
             console.print(f"{done}: {setting}, {name}: {result['total']:.1f} ms, {result['memory']:.0f} MiB")

@@ -48,6 +48,7 @@ from rlhf_bayes.trainers.rollout.rollout_config import FIRST_RATE
 
 FOUR_BY_FOUR = {"num_iterations": 4, "steps_per_generation": 4}
 MANY_UPDATES = (5e-6, 1e-5, 2e-5)  # learning rates where a batch is used several times
+REPLAYED = {"divergence": "log_variance", "replay_batches": 8, "num_iterations": 4}
 ADAPTED = {"adapt_learning_rate": True}  # from `FIRST_RATE` on, as where no learning rate is given
 METHODS: dict[str, Method] = {
     "RLOO": Method("rloo"),
@@ -56,6 +57,8 @@ METHODS: dict[str, Method] = {
     "GRPO, rewards not scaled": Method("grpo", {"scale_rewards": "none"}),
     "PPO, default learning rate": Method("ppo", ADAPTED, (FIRST_RATE,)),
     "GDC, js, default learning rate": Method("gdc", {"divergence": "js"} | ADAPTED, (FIRST_RATE,)),
+    "GDC, forward KL, default learning rate": Method("gdc", {"divergence": "forward_kl"} | ADAPTED, (FIRST_RATE,)),
+    "GDC, log-variance, default learning rate": Method("gdc", REPLAYED | ADAPTED, (FIRST_RATE,)),
     "PPO": Method("ppo"),
     "PPO, without rewards of prefixes": Method("ppo", {"prefix_rewards": False}),
     "PPO, a value head as critic": Method("ppo", {"critic": "shared"}),
@@ -64,9 +67,7 @@ METHODS: dict[str, Method] = {
     "GDC, js": Method("gdc", {"divergence": "js"}),
     "GDC, forward KL": Method("gdc", {"divergence": "forward_kl"}),
     "GDC, reverse KL": Method("gdc", {"divergence": "reverse_kl"}),
-    "GDC, log-variance, window of 8, 4 epochs": Method(
-        "gdc", {"divergence": "log_variance", "replay_batches": 8, "num_iterations": 4}, (1e-5, 2e-5, 5e-5)
-    ),
+    "GDC, log-variance, window of 8, 4 epochs": Method("gdc", REPLAYED, (1e-5, 2e-5, 5e-5)),
 }
 FIRST_CHOICE_SEED = 1000  # seeds of the runs that choose the learning rate start here
 MOST_EXTENSIONS = 4  # of the set of learning rates

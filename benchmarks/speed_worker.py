@@ -45,6 +45,12 @@ class Shape:
     prompt: int = 32
     completion: int = 32
     batch: int = 32
+    heads: int = 4
+    kv_heads: int = 4
+    intermediate: int | None = None
+    """Width of the MLP; 4 × hidden where it is not given."""
+    tied: bool = False
+    """Whether the head is the embedding."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,11 @@ def build_model(shape: Shape, cls=LlamaForCausalLM):
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
-        intermediate_size=4 * shape.hidden,
+        intermediate_size=shape.intermediate or 4 * shape.hidden,
         num_hidden_layers=shape.layers,
-        num_attention_heads=4,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=shape.prompt + shape.completion,
         bos_token_id=0,
         eos_token_id=shape.vocabulary,

@@ -9,7 +9,7 @@ Without arguments, in about two minutes on two CPU cores, a bundled tiny model l
 
 Any causal LM, prompts and features, by flags or `--config file.yaml`, as in TRL's scripts:
 
-    accelerate launch recipes/gdc_dpg.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 \
+    accelerate launch recipes/gdc_dpg.py --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft \
         --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 --max_completion_length 64 \
         --words women:she,her,woman,actress=0.5 --features my_features:is_kind=0.9 --features my_features:curses=0
 

@@ -9,7 +9,7 @@ Without arguments, in about two minutes on two CPU cores, a bundled tiny model l
 Any causal LM, prompts and reward, by flags or `--config file.yaml`, as in TRL's scripts:
 
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml recipes/ppo_klrl.py \
-        --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --learning_rate 1e-5 --beta 0.05 \
+        --model_name_or_path Qwen/Qwen2.5-0.5B --use_peft --beta 0.05 \
         --dataset_name stanfordnlp/imdb --prompt_column text --max_prompts 2000 \
         --reward_func rlhf_bayes.toy.rewards:vader_reward --max_completion_length 64
 

@@ -2,6 +2,7 @@
 
 from rlhf_bayes.lm.completions import Completion, Completions, Prompt
 from rlhf_bayes.lm.critic import Critic
+from rlhf_bayes.lm.fitted_critic import FittedCritic
 from rlhf_bayes.lm.forward import CompletionScores, enable_completion_scoring, score_completions
 from rlhf_bayes.lm.language_model import LanguageModel
 from rlhf_bayes.lm.vllm_model import VLLMLanguageModel
@@ -11,6 +12,7 @@ __all__ = [
     "CompletionScores",
     "Completions",
     "Critic",
+    "FittedCritic",
     "LanguageModel",
     "Prompt",
     "VLLMLanguageModel",

@@ -15,12 +15,14 @@ from transformers import AutoModel, PreTrainedModel
 from rlhf_bayes.lm.trunk import trunk_of
 
 CRITIC = "critic"  # the attribute of the causal LM that holds the critic, and its folder beside the policy's weights
-_CONFIG, _HEAD = "critic_config.json", "value_head.safetensors"
+CRITIC_CONFIG = "critic_config.json"  # says how the critic of a folder is read
+FITTED = "fitted"  # the trunk of a critic that has none
+_HEAD = "value_head.safetensors"
 
 
-def states_before(outputs: Any, completion_ids: Tensor) -> Tensor:
-    """Last hidden states before each completion token: (B, P + T, H) -> (B, T, H)."""
-    return outputs.last_hidden_state[:, -completion_ids.size(1) - 1 : -1]
+def states_at(outputs: Any, places: Tensor) -> Tensor:
+    """Last hidden states of a trunk at places (N,) among the R·W tokens of its rows: (N, H)."""
+    return outputs.last_hidden_state.flatten(0, 1).index_select(0, places)
 
 
 class Critic(nn.Module):
@@ -51,7 +53,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.detach_trunk = False
 
-    def forward(self, lm: PreTrainedModel, hidden: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def forward(self, lm: PreTrainedModel, hidden: Tensor, places: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """
         Values of N prefixes: (N,), fp32, units of the reward.
 
@@ -60,16 +62,16 @@ class Critic(nn.Module):
                 The policy's causal LM, which holds the critic's adapter if it has one.
             hidden (`Tensor` (N, H)):
                 The policy's last hidden state of each prefix.
-            mask (`Tensor` (B, T)):
-                The completion tokens whose prefixes these are.
+            places (`Tensor` (N,)):
+                Where the last token of each prefix stands among the R·W tokens that a trunk reads in R rows.
             inputs (`dict[str, Tensor]`):
                 The inputs of the policy's trunk, for a critic with a trunk or an adapter of its own.
         """
         if self.backbone is not None:
-            hidden = states_before(self.backbone(**inputs, use_cache=False), mask)[mask]
+            hidden = states_at(self.backbone(**inputs, use_cache=False), places)
         elif self.adapter is not None:
             with active_adapter(lm, self.adapter), _without_checkpointing(lm):
-                hidden = states_before(trunk_of(lm)(**inputs, use_cache=False), mask)[mask]
+                hidden = states_at(trunk_of(lm)(**inputs, use_cache=False), places)
         if self.detach_trunk:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
@@ -88,16 +90,22 @@ class Critic(nn.Module):
         save_file(head, folder / _HEAD)
         trunk = "backbone" if self.backbone is not None else "adapter" if self.adapter is not None else "shared"
         config = {"trunk": trunk, "hidden_size": self.value_head.in_features, "adapter": self.adapter}
-        (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CRITIC_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def load(self, folder: str | Path) -> None:
         """
         Load the value head, and the backbone if it has one, from a saved critic.
 
         Raises:
-            ValueError: if the folder holds no critic, or one for hidden states of another size.
+            ValueError: if the folder holds no critic, one without a head, or one for hidden states of another size.
         """
-        size = critic_config(folder)["hidden_size"]
+        config = critic_config(folder)
+        if config["trunk"] == FITTED:
+            raise ValueError(
+                f"`folder` must hold a critic with a value head, got one in `{folder}` that was fitted in closed "
+                "form. Read it by `FittedCritic.from_pretrained`."
+            )
+        size = config["hidden_size"]
         if size != self.value_head.in_features:
             raise ValueError(
                 f"The critic in `{folder}` has hidden size {size}, the trunk it should read has "
@@ -126,14 +134,14 @@ class Critic(nn.Module):
 
 def is_critic_folder(folder: str | Path) -> bool:
     """Whether [`Critic.from_pretrained`] can read the folder."""
-    return (Path(folder) / _CONFIG).is_file()
+    return (Path(folder) / CRITIC_CONFIG).is_file()
 
 
 def critic_config(folder: str | Path) -> dict[str, Any]:
-    """The trunk ("shared", "backbone" or "adapter"), hidden size and adapter name of a saved critic."""
+    """How to read a saved critic: its trunk ("shared", "backbone", "adapter" or "fitted"), hidden size, adapter."""
     if not is_critic_folder(folder):
-        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {_CONFIG}.")
-    return json.loads((Path(folder) / _CONFIG).read_text())
+        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {CRITIC_CONFIG}.")
+    return json.loads((Path(folder) / CRITIC_CONFIG).read_text())
 
 
 @contextmanager

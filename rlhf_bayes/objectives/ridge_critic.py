@@ -1,17 +1,16 @@
 """A critic that is fitted in closed form after each rollout, on hidden states and on rewards of prefixes."""
 
-import functools
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from rlhf_bayes.lm.fitted_critic import FittedCritic, prefix_features, prefix_states
 from rlhf_bayes.numerics.ridge import RegressionSums, ridge_fits, with_constant
 from rlhf_bayes.objectives.world import World
 
 _PENALTIES = torch.tensor([*(10.0**exponent for exponent in range(-4, 2)), torch.inf])
 _DECAY = 0.95  # of the sums, from one rollout to the next: the policy, whose returns they hold, moves
-_MOST_STATES = 512  # entries of a hidden state; larger states are projected
 
 
 @final
@@ -48,11 +47,8 @@ class RidgeCritic:
         return 0.0 if of_mean == 0 else 1 - self.errors.min().item() / of_mean
 
     def states(self, hidden: Tensor) -> Tensor:
-        """The part of hidden states, (N, H), that is used: (N, F) fp32. Large ones are projected at random."""
-        size = hidden.size(-1)
-        if size <= _MOST_STATES:
-            return hidden.float()
-        return hidden.float() @ _projection(size).to(hidden.device)
+        """The part of hidden states, (N, H), that is used: (N, S) fp32."""
+        return prefix_states(hidden)
 
     def features(self, states: Tensor, prefix_rewards: Tensor | None, paid: Tensor) -> Tensor:
         """
@@ -65,17 +61,17 @@ class RidgeCritic:
         """
         # not a share of T, which is the longest of this batch only
         time = torch.arange(paid.size(1), device=paid.device).float().expand_as(paid)  # (B, T)
-        columns = [paid, time, time**2]
-        if prefix_rewards is not None:
-            columns += [prefix_rewards, prefix_rewards * time]
-        return torch.cat([states, torch.stack(columns, dim=-1)], dim=-1)
+        return prefix_features(states, paid, time, prefix_rewards)
 
     def forecast(self, features: Tensor) -> Tensor:
         """u before each token, (B, T), units of the reward; 0 before the first rollout."""
         if self._fits is None:
             return features.new_zeros(features.shape[:-1])
-        best = self._fits[int(self.errors.argmin())].to(features)  # (1 + F,)
-        return with_constant(features) @ best
+        return with_constant(features) @ self._fits[int(self.errors.argmin())].to(features)
+
+    def fitted(self, hidden_size: int) -> FittedCritic | None:
+        """What it has learnt, to be kept with a policy whose hidden states have H entries; None before it has."""
+        return None if self._fits is None else FittedCritic(self._fits[int(self.errors.argmin())], hidden_size)
 
     def learn(self, features: Tensor, returns: Tensor, mask: Tensor, policy_weights: Tensor | None = None) -> None:
         """
@@ -113,10 +109,3 @@ class RidgeCritic:
         if "gram" in state:
             self.sums = RegressionSums(state["gram"], state["cross"])
             self._fits = ridge_fits(self.sums, _PENALTIES)
-
-
-@functools.cache
-def _projection(size: int) -> Tensor:
-    """(H, S), the same in every process and run: it keeps distances but for a few percent."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(size, _MOST_STATES, generator=generator) / _MOST_STATES**0.5

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_bayes.likelihoods import Likelihood, checked_log_likelihood
-from rlhf_bayes.likelihoods.reward_likelihood import check_beta
-from rlhf_bayes.lm import Critic, LanguageModel, Prompt
-from rlhf_bayes.lm.critic import CRITIC, active_adapter
+from rlhf_bayes.lm import LanguageModel, Prompt
 from rlhf_bayes.lm.decoding import PrefixReader
 from rlhf_bayes.lm.forward import base_causal_lm
 from rlhf_bayes.lm.language_model import as_completion
@@ -183,76 +181,6 @@ class ExpertsValue:
         return self.scale * (expert - anti_expert)
 
 
-@final
-class CriticValue:
-    r"""
-    The critic of [`~rlhf_bayes.PPOTrainer`]: `u(c, x_≤t)/β + log π(x_≤t | c) − log π0(x_≤t | c)`.
-
-    The critic u forecasts r − β·log(π/π0) of the whole completion; the log-ratio of the prefix turns this into a value
-    under the prior. If the policy π is the posterior, it is the soft value; otherwise, with an exact critic, it is a
-    lower bound. Training may shift it by a constant for each prompt, which matters only where completions end at
-    different lengths. The critic was not trained on whole completions, so for them u is that before the last token.
-
-    Args:
-        policy ([`~rlhf_bayes.LanguageModel`]):
-            π, whose model holds the critic.
-        prior ([`~rlhf_bayes.LanguageModel`]):
-            π0.
-        beta (`float`):
-            Units of reward per nat, as in training.
-
-    Raises:
-        ValueError: if the policy's model holds no critic, or `beta` is not positive.
-    """
-
-    def __init__(self, policy: LanguageModel, prior: LanguageModel, beta: float):
-        lm = base_causal_lm(policy.model)
-        critic = getattr(lm, CRITIC, None)
-        if not isinstance(critic, Critic):
-            raise ValueError(
-                f"`policy` must hold a critic, got a {type(lm).__name__} without one. Load the one that PPOTrainer "
-                f"saved beside it: `model.add_module({CRITIC!r}, Critic.from_pretrained(folder))`."
-            )
-        self.policy, self.beta = policy, check_beta(beta)
-        self._value_head = critic.value_head
-        self._policy, self._prior = PrefixReader(policy), PrefixReader(prior)
-        self._states = self._policy
-        if critic.backbone is not None:
-            self._states = PrefixReader(policy, critic.backbone)
-        elif critic.adapter is not None:
-            self._states = PrefixReader(policy, _under_adapter(lm, critic.adapter))
-
-    @torch.no_grad()
-    def log_value(self, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
-        """(B,) fp32, nats."""
-        whole = [self._is_whole(prefix) for prefix in prefixes]
-        before = [prefix[:-1] if end else prefix for prefix, end in zip(prefixes, whole, strict=True)]
-        value = self._value_head(self._states.read(prompts, before).hidden.to(self._value_head.weight.dtype))
-        log_ratio = self._log_prob(self._policy, prompts, prefixes, before)
-        log_ratio = log_ratio - self._log_prob(self._prior, prompts, prefixes, before).to(log_ratio.device)
-        return value.squeeze(-1).float() / self.beta + log_ratio
-
-    def _is_whole(self, prefix: Sequence[int]) -> bool:
-        if len(prefix) == 0:
-            return False
-        return len(prefix) == self.policy.max_completion_length or prefix[-1] in self.policy.eos_token_ids
-
-    @staticmethod
-    def _log_prob(
-        reader: PrefixReader,
-        prompts: Sequence[Prompt],
-        prefixes: Sequence[Sequence[int]],
-        before: Sequence[Sequence[int]],
-    ) -> Tensor:
-        states = reader.read(prompts, before)
-        last = [prefix[-1] if len(prefix) > len(old) else -1 for prefix, old in zip(prefixes, before, strict=True)]
-        tokens = torch.tensor(last, device=states.log_prob.device)
-        if bool((tokens < 0).all()):
-            return states.log_prob
-        added = reader.next_log_probs(states.hidden).gather(1, tokens.clamp(min=0)[:, None]).squeeze(1)
-        return states.log_prob + torch.where(tokens < 0, 0.0, added)
-
-
 def checked_log_value(value: Value, prompts: Sequence[Prompt], prefixes: Sequence[Sequence[int]]) -> Tensor:
     """
     The values of B prefixes, checked: (B,), fp32 or better, nats, finite or `-inf`.
@@ -286,14 +214,6 @@ def _without_nan(value: Any, result: Tensor, prompts: Sequence[Prompt], prefixes
             f"{float(result[tuple(wrong[0])])} for prompt {prompts[row]!r} and prefix {list(prefixes[row])}."
         )
     return result if result.dtype == torch.float64 else result.float()
-
-
-def _under_adapter(lm: Any, name: str) -> Callable[..., Any]:
-    def trunk(**inputs: Any) -> Any:
-        with active_adapter(lm, name):
-            return trunk_of(lm)(**inputs)
-
-    return trunk
 
 
 def rows_of(columns: Mapping[str, Sequence] | None, rows: Sequence[int]) -> dict[str, list]:

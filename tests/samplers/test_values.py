@@ -4,14 +4,12 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
 from rlhf_bayes.likelihoods import RewardLikelihood
-from rlhf_bayes.lm import Critic, LanguageModel, score_completions
-from rlhf_bayes.lm.critic import CRITIC
-from rlhf_bayes.samplers import CriticValue, EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
+from rlhf_bayes.lm import LanguageModel
+from rlhf_bayes.samplers import EnumeratedValue, ExpertsValue, HeadValue, PrefixValue, Value
 from rlhf_bayes.samplers.values import checked_log_value, checked_next_log_values
 from rlhf_bayes.testing import toy_reward
 
@@ -79,46 +77,6 @@ def test_experts_minus_anti_experts(toy):
         assert_close(
             following, value.log_value([prompt] * 4, [[0, token] for token in range(4)]), rtol=1e-4, atol=1e-4
         )
-
-
-@pytest.fixture(params=["shared", "separate", "adapter"])
-def critic_policy(toy, request):
-    """A policy with a critic that has opinions."""
-    policy, critic = toy.random_policy(), Critic(32)
-    if request.param == "separate":
-        critic = Critic(32, backbone=toy.random_policy(seed=5).base_model)
-    if request.param == "adapter":
-        config = LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
-        policy = get_peft_model(policy, config, adapter_name="policy")
-        policy.add_adapter(CRITIC, config)
-        critic = Critic(32, adapter=CRITIC)
-    torch.nn.init.normal_(critic.value_head.weight, generator=torch.Generator().manual_seed(0))
-    (policy.get_base_model() if request.param == "adapter" else policy).add_module(CRITIC, critic)
-    return policy.eval()
-
-
-def test_a_critic_is_what_training_saw(toy, critic_policy):
-    prior, policy = prior_of(toy), prior_of(toy, critic_policy)
-    value = CriticValue(policy, prior, beta=0.5)
-    prompt, ids = toy.prompts[2], [0, 1, 0]
-    padded = [torch.tensor(rows) for rows in (policy.prompt_token_ids([prompt]), [ids])]
-    masks = [torch.ones_like(tensor, dtype=torch.bool) for tensor in padded]
-    with torch.no_grad():
-        scores = score_completions(critic_policy, padded[0], masks[0], padded[1], masks[1])
-        ref = score_completions(toy.model, padded[0], masks[0], padded[1], masks[1])
-    u = scores.values[0]  # before tokens 0, 1, 2
-    log_ratio = (scores.log_probs - ref.log_probs)[0].cumsum(0)
-    # of the whole completion, the value before its last token
-    expected = torch.stack(
-        [u[0] / 0.5, u[1] / 0.5 + log_ratio[0], u[2] / 0.5 + log_ratio[1], u[2] / 0.5 + log_ratio[2]]
-    )
-    values = value.log_value([prompt] * 4, [[], [0], [0, 1], ids])
-    assert_close(values, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_policy_without_a_critic_is_refused(toy):
-    with pytest.raises(ValueError, match="`policy` must hold a critic, got a LlamaForCausalLM without one"):
-        CriticValue(prior_of(toy), prior_of(toy), beta=0.5)
 
 
 class Fixed:

@@ -2,12 +2,14 @@
 
 import logging
 import textwrap
+from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_bayes.likelihoods import Likelihood
+from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.lm.critic import CRITIC, Critic
 from rlhf_bayes.objectives import PPOObjective
 from rlhf_bayes.objectives.ridge_critic import RidgeCritic
@@ -48,7 +50,8 @@ class PPOTrainer(RolloutTrainer):
 
     - The critic is fitted in closed form after each rollout ([`~rlhf_bayes.objectives.ridge_critic.RidgeCritic`]),
       and reads the rewards of prefixes where the reward functions can be asked for them. λ depends on how much it
-      explains.
+      explains. It is saved in the folder `critic` beside the policy ([`~rlhf_bayes.lm.FittedCritic`]), and guides
+      decoding by [`~rlhf_bayes.samplers.CriticValue`].
     - The critic forecasts u, the return of the whole completion, and the KL of the prefix is added in closed form:
       V(x_<t) = u(x_<t) + β·Σ_{i<t} log(πθ/π0)(x_i). At the optimum u is the constant β·log Z(c).
     - Advantages are recomputed at each update, with the current policy and critic. This is right since the posterior
@@ -226,3 +229,11 @@ class PPOTrainer(RolloutTrainer):
     def _critic_parameters(self) -> list[nn.Parameter]:
         # the critic's own parameters, and those of its adapter in the policy
         return [parameter for name, parameter in self.model.named_parameters() if f".{CRITIC}." in f".{name}"]
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if isinstance(self.objective.critic, RidgeCritic) and self.args.should_save:
+            size = base_causal_lm(self._plain_policy).config.get_text_config().hidden_size
+            fitted = self.objective.critic.fitted(size)
+            if fitted is not None:
+                fitted.save_pretrained(Path(output_dir or self.args.output_dir) / CRITIC)

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from typing import Any, final
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+
+from rlhf_bayes.trainers.reward.preference_data import annotators_in
+from rlhf_bayes.trainers.reward.reward_config import RewardConfig
 
 
 @final
@@ -95,3 +99,41 @@ class AnnotatorReliability:
                 f"got {len(self.annotators)}, or others. Pass the same `train_dataset`."
             )
         self._sums = state["sums"].to(self._sums.device)
+
+
+def annotators_of(
+    args: RewardConfig, dataset: Any
+) -> tuple[dict[str, int] | None, AnnotatorReliability | None, Tensor | None]:
+    """
+    Indices of the annotators, their reliability to learn, and the member of each (A,), as far as asked for.
+
+    Args:
+        args ([`RewardConfig`]): The configuration.
+        dataset (`Any`): The pairs to train on.
+
+    Raises:
+        `ValueError`: if annotators are asked for and the dataset has none, or too few of them.
+    """
+    dealt_out = args.num_members > 1 and args.bootstrap == "annotators"
+    if not args.annotator_reliability and not dealt_out:
+        return None, None, None
+    asked = "annotator_reliability=True" if args.annotator_reliability else "bootstrap='annotators'"
+    columns = dataset.column_names if isinstance(dataset, Dataset) else None
+    if columns is None or not {"annotator", "annotator_votes"} & set(columns):
+        raise ValueError(
+            f"`{asked}` needs a `train_dataset` of known length with the column `annotator`, or `annotators` and "
+            f"`annotator_votes`, got {type(dataset).__name__} with {columns}. Add the ids, or leave the option "
+            "out."
+        )
+    names, num_votes = annotators_in(dataset)
+    ids = {name: index for index, name in enumerate(names)}
+    reliability = AnnotatorReliability(names, num_votes, args.device) if args.annotator_reliability else None
+    if not dealt_out:
+        return ids, reliability, None
+    if len(names) < args.num_members:
+        raise ValueError(
+            f"`bootstrap='annotators'` needs at least one annotator for each of {args.num_members} members, got "
+            f"{len(names)}. Use fewer members, or `bootstrap='pairs'`."
+        )
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))
+    return ids, reliability, order.remainder(args.num_members).to(args.device)

@@ -20,8 +20,8 @@ from rlhf_bayes.rewards.lengths import num_positions
 from rlhf_bayes.rewards.pairs import read_pairs
 from rlhf_bayes.trainers._trl.preference_trainer import PairRewards, PreferenceTrainer
 from rlhf_bayes.trainers.faults.resuming import load_device
-from rlhf_bayes.trainers.reward.annotators import AnnotatorReliability
-from rlhf_bayes.trainers.reward.preference_data import PAIR_COLUMNS, PairReader, annotators_in
+from rlhf_bayes.trainers.reward.annotators import annotators_of
+from rlhf_bayes.trainers.reward.preference_data import PAIR_COLUMNS, PairReader
 from rlhf_bayes.trainers.reward.reward_card import TrainedReward, reward_card
 from rlhf_bayes.trainers.reward.reward_config import RewardConfig
 from rlhf_bayes.trainers.reward.trained_members import (
@@ -115,7 +115,7 @@ class RewardTrainer(PreferenceTrainer):
             check_adapter_config("peft_config", peft_config)
         train_dataset = read_pairs("train_dataset", train_dataset)
         eval_dataset = read_pairs("eval_dataset", eval_dataset)
-        self._annotator_ids, self.reliability, self._groups = self._annotators(args, train_dataset)
+        self._annotator_ids, self.reliability, self._groups = annotators_of(args, train_dataset)
         quantization = {} if quantization_config is None else {"quantization_config": quantization_config}
         super().__init__(
             model,
@@ -154,35 +154,6 @@ class RewardTrainer(PreferenceTrainer):
         return []
 
     # Data
-
-    @staticmethod
-    def _annotators(
-        args: RewardConfig, dataset: Any
-    ) -> tuple[dict[str, int] | None, AnnotatorReliability | None, Tensor | None]:
-        """Indices of the annotators, their reliability to learn, and the member of each (A,), as far as asked for."""
-        dealt_out = args.num_members > 1 and args.bootstrap == "annotators"
-        if not args.annotator_reliability and not dealt_out:
-            return None, None, None
-        asked = "annotator_reliability=True" if args.annotator_reliability else "bootstrap='annotators'"
-        columns = dataset.column_names if isinstance(dataset, Dataset) else None
-        if columns is None or not {"annotator", "annotator_votes"} & set(columns):
-            raise ValueError(
-                f"`{asked}` needs a `train_dataset` of known length with the column `annotator`, or `annotators` and "
-                f"`annotator_votes`, got {type(dataset).__name__} with {columns}. Add the ids, or leave the option "
-                "out."
-            )
-        names, num_votes = annotators_in(dataset)
-        ids = {name: index for index, name in enumerate(names)}
-        reliability = AnnotatorReliability(names, num_votes, args.device) if args.annotator_reliability else None
-        if not dealt_out:
-            return ids, reliability, None
-        if len(names) < args.num_members:
-            raise ValueError(
-                f"`bootstrap='annotators'` needs at least one annotator for each of {args.num_members} members, got "
-                f"{len(names)}. Use fewer members, or `bootstrap='pairs'`."
-            )
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(args.seed))
-        return ids, reliability, order.remainder(args.num_members).to(args.device)
 
     def judged(self, dataset: Any, args: RewardConfig, name: str) -> Any:
         in_training = name == "train"
