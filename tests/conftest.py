@@ -27,7 +27,7 @@ def pytest_runtest_setup(item):
     global _without_children
     _without_children = None if item.get_closest_marker("processes") else item.nodeid
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+        pytest.skip("torch sees no GPU; `make test-gpu` where there is one")
 
 
 def pytest_runtest_teardown():

@@ -1,12 +1,14 @@
 """
-A pretended accelerator on the CPU, which notes where the host would have to wait for it. Not a test module.
+Notes where the host waits for its device, on a GPU and on a pretended accelerator on the CPU. Not a test module.
 
-Every tensor is taken to be on the device, except what is made without a device, or comes from `.cpu()`, and what is
-computed from such tensors alone. The device is named `cpu:0` and the host `cpu`, which are the same place for torch.
-So an operation that would stop on an accelerator, since some of its tensors are on the host, stops here too.
+On a GPU torch says so. On the pretended accelerator every tensor is taken to be on the device, except what is made
+without a device, or comes from `.cpu()`, and what is computed from such tensors alone. The device is named `cpu:0` and
+the host `cpu`, which are the same place for torch. So an operation that would stop on an accelerator, since some of
+its tensors are on the host, stops here too.
 """
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +47,9 @@ _FACTORIES = {
     torch.rand, torch.randn, torch.randint, torch.randperm, torch.linspace, torch.eye,
 }  # fmt: skip
 _FROM_DATA = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
+# files that stand between a wait and the code that is to blame
+_BETWEEN = ("pretended_device.py", "contextlib.py", "warnings.py", "_py_warnings.py")
+_OF_TORCH = "called a synchronizing CUDA operation"
 _READ_BY_PYTHON = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__contains__}
 
 
@@ -68,7 +73,7 @@ def _caller(what: str) -> tuple[str, str]:
     frame = sys._getframe(1)
     while frame is not None:
         parts = Path(frame.f_code.co_filename).parts
-        if "torch" not in parts and parts[-1] not in ("pretended_device.py", "contextlib.py"):
+        if "torch" not in parts and parts[-1] not in _BETWEEN:
             place = f"{'/'.join(parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}: {what}"
             inner = parts[parts.index("site-packages") + 1] if "site-packages" in parts else ""
             return inner or (PACKAGE if PACKAGE in parts else "tests"), place
@@ -207,3 +212,30 @@ def counted_waits(*host: Tensor) -> Iterator[Waits]:
     waits, on_host = Waits(), WeakTensorKeyDictionary(dict.fromkeys(host, True))
     with _Operations(waits, on_host), _Calls(waits, on_host):
         yield waits
+
+
+@contextmanager
+def waits_of_gpu() -> Iterator[Waits]:
+    """A context that yields the count of the waits of which torch warns, on a GPU."""
+    waits = Waits()
+
+    def heard(message: Warning | str, *_: Any) -> None:
+        if _OF_TORCH in str(message):
+            waits.note("warning of torch")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = heard
+        with sync_debug_mode("warn"):
+            yield waits
+
+
+@contextmanager
+def sync_debug_mode(mode: str) -> Iterator[None]:
+    """A context in which torch says where the host waits for a GPU: "default" (it does not), "warn" or "error"."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -20,9 +20,9 @@ FITTED = "fitted"  # the trunk of a critic that has none
 _HEAD = "value_head.safetensors"
 
 
-def states_before(outputs: Any, completion_ids: Tensor) -> Tensor:
-    """Last hidden states before each completion token: (B, P + T, H) -> (B, T, H)."""
-    return outputs.last_hidden_state[:, -completion_ids.size(1) - 1 : -1]
+def states_at(outputs: Any, places: Tensor) -> Tensor:
+    """Last hidden states of a trunk at places (N,) among the R·W tokens of its rows: (N, H)."""
+    return outputs.last_hidden_state.flatten(0, 1).index_select(0, places)
 
 
 class Critic(nn.Module):
@@ -53,7 +53,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.detach_trunk = False
 
-    def forward(self, lm: PreTrainedModel, hidden: Tensor, mask: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    def forward(self, lm: PreTrainedModel, hidden: Tensor, places: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """
         Values of N prefixes: (N,), fp32, units of the reward.
 
@@ -62,16 +62,16 @@ class Critic(nn.Module):
                 The policy's causal LM, which holds the critic's adapter if it has one.
             hidden (`Tensor` (N, H)):
                 The policy's last hidden state of each prefix.
-            mask (`Tensor` (B, T)):
-                The completion tokens whose prefixes these are.
+            places (`Tensor` (N,)):
+                Where the last token of each prefix stands among the R·W tokens that a trunk reads in R rows.
             inputs (`dict[str, Tensor]`):
                 The inputs of the policy's trunk, for a critic with a trunk or an adapter of its own.
         """
         if self.backbone is not None:
-            hidden = states_before(self.backbone(**inputs, use_cache=False), mask)[mask]
+            hidden = states_at(self.backbone(**inputs, use_cache=False), places)
         elif self.adapter is not None:
             with active_adapter(lm, self.adapter), _without_checkpointing(lm):
-                hidden = states_before(trunk_of(lm)(**inputs, use_cache=False), mask)[mask]
+                hidden = states_at(trunk_of(lm)(**inputs, use_cache=False), places)
         if self.detach_trunk:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):

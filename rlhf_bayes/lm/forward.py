@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_bayes.lm.adapters import base_causal_lm, described, is_prompt_learning
-from rlhf_bayes.lm.critic import CRITIC, Critic, states_before
+from rlhf_bayes.lm.critic import CRITIC, Critic, states_at
 from rlhf_bayes.lm.generation import equal_length_groups, generates_what_it_scores
 from rlhf_bayes.lm.head import LMHead, token_log_probs_and_entropy
 from rlhf_bayes.lm.model_inputs import RowInputs, collated
+from rlhf_bayes.lm.packing import packed
 from rlhf_bayes.lm.pretrained import check_decoder_only, has_whole_weights
 from rlhf_bayes.lm.probe import disagreement, evaluating, plain_logits, rounding
 from rlhf_bayes.lm.trunk import trunk_of
@@ -86,6 +87,16 @@ def runs_plainly(model: nn.Module) -> bool:
     return getattr(base_causal_lm(getattr(model, "module", model)), "_runs_plainly", False)
 
 
+def packs_rows(model: nn.Module) -> bool:
+    """Whether [`score_completions`] packs rows, as [`~rlhf_bayes.lm.padding_free.enable_packing`] lets it."""
+    return getattr(base_causal_lm(getattr(model, "module", model)), "_packs_rows", False)
+
+
+def _attends_in_flash(model: nn.Module) -> bool:
+    lm = base_causal_lm(getattr(model, "module", model))
+    return "flash" in (lm.config.get_text_config()._attn_implementation or "")
+
+
 def _counts_positions_itself(model: nn.Module) -> bool:
     """Whether positions depend on the images (Qwen-VL, GLM-V): such a model must find them by itself."""
     lm = base_causal_lm(getattr(model, "module", model))
@@ -114,6 +125,7 @@ def _patch_forward(lm: PreTrainedModel) -> None:
         completion_ids=None,
         completion_mask=None,
         num_tokens=None,
+        before=None,
         temperature=1.0,
         hidden_only=False,
         with_hidden=False,
@@ -132,11 +144,14 @@ def _patch_forward(lm: PreTrainedModel) -> None:
             return (
                 type(self).forward(self, *args, **kwargs) if earlier_patch is None else earlier_patch(*args, **kwargs)
             )
-        states = states_before(trunk_of(self)(**kwargs, use_cache=False), completion_ids)  # (B, T, H)
+        outputs = trunk_of(self)(**kwargs, use_cache=False)
+        if before is None:
+            before = _tokens_before(outputs.last_hidden_state, completion_ids.size(1))
         places = token_places(completion_mask, num_tokens)
-        hidden = states.flatten(0, 1).index_select(0, places)  # (N, H)
+        before = before.flatten().index_select(0, places)  # (N,)
+        hidden = states_at(outputs, before)  # (N, H)
         critic: Critic | None = getattr(self, CRITIC, None) if with_values else None
-        values = None if critic is None else scatter(critic(self, hidden, completion_mask, kwargs), completion_mask)
+        values = None if critic is None else scatter(critic(self, hidden, before, kwargs), completion_mask)
         if hidden_only:
             return CompletionScores(None, None, values, hidden)
         head = LMHead.of(self, temperature)
@@ -147,6 +162,13 @@ def _patch_forward(lm: PreTrainedModel) -> None:
 
     lm.forward = types.MethodType(forward, lm)
     lm._scores_completions = True
+
+
+def _tokens_before(states: Tensor, num_columns: int) -> Tensor:
+    """Where the token before each of the last T columns stands among those of padded rows: (B, L, H) -> (B, T)."""
+    # counted from the end, since a PEFT wrapper may have put virtual tokens at the start
+    every = torch.arange(states.size(0) * states.size(1), device=states.device).view(states.shape[:2])  # (B, L)
+    return every[:, -num_columns - 1 : -1]
 
 
 def score_completions(
@@ -187,18 +209,18 @@ def score_completions(
             Inputs of each of the B prompts besides its tokens: those of its images.
 
     Raises:
-        ValueError: if there are `model_inputs` for a model that is run in plain passes.
+        ValueError: if there are `model_inputs` for a model that is run in plain passes, or without padding.
     """
     sequences = prompt_ids, prompt_mask, completion_ids, completion_mask
     options = {"temperature": temperature, "with_values": with_values}
     options |= {"hidden_only": hidden_only, "with_hidden": with_hidden}
-    if not runs_plainly(model):
-        return _score_batch(model, *sequences, model_inputs=model_inputs, **options)
-    if model_inputs is not None:
+    if model_inputs is not None and (runs_plainly(model) or packs_rows(model)):
         raise ValueError(
             f"`model_inputs` must be None for {described(model)}, which is run in passes without padding, got those "
-            f"of {len(model_inputs)} rows. Take a model that knows masks and positions."
+            f"of {len(model_inputs)} rows. Take a model that knows masks and positions, and leave `padding_free` out."
         )
+    if not runs_plainly(model):
+        return _score_batch(model, *sequences, model_inputs=model_inputs, **options)
     groups = equal_length_groups(prompt_mask.sum(1).tolist())
     parts = [_score_batch(model, *(x[rows] for x in sequences), unpadded=True, **options) for rows in groups]
     order = torch.tensor([row for rows in groups for row in rows], device=prompt_ids.device).argsort()
@@ -223,29 +245,35 @@ def _score_batch(
     model_inputs: Sequence[RowInputs] | None = None,
     **options: Any,
 ) -> CompletionScores:
-    width = completion_mask.size(1)
+    packs, width = packs_rows(model), completion_mask.size(1)
     sizes = (
         prompt_mask.any(dim=0).long().argmax(),
         completion_mask.any(dim=0).cumsum(0).argmax() + 1,
         completion_mask.bool().sum(),
     )
-    start, stop, num_tokens = torch.stack(sizes).tolist()  # at once, since the host waits for the device here
+    numbers = torch.stack(sizes)
+    if packs:
+        numbers = torch.cat([numbers, prompt_mask.long().sum(1) + completion_mask.long().sum(1)])
+    start, stop, num_tokens, *lengths = numbers.tolist()  # at once, since the host waits for the device here
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
     completion_ids, completion_mask = completion_ids[:, :stop], completion_mask[:, :stop]
-    attention_mask = torch.cat(
-        [prompt_mask.long(), completion_mask.long()], dim=1
-    )  # (B, P + T), without the columns that were cut off
-    others: dict[str, Tensor] = {}
+    ids = torch.cat([prompt_ids, completion_ids], dim=1)  # (B, P + T), without the columns that were cut off
+    mask = torch.cat([prompt_mask.long(), completion_mask.long()], dim=1)  # (B, P + T)
+    inputs: dict[str, Tensor] = {}
     if model_inputs:
-        lengths, widths = prompt_mask.sum(1).tolist(), (prompt_ids.size(1), completion_ids.size(1))
-        others = collated(model_inputs, lengths, *widths, prompt_ids.device)
-    # without left padding, positions are those that any model counts by itself; some take no others
-    if not unpadded and not (others and _counts_positions_itself(model)):
-        others["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        prompt_lengths, widths = prompt_mask.sum(1).tolist(), (prompt_ids.size(1), completion_ids.size(1))
+        inputs = collated(model_inputs, prompt_lengths, *widths, prompt_ids.device)
+    if packs:
+        rows = packed(ids, mask, lengths, one_row=_attends_in_flash(model))
+        inputs |= {"input_ids": rows.input_ids, "position_ids": rows.position_ids}
+        inputs["before"] = rows.slots[:, -completion_ids.size(1) :] - 1  # (B, T)
+    else:
+        # without left padding, positions are those that any model counts by itself; some take no others
+        if not unpadded and not (inputs and _counts_positions_itself(model)):
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs |= {"input_ids": ids, "attention_mask": mask}
     scores = model(
-        input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
-        attention_mask=attention_mask,
-        **others,
+        **inputs,
         completion_ids=completion_ids,
         completion_mask=completion_mask.bool(),
         num_tokens=num_tokens,
@@ -293,25 +321,25 @@ def _check_scores(model: nn.Module) -> None:
                 f"stops: {type(error).__name__}: {error}. Kinds of adapter that need more (`task_ids`) cannot be a "
                 "distribution over completions of a prompt: take another kind."
             ) from error
-        alone = _scores_of(model, (row, 2))
+        alone = scores_of(model, (row, 2))
         _check_against_logits(lm, alone, expected)
-        if not _agree(model, expected, prefixes):
+        if not agree(model, expected, prefixes):
             raise ValueError(
                 f"`model` ({described(model)}) must be a causal LM, but its log-prob of a token changes with the "
                 f"tokens after it, by {disagreement(expected, prefixes):.3g} nats: no text could be drawn from it "
                 "token by token. Pass a causal LM, with `is_decoder=True` where its config has that, "
                 "and an adapter that does not look at whole sequences."
             )
-        beside = _scores_of(model, (row, 2), (longer_completion, 2))
-        if not _agree(model, alone, beside):
+        beside = scores_of(model, (row, 2), (longer_completion, 2))
+        if not agree(model, alone, beside):
             raise ValueError(
                 f"`model` ({described(model)}) must score a completion by itself, but its log-probs change by "
                 f"{disagreement(alone, beside):.3g} nats in a batch with another completion of the same prompt, so "
                 "there is no one distribution to train or to draw from. Pass a model without this dependence."
             )
         if not runs_plainly(model):
-            padded = _scores_of(model, (row, 2), (longer_prompt, 5))
-            lm._runs_plainly = not _agree(model, alone, padded) or not _generates_alike(model, row, longer_prompt)
+            padded = scores_of(model, (row, 2), (longer_prompt, 5))
+            lm._runs_plainly = not agree(model, alone, padded) or not _generates_alike(model, row, longer_prompt)
 
 
 def _plain_log_probs(model: nn.Module, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -323,7 +351,7 @@ def _plain_log_probs(model: nn.Module, row: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _scores_of(model: nn.Module, *rows: tuple[Tensor, int]) -> Tensor:
+def scores_of(model: nn.Module, *rows: tuple[Tensor, int]) -> Tensor:
     """Scores (1, T) of the first of some rows in one batch, each (1, L) with the length of its prompt."""
     pads = nn.functional.pad
     left, right = (max(x) for x in zip(*((cut, row.size(1) - cut) for row, cut in rows), strict=True))
@@ -347,7 +375,8 @@ def _generates_alike(model: nn.Module, *rows: Tensor) -> bool:
     )
 
 
-def _agree(model: nn.Module, first: Tensor, second: Tensor) -> bool:
+def agree(model: nn.Module, first: Tensor, second: Tensor) -> bool:
+    """Whether log-probs of the same tokens in two batches are the same but for rounding."""
     # the mean, since single tokens of a model in half precision may differ by more than a tenth of a nat
     if base_causal_lm(model).dtype != torch.float32:
         return disagreement(first, second) <= rounding(model)

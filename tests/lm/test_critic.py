@@ -20,7 +20,7 @@ from rlhf_bayes.lm.forward import base_causal_lm
 
 from .families import tiny_model
 
-MASK = torch.tensor([[True, True, False], [True, False, False]])
+PLACES = torch.tensor([1, 2, 6])  # in rows of 2 + 3 tokens: before tokens 0 and 1 of the first, 0 of the second
 INPUTS = {"input_ids": torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])}
 
 
@@ -47,7 +47,7 @@ def head_with_weights(critic):
 
 def test_it_starts_at_zero_in_full_precision():
     hidden = torch.randn(3, 16).bfloat16()
-    values = Critic(16).bfloat16()(None, hidden, MASK, INPUTS)
+    values = Critic(16).bfloat16()(None, hidden, PLACES, INPUTS)
     assert values.dtype == torch.float32
     assert values.tolist() == [0.0, 0.0, 0.0]
 
@@ -55,10 +55,10 @@ def test_it_starts_at_zero_in_full_precision():
 def test_shared_reads_the_states_it_is_given_and_may_stop_the_gradient():
     critic = head_with_weights(Critic(16))
     hidden = torch.randn(3, 16, requires_grad=True)
-    values = critic(None, hidden, MASK, INPUTS)
+    values = critic(None, hidden, PLACES, INPUTS)
     assert_close(values, hidden @ critic.value_head.weight[0] + 0.5)
     critic.detach_trunk = True
-    critic(None, hidden, MASK, INPUTS).sum().backward()
+    critic(None, hidden, PLACES, INPUTS).sum().backward()
     assert hidden.grad is None
     assert critic.value_head.weight.grad is not None
 
@@ -66,7 +66,7 @@ def test_shared_reads_the_states_it_is_given_and_may_stop_the_gradient():
 def test_a_backbone_reads_the_prefix_of_each_token():
     backbone = tiny_model("llama", seed=3).base_model
     critic = head_with_weights(Critic(16, backbone=backbone))
-    values = critic(None, torch.zeros(3, 16), MASK, INPUTS)
+    values = critic(None, torch.zeros(3, 16), PLACES, INPUTS)
     # rows of 2 + 3 tokens: the values before tokens 0 and 1 of the first, token 0 of the second
     for value, (row, length) in zip(values, [(0, 2), (0, 3), (1, 2)], strict=True):
         state = backbone(INPUTS["input_ids"][row : row + 1, :length]).last_hidden_state[0, -1]
@@ -79,15 +79,15 @@ def test_an_adapter_is_active_for_the_critic_only():
     critic = head_with_weights(Critic(16, adapter=CRITIC))
     with torch.no_grad():
         before = model(**INPUTS).logits
-        values = critic(lm, torch.zeros(3, 16), MASK, INPUTS)
+        values = critic(lm, torch.zeros(3, 16), PLACES, INPUTS)
         assert_close(model(**INPUTS).logits, before)
         with model.disable_adapter():
-            assert_close(critic(lm, torch.zeros(3, 16), MASK, INPUTS), values)
+            assert_close(critic(lm, torch.zeros(3, 16), PLACES, INPUTS), values)
         model.set_adapter(CRITIC)
-        states = lm.base_model(**INPUTS).last_hidden_state[:, 1:-1][MASK]
+        states = lm.base_model(**INPUTS).last_hidden_state.flatten(0, 1)[PLACES]
         assert_close(values, critic.value_head(states).squeeze(-1))
         model.set_adapter("default")
-        states = lm.base_model(**INPUTS).last_hidden_state[:, 1:-1][MASK]
+        states = lm.base_model(**INPUTS).last_hidden_state.flatten(0, 1)[PLACES]
         assert (values - critic.value_head(states).squeeze(-1)).abs().max() > 1e-3
 
 
@@ -116,7 +116,7 @@ def test_saving_and_loading(kind, tmp_path):
     if kind == "backbone":
         fresh = Critic(16, tiny_model("qwen2", seed=4).base_model)
         fresh.load(tmp_path / "critic")
-        assert_close(fresh(None, torch.zeros(3, 16), MASK, INPUTS), critic(None, torch.zeros(3, 16), MASK, INPUTS))
+        assert_close(fresh(None, torch.zeros(3, 16), PLACES, INPUTS), critic(None, torch.zeros(3, 16), PLACES, INPUTS))
 
 
 def test_a_gathered_state_dict_is_saved_in_place_of_the_weights(tmp_path):

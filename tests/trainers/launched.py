@@ -4,7 +4,7 @@ A training that is launched as a script, by one process or by several. Not a tes
     python launched.py FOLDER MODE [NUM_PROCESSES]
 
 MODE `gdc`: GDCTrainer by several divergences, on completions by prompt, so that any number of processes sees the same
-rollouts; writes weights.pt.
+rollouts; then with completions of the store beside FOLDER, a share of the batch or all of it. Writes weights.pt.
 MODE `slow`: a long run with checkpoints, to be interrupted.
 """
 
@@ -22,6 +22,7 @@ from datasets import Dataset
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer
 from rlhf_bayes.likelihoods import MomentLikelihood
+from rlhf_bayes.store import CompletionStore
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 torch.set_num_threads(1)
@@ -60,6 +61,15 @@ def by_divergence(folder: Path, num_processes: int) -> None:
     results = {}
     for divergence in ("forward_kl", "log_variance", "tv"):
         trainer, results[divergence] = of_divergence(folder, num_processes, divergence)
+    _, results["a share from a store"] = with_store(
+        folder, num_processes, 16, replay_store=str(folder.parent / "store"), store_share=0.5
+    )
+    actors = {"actor_weights": str(folder / "weights"), "divergence": "log_variance", "save_on_sigterm": True}
+    saved, results["actors"] = with_store(
+        folder / "actors", num_processes, 12, save_strategy="steps", save_steps=3, **actors
+    )
+    checkpoint = f"{saved.args.output_dir}/checkpoint-3"
+    _, results["actors, resumed"] = with_store(folder / "resumed", num_processes, 12, checkpoint, **actors)
     if trainer.accelerator.is_main_process:
         torch.save(results, folder / "weights.pt")
     leave(trainer)
@@ -87,10 +97,34 @@ def of_divergence(folder: Path, num_processes: int, divergence: str) -> tuple[GD
     check_launch(trainer, num_processes)
     trainer.train()
     evaluated = trainer.evaluate()
+    return trainer, found_in(trainer) | {"eval_loss": evaluated["eval_loss"]}
+
+
+def with_store(folder: Path, num_processes: int, rows: int, checkpoint=None, **options) -> tuple[GDCTrainer, dict]:
+    actors = "actor_weights" in options
+    args = GDCConfig(
+        output_dir=str(folder), max_completion_length=3, num_generations=4, max_steps=6, max_grad_norm=0.0, beta=0.5,
+        per_device_train_batch_size=rows // num_processes, learning_rate=0.02, lr_scheduler_type="constant",
+        optim="sgd", logging_steps=1, ddp_find_unused_parameters=False,
+        **QUIET | {"save_strategy": "no"} | options,
+    )  # fmt: skip
+    data = (
+        CompletionStore(folder.parent.parent / "store") if actors else Dataset.from_dict({"prompt": TOY.prompts * 4})
+    )
+    rewards = None if actors else toy_reward
+    trainer = GDCTableTrainer(
+        TOY.random_policy(noise=0.0), rewards, args, train_dataset=data, processing_class=TOY.tokenizer
+    )
+    check_launch(trainer, num_processes)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, found_in(trainer)
+
+
+def found_in(trainer) -> dict:
     weights = {name: parameter.detach() for name, parameter in trainer.model.named_parameters()}
-    names = ("gdc/", "posterior/", "reward", "entropy")
+    names = ("gdc/", "posterior/", "reward", "entropy", "actors/staleness", "actors/ess", "num_tokens")
     log = [{n: v for n, v in entry.items() if n.startswith(names)} for entry in trainer.state.log_history]
-    return trainer, {"weights": weights, "log": log, "eval_loss": evaluated["eval_loss"]}
+    return {"weights": weights, "log": log}
 
 
 def check_launch(trainer, num_processes: int) -> None:

@@ -1,11 +1,16 @@
 """How often a step makes the host wait for the device: a fixed number of times, whatever the size of the batch."""
 
+import warnings
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 
 from rlhf_bayes import GDCTrainer, PPOTrainer
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
+from .. import pretended_device as device
 from ..pretended_device import counted_waits, pretended_device, uncounted
 from .training import config, gdc_config, prompts_of
 
@@ -21,22 +26,30 @@ KINDS = {
     # instead of the columns of the objective: those of its metrics, the fit of its critic, and the critic's errors
     "ppo": (config, {}, 18, 4),
 }
+# where it is counted -> how trainers are made, how waits are counted, and how generation is left out. Torch may say of
+# one operation on a GPU more than once that the host waits, hence the last number.
+PLACES = {
+    "pretended": (pretended_device, counted_waits, uncounted, 1),
+    "cuda": (nullcontext, lambda *host: device.waits_of_gpu(), partial(device.sync_debug_mode, "default"), 2),
+}
 
 
-def waits_of(toy, folder, kind, **sizes):
+def waits_of(toy, folder, kind, place, **sizes):
     """Where this package waits in two steps with a rollout each, without generation."""
     make_config, options, _, _ = KINDS[kind]
-    with pretended_device():
-        args = make_config(folder, max_steps=STEPS, optim="adamw_torch", logging_steps=STEPS, **options, **sizes)
+    placed, counted, unheard, _ = PLACES[place]
+    with placed():
+        options = options | sizes | {"use_cpu": place != "cuda"}
+        args = make_config(folder, max_steps=STEPS, optim="adamw_torch", logging_steps=STEPS, **options)
         trainer = PPOTrainer if kind == "ppo" else GDCTrainer
         data = (prompts_of(toy, 4), None, toy.tokenizer)
         trained = trainer(toy.random_policy(noise=0.0), toy_reward, args, *data)
         host = [trained.objective.critic.errors] if kind == "ppo" else []
         generate = trained._generate_single_turn
-        with counted_waits(*host) as waits:
+        with counted(*host) as waits:
 
             def unseen(*arguments):
-                with uncounted():
+                with unheard():
                     return generate(*arguments)
 
             trained._generate_single_turn = unseen
@@ -45,13 +58,14 @@ def waits_of(toy, folder, kind, **sizes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_waits_as_often_for_a_large_batch_as_for_a_small_one(kind, tmp_path):
+def test_a_step_waits_as_often_for_a_large_batch_as_for_a_small_one(kind, place, tmp_path):
     toy = EnumerableLM(vocab_size=4, max_completion_length=3)
-    _, _, once, for_each = KINDS[kind]
-    small = waits_of(toy, tmp_path, kind, per_device_train_batch_size=8, num_generations=4)
+    once, for_each = (PLACES[place][-1] * most for most in KINDS[kind][2:])
+    small = waits_of(toy, tmp_path, kind, place, per_device_train_batch_size=8, num_generations=4)
     sizes = {"per_device_train_batch_size": 24, "num_generations": 8, "gradient_accumulation_steps": 2}
-    large = waits_of(toy, tmp_path, kind, **sizes)
+    large = waits_of(toy, tmp_path, kind, place, **sizes)
     assert sum(small.values()) <= STEPS * once, small
     assert sum(large.values()) <= sum(small.values()) + STEPS * for_each, (large, small)
     assert small  # at least the metrics are read
@@ -73,3 +87,17 @@ def test_the_pretended_device_notes_what_an_accelerator_would_wait_for():
         assert sum(waits.places.values()) == before
         with pytest.raises(RuntimeError, match="tensors on the host and on the device"):
             on_host + x
+
+
+def test_warnings_of_torch_are_counted_where_they_are_raised(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with device.waits_of_gpu() as waits:
+        for _ in range(2):  # each time, though the place is the same
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    ((package, line),) = waits.places
+    assert (package, waits.places[package, line]) == ("tests", 2)
+    assert "test_warnings_of_torch_are_counted" in line
+    assert modes == ["default", "warn", "default"]

@@ -35,6 +35,8 @@ def main(folder: str, options: dict[str, Any]) -> None:
     lora, synced, chat = (
         options.pop(name, default) for name, default in (("lora", False), ("sync", True), ("chat", False))
     )
+    on_gpu = options.pop("device", "cpu") == "cuda"
+    options.setdefault("learning_rate", 3e-3)
     prompts: list[Any] = list(PROMPTS["toy" if model == toy.model_path() else "stories"])
     tokenizer = AutoTokenizer.from_pretrained(model)
     if chat:
@@ -43,8 +45,8 @@ def main(folder: str, options: dict[str, Any]) -> None:
     config, trainer = {"ppo": (PPOConfig, PPOTrainer), "gdc": (GDCConfig, GDCTrainer)}[kind]
     args = config(
         output_dir=folder,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -56,14 +58,13 @@ def main(folder: str, options: dict[str, Any]) -> None:
         num_generations=4,
         max_completion_length=12,
         max_steps=3,
-        learning_rate=3e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
         beta=0.1,
         **options,
     )
     # TRL leaves the engine's dtype to vLLM, which takes half precision
-    generation.LLM = functools.partial(generation.LLM, **IN_FP32)
+    generation.LLM = functools.partial(generation.LLM, **({"enforce_eager": True} if on_gpu else IN_FP32))
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     trained = trainer(
         policy,

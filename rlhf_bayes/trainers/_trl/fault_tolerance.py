@@ -20,7 +20,7 @@ from transformers.trainer_utils import SaveStrategy
 from rlhf_bayes.lm.pretrained import read_renamed_weights
 from rlhf_bayes.trainers.faults.interruption import finished_before_signals
 from rlhf_bayes.trainers.faults.resuming import check_resumable, checkpoint_to_resume, where_to_go_on
-from rlhf_bayes.trainers.faults.step_watch import StepWatch
+from rlhf_bayes.trainers.faults.step_watch import StepWatch, TerminatedError
 from rlhf_bayes.trainers.faults.whole_checkpoints import defect, remove, rotate, seal
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,15 @@ TRL_ATTRIBUTES = ("_metrics",)
 
 class FaultTolerantTrainer(Trainer):
     """The handling of faults that all trainers here share. Not for direct use; `args` must be a [`FaultConfig`]."""
+
+    watch: StepWatch | None = None
+    """Looks at each optimizer step of the training that goes on, or was the last."""
+
+    @property
+    def preempted(self) -> bool:
+        """Whether SIGTERM ended the training before its last step, to go on later."""
+        ended = self.watch is not None and self.watch.terminated
+        return ended and self.state.global_step < self.state.max_steps
 
     @property
     def mode(self) -> str:
@@ -69,7 +78,7 @@ class FaultTolerantTrainer(Trainer):
         """
         output_dir = self.args.output_dir
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, output_dir, self.accelerator.num_processes)
-        watch = StepWatch(self)
+        watch = self.watch = StepWatch(self)
         callbacks = [watch, *self.training_callbacks()]
         for callback in callbacks:
             self.add_callback(callback)
@@ -78,6 +87,11 @@ class FaultTolerantTrainer(Trainer):
                 output = super().train(checkpoint, *args, **kwargs)
             watch.check_gradients()
             self.check_outcome()
+        except TerminatedError as stop:
+            self.on_failure(stop)
+            if getattr(stop, "__notes__", None):  # it could not be saved
+                raise
+            output = None
         except Exception as error:
             self.on_failure(error)
             error.add_note(where_to_go_on(output_dir, self.state.global_step))
@@ -85,9 +99,10 @@ class FaultTolerantTrainer(Trainer):
         finally:
             for callback in callbacks:
                 self.remove_callback(callback)
-        if watch.terminated and self.state.global_step < self.state.max_steps:
+        if self.preempted:
             step = self.state.global_step
-            logger.warning(f"SIGTERM: saved at step {step}. {where_to_go_on(output_dir, step)}")
+            saved = "saved" if defect(self._checkpoint_folder(None)) is None else "nothing to save"
+            logger.warning(f"SIGTERM: {saved} at step {step}. {where_to_go_on(output_dir, step)}")
             self.accelerator.end_training()  # a process that exits before its process group is closed may abort
             raise SystemExit(0)
         return output
@@ -128,8 +143,12 @@ class FaultTolerantTrainer(Trainer):
             read_renamed_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
     def save_after(self, error: Exception) -> None:
-        """Save a checkpoint in all processes, unless the run saves none or just did; a failure is noted in `error`."""
-        if self.args.save_strategy == SaveStrategy.NO:
+        """
+        Save a checkpoint in all processes, unless it is there; a failure to do so is noted in `error`.
+
+        After SIGTERM a run saves that otherwise saves none, as between two steps.
+        """
+        if self.args.save_strategy == SaveStrategy.NO and not isinstance(error, TerminatedError):
             return
         (saved,) = broadcast_object_list([defect(self._checkpoint_folder(None)) is None])
         if saved:

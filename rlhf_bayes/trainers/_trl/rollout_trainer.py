@@ -27,6 +27,7 @@ from rlhf_bayes.lm.critic import kept_trainable
 from rlhf_bayes.lm.forward import CompletionScores, runs_plainly
 from rlhf_bayes.lm.generation import draw_plainly, raw_generation_config, remove_dropout
 from rlhf_bayes.lm.language_model import check_prompt_fits
+from rlhf_bayes.lm.padding_free import enable_packing
 from rlhf_bayes.lm.probe import evaluating
 from rlhf_bayes.objectives import Batch, Objective, Rollout
 from rlhf_bayes.objectives.batch import by_length
@@ -46,10 +47,11 @@ from rlhf_bayes.trainers._trl.image_prompts import ImagePromptRLOO, probe_with_i
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
 from rlhf_bayes.trainers._trl.rollout_scorer import RolloutScorer, images_are_read
 from rlhf_bayes.trainers.faults.reward_failures import RewardFailures, StepEnd
+from rlhf_bayes.trainers.faults.step_watch import TerminatedError
 from rlhf_bayes.trainers.rollout.alarms import Alarms
 from rlhf_bayes.trainers.rollout.checks import check_plain_passes, check_tokenizer
 from rlhf_bayes.trainers.rollout.evidence import unusable_rewards
-from rlhf_bayes.trainers.rollout.images import check_processor
+from rlhf_bayes.trainers.rollout.images import check_packs_text, check_processor
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep, RolloutInFlight
 from rlhf_bayes.trainers.rollout.prior_checks import check_adapters, check_not_moved, probe_if_whole
 from rlhf_bayes.trainers.rollout.prior_probe import PriorProbe
@@ -105,6 +107,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         beta, args.beta = args.beta, 0.0
         peft_config = trl_arguments.get("peft_config")
         check_adapters(model, peft_config)
+        check_packs_text(args.padding_free, trl_arguments.get("processing_class"))
         self._failures, self._step_end = RewardFailures(), None
         self.own_optimizer = trl_arguments.get("optimizers", (None, None))[0] is not None
         try:
@@ -121,6 +124,7 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         enable_completion_scoring(self.model)
         datasets = {"train_dataset": self.train_dataset, "eval_dataset": self.eval_dataset}
         check_processor(self.processing_class, self.model, self.use_vllm, **datasets)
+        check_packs_text(args.padding_free, self.processing_class)
         self.engine = EngineDraws(self)
         check_plain_passes(self.model, self.accelerator.num_processes, self.engine.name is not None)
         if peft_config is None:
@@ -129,6 +133,9 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             Reference(None) if self.stored is not None else Reference.of(self.model, ref_model, reload, passed)
         )
         self.exclude_image_token(self.model, self.reference.module)
+        if args.padding_free:
+            for module in filter(None, (self.model, self.reference.module)):
+                enable_packing(module)
         remove_dropout(self.model)
         if self.reference.module is not None:
             self.reference.module = prepare_frozen(self.reference.module, self.accelerator)
@@ -489,7 +496,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
 
     def on_failure(self, error: Exception) -> None:
         between_steps = self._step_end is not None and self._step_end.step == self.state.global_step
-        if error is self._failures.raised and between_steps:
+        nothing_learnt = error is self._failures.raised or isinstance(error, TerminatedError)
+        if nothing_learnt and between_steps:
             # the failed rollout has changed the random state and the count of tokens
             self._step_end.restore(self.state, self._metrics["train"])
             self.save_after(error)

@@ -24,8 +24,9 @@ class FaultConfig:
         metadata={
             "help": (
                 "What SIGTERM does, which schedulers send before they kill a job. True: the optimizer step ends, a "
-                "checkpoint is saved, and the process exits with status 0. False: the process ends at once, or after "
-                "the checkpoint that is being written."
+                "checkpoint is saved, and the process exits with status 0; where the training waits for actors, it is "
+                "that of the step before. False: the process ends at once, or after the checkpoint that is being "
+                "written."
             )
         },
     )

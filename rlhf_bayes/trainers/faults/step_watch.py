@@ -16,6 +16,10 @@ from transformers.trainer_utils import SaveStrategy
 logger = logging.getLogger(__name__)
 
 
+class TerminatedError(Exception):
+    """SIGTERM came while the training waited for something, and `save_on_sigterm` is set."""
+
+
 @final
 class StepWatch(TrainerCallback):
     """
@@ -40,6 +44,17 @@ class StepWatch(TrainerCallback):
     def gave_up(self) -> bool:
         """Whether too many gradients in a row were not finite."""
         return self.skipped_in_a_row >= self.trainer.args.max_nonfinite_steps
+
+    def check_waiting(self) -> None:
+        """
+        Raise an error if SIGTERM came. What waits calls it in all processes together, a few times a second.
+
+        Raises:
+            TerminatedError: if SIGTERM came in any process, and `save_on_sigterm` is set.
+        """
+        if self.trainer.args.save_on_sigterm and self._anywhere(self._sigterm):
+            self.terminated = True
+            raise TerminatedError("SIGTERM came while the training waited.")
 
     def check_gradients(self) -> None:
         """

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
@@ -42,7 +43,8 @@ class ActorRollouts:
     Completions of a store to which actors add, in groups of `num_generations` of a prompt, in the order of the files.
 
     Completions that are too old when they would be learnt from are dropped. Which ones a step learns from follows from
-    the files and their order alone, so that a resumed run has the same.
+    the files and their order alone, so that a resumed run has the same. Of several processes the first reads, and says
+    to the others what a step learns from; each takes its share of the rows.
 
     Args:
         store ([`CompletionStore`]):
@@ -64,6 +66,7 @@ class ActorRollouts:
         self._groups: list[list[Row]] = []  # whole ones, in the order in which they were completed
         self._open: dict[tuple, list[Row]] = {}  # prompt -> completions that are fewer than a group
         self._waited, self._since = 0.0, time.monotonic()
+        self._dropped, self._heard, self._said = 0, self._since, False
         self.num_groups = args.generation_batch_size // args.num_generations  # of a rollout
         rollouts = math.ceil(args.max_steps / self._steps_of_rollout)
         # the prompts' token ids are in the store; RLOO asks for the column
@@ -108,23 +111,26 @@ class ActorRollouts:
 
         Raises:
             TimeoutError: if no actor adds any for `actor_timeout` seconds.
+            TerminatedError: if SIGTERM comes while it waits, and `save_on_sigterm` is set.
         """
-        step = trainer.state.global_step
         try:
-            groups, dropped = self._take(step)
+            groups, dropped = self._take(trainer)
         except TimeoutError as error:
             # a checkpoint is saved as where a reward fails: nothing has been learnt from since the last step
             trainer._failures.errors[:] = [error]
             trainer._failures.stop_all(trainer.accelerator.num_processes)
             raise
-        rows = [row for group in groups for row in group]
+        everyone = [row for group in groups for row in group]
+        staleness = [trainer.state.global_step - _drawn_at(row) for row in everyone]
+        count = len(everyone) // trainer.accelerator.num_processes
+        first = count * trainer.accelerator.process_index
+        rows = everyone[first : first + count]
         draws = StoredDraws.of_rows(as_dataset(rows))
         rewards, features = evidence_of(draws, self.store.reward_names, self.args, self.likelihood)
         keys = [prompt_key({"prompt": p, **c}) for p, c in zip(draws.prompts, draws.columns, strict=True)]
-        everything = torch.arange(len(rows))
         prompt_keys = torch.tensor(keys)[draws.prompt_index]
-        rollout = scored_rows(trainer, draws, everything, prompt_keys, rewards, features, in_flight)
-        self._report(trainer, rollout, [step - _drawn_at(row) for row in rows], dropped)
+        rollout = scored_rows(trainer, draws, torch.arange(count), prompt_keys, rewards, features, in_flight)
+        self._report(trainer, rollout, staleness, dropped)
         return rollout
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,34 +140,49 @@ class ActorRollouts:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+        if self.args.process_index > 0:  # which reads nothing
+            return
         self.reader.go_on_after(state["taken"])
         self._groups, self._open = [], {}
         self._add(state["unused"])
 
-    def _take(self, step: int) -> tuple[list[list[Row]], int]:
-        """The groups of the next rollout, and how many completions were dropped."""
-        dropped, since = 0, time.monotonic()
-        said = since + _SAID_AFTER
+    def _take(self, trainer: "RolloutTrainer") -> tuple[list[list[Row]], int]:
+        """The groups of the next rollout of all processes, and how many completions were dropped."""
+        self._dropped, self._heard, self._said = 0, time.monotonic(), False
+        while True:
+            if trainer.watch is not None:
+                trainer.watch.check_waiting()
+            found = self._found(trainer.state.global_step) if trainer.accelerator.is_main_process else None
+            # the others ask with it, since a wait for it would end at the limit that collective operations have
+            (found,) = broadcast_object_list([found])
+            if isinstance(found, str):
+                raise TimeoutError(found)
+            if found is not None:
+                return found, self._dropped
+
+    def _found(self, step: int) -> list[list[Row]] | str | None:
+        """The groups of the next rollout; None where there are too few yet; what to say where none came for long."""
         while True:
             fresh = [group for group in self._groups if step - _oldest(group) <= self.args.max_staleness]
-            dropped += self.args.num_generations * (len(self._groups) - len(fresh))
+            self._dropped += self.args.num_generations * (len(self._groups) - len(fresh))
             self._groups = fresh
             if len(fresh) >= self.num_groups:
                 self._groups = fresh[self.num_groups :]
-                return fresh[: self.num_groups], dropped
+                return fresh[: self.num_groups]
             rows = self.reader.next()
-            if rows is not None:
-                self._add(rows)
-                since = time.monotonic()
-                continue
-            now = time.monotonic()
-            if now > since + self.args.actor_timeout:
-                raise TimeoutError(self._no_actor())
-            if now > said:
-                said = math.inf
-                logger.warning(f"Waiting for completions of actors. {self._command()}")
-            time.sleep(_POLL)
-            self._waited += time.monotonic() - now
+            if rows is None:
+                break
+            self._add(rows)
+            self._heard = time.monotonic()
+        now = time.monotonic()
+        if now > self._heard + self.args.actor_timeout:
+            return self._no_actor()
+        if now > self._heard + _SAID_AFTER and not self._said:
+            self._said = True
+            logger.warning(f"Waiting for completions of actors. {self._command()}")
+        time.sleep(_POLL)
+        self._waited += time.monotonic() - now
+        return None
 
     def _add(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -172,7 +193,7 @@ class ActorRollouts:
                 self._groups.append(self._open.pop(key))
 
     def _report(self, trainer: "RolloutTrainer", rollout: Rollout, staleness: list[int], dropped: int) -> None:
-        weights: Any = rollout.policy_weights
+        weights = trainer.accelerator.gather(rollout.policy_weights)
         now = time.monotonic()
         metrics = {
             "actors/staleness": sum(staleness) / len(staleness),
@@ -200,6 +221,9 @@ class WeightsPusher(TrainerCallback):
     """
     Pushes the policy's weights to the actors as training begins and every `push_steps` steps; tells them of its end.
 
+    Of several processes the first does. A training that SIGTERM ends before its last step goes on later, so actors
+    wait for it.
+
     Args:
         trainer (`RolloutTrainer`):
             The learner.
@@ -211,15 +235,17 @@ class WeightsPusher(TrainerCallback):
         self.trainer, self.rollouts = trainer, rollouts
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.rollouts.begin()
-        self._push(state.global_step)
+        if state.is_world_process_zero:
+            self.rollouts.begin()
+            self._push(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.push_steps == 0:
+        if state.is_world_process_zero and state.global_step % args.push_steps == 0:
             self._push(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.rollouts.folder.stop()
+        if state.is_world_process_zero and not self.trainer.preempted:
+            self.rollouts.folder.stop()
 
     def _push(self, step: int) -> None:
         policy = self.trainer._plain_policy

@@ -78,11 +78,6 @@ def _check_with_actors(args: GDCConfig) -> None:
             f"`max_steps` must be at least 1 with `actor_weights`, got {args.max_steps}: a store that grows has no "
             "length, so that there are no epochs."
         )
-    if args.world_size > 1:
-        raise ValueError(
-            f"`actor_weights` must be left out with several processes, got {args.world_size}: which completions each "
-            "of them reads is not decided yet. Train in one process; any number of actors may draw."
-        )
 
 
 def check_made_by(

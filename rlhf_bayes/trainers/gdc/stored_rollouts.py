@@ -190,7 +190,8 @@ def scored_rows(
     prompt_ids, prompt_mask = pad_ids(rows["prompt_ids"], "left", device)
     completion_ids, mask = pad_ids(rows["completion_ids"], "right", device)
     sequences = (prompt_ids, prompt_mask.long(), completion_ids, mask.long())
-    trainer.state.num_input_tokens_seen += int(prompt_mask.sum() + mask.sum())
+    num_tokens = trainer.accelerator.reduce(prompt_mask.sum() + mask.sum(), reduction="sum")
+    trainer.state.num_input_tokens_seen += int(num_tokens)
     learns = trainer.step_is_rollout
     with trainer.accelerator.autocast(), torch.no_grad():
         if learns:

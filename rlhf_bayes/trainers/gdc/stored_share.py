@@ -1,7 +1,8 @@
 """A share of each batch from a store: groups of prompts whose completions are read instead of drawn."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, final
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 
@@ -26,8 +27,8 @@ class StoredShare:
     Replaces a share of the prompts of each rollout by stored completions of the same prompts.
 
     Which prompts these are, and which of their completions, is drawn anew for each rollout from the seed and the
-    number of the rollout alone, so that a resumed run has the same. So each completion of the batch is one of the
-    mixture (1 − share)·q + share·q_store, whatever its prompt.
+    number of the rollout alone, so that a resumed run has the same, and so have any number of processes. So each
+    completion of the batch is one of the mixture (1 − share)·q + share·q_store, whatever its prompt.
 
     Args:
         args ([`GDCConfig`]):
@@ -98,8 +99,14 @@ class StoredShare:
         """
         size = self.args.num_generations
         groups = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-        count = round(self.args.store_share * len(groups))
-        read = set(torch.randperm(len(groups), generator=self._generator(trainer, 0))[:count].tolist())
+        share = Fraction(round(self.args.store_share * len(groups)), len(groups))
+        # so many of each block of consecutive groups: no block then crosses from one process to another
+        count, block = share.as_integer_ratio()
+        first = trainer.accelerator.process_index * len(groups) // block
+        read = set()
+        for number in range(len(groups) // block):
+            chosen = torch.randperm(block, generator=self._generator(trainer, "which", first + number))[:count]
+            read |= {number * block + index for index in chosen.tolist()}
         parts = [[row for index, group in enumerate(groups) if (index in read) == which for row in group]
                  for which in (False, True)]  # fmt: skip
         return parts[0], parts[1]
@@ -108,19 +115,20 @@ class StoredShare:
         """Stored completions of some rows, in whole groups, scored under the policy alone."""
         size = self.args.num_generations
         keys = [prompt_key(row) for row in inputs]
-        which = []
-        for number, key in enumerate(keys[::size]):
+        which, first = [], trainer.accelerator.process_index * (len(inputs) // size)
+        for number, key in enumerate(keys[::size], first):
             rows = self._rows_of[key]
-            which.append(rows[torch.randperm(len(rows), generator=self._generator(trainer, 1 + number))[:size]])
+            order = torch.randperm(len(rows), generator=self._generator(trainer, "rows", number))
+            which.append(rows[order[:size]])
         rows = torch.cat(which)
         features = {name: values[rows] for name, values in self.rollouts.features.items()}
         columns = (torch.tensor(keys), self.rollouts.rewards[rows], features)
         return scored_rows(trainer, self.rollouts.draws, rows, *columns, RolloutInFlight())
 
-    def _generator(self, trainer: "RolloutTrainer", number: int) -> torch.Generator:
+    def _generator(self, trainer: "RolloutTrainer", use: Literal["which", "rows"], number: int) -> torch.Generator:
         args = self.args
         rollout = trainer.micro_steps // (args.steps_per_generation * args.num_iterations)
-        return seeded(args.seed, rollout, trainer.accelerator.process_index, number)
+        return seeded(args.seed, rollout, ("which", "rows").index(use), number)
 
 
 def check_store_share(args: GDCConfig) -> None:

@@ -163,6 +163,20 @@ def check_processor(processing_class: Any, model: nn.Module, use_vllm: bool, **d
                 raise _needs_processor(f"`{name}` with the columns {list(part.column_names or [])}", processing_class)
 
 
+def check_packs_text(padding_free: bool, processing_class: Any) -> None:
+    """
+    Refuse a processor where completions are scored without padding: images belong to rows of a batch.
+
+    Raises:
+        ValueError: if that is the case.
+    """
+    if padding_free and isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`padding_free` must be False with a processor, got True with {type(processing_class).__name__}: images "
+            "are read in padded batches only. Leave it out, or pass the processor's `.tokenizer` for text-only data."
+        )
+
+
 def check_rows_are_text(rows: Sequence[Mapping[str, Any]], processing_class: Any) -> None:
     """
     Refuse rows with images where the trainer has only a tokenizer.

@@ -67,6 +67,16 @@ class RolloutConfig(FaultConfig, RLOOConfig):
             )
         },
     )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether policy, prior and critic score completions without padding, several sequences in a row: the "
+                "same scores and gradients from fewer tokens where lengths differ. Refused for models of which "
+                "this is not true, and for images. Generation and reward models pad as before."
+            )
+        },
+    )
     prior_probe: int = field(
         default=0,
         metadata={

@@ -11,9 +11,12 @@ import torch
 from peft import LoraConfig
 
 from rlhf_bayes.store import Actor, CompletionStore
+from rlhf_bayes.store.weights_folder import WeightsFolder
 from rlhf_bayes.testing import toy_reward
+from rlhf_bayes.trainers.faults.whole_checkpoints import whole_checkpoints
 from rlhf_bayes.trainers.gdc import actor_rollouts
 
+from ...children import wait_until
 from ...store.stored import completion, drawn, language_model, provenance
 from ..rollout.test_rollout_checkpoint import assert_same_run
 from ..training import Recorder, gdc_config, logged, trainer
@@ -66,8 +69,8 @@ def recorded(trained):
     """What each rollout was made of: lists of (step of the policy that drew, token ids)."""
     found, take = [], trained.stored._take
 
-    def taken(step):
-        groups, dropped = take(step)
+    def taken(training):
+        groups, dropped = take(training)
         found.append([(row["step"], row["completion_ids"]) for group in groups for row in group])
         return groups, dropped
 
@@ -242,6 +245,55 @@ class TestRefusals:
             actor(toy, tmp_path, model=toy.random_policy(noise=1e-3))
 
 
+def _learn(toy, tmp_path, options):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+    learner(toy, tmp_path, **options).train()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("number", "asked", "code", "checkpoint"),
+    [(signal.SIGTERM, True, 0, 3), (signal.SIGINT, False, 1, 2)],
+)
+def test_a_signal_ends_a_learner_that_waits_and_it_goes_on_from_its_checkpoint(
+    toy, tmp_path, store, number, asked, code, checkpoint
+):
+    """Only SIGTERM where that is asked for saves a checkpoint, of the step before, and leaves the actors waiting."""
+    files = [drawn(toy, toy.log_prior, 4, "prior", seed=number) for number in range(6)]
+    for name in range(3):
+        store.append(files[name], f"{name}")
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_on_sigterm": asked}
+    process = multiprocessing.get_context("fork").Process(target=_learn, args=(toy, tmp_path, options))
+    process.start()
+    folder = WeightsFolder(tmp_path / "weights")
+    wait_until(lambda: any("version-00000003" in path.name for path in folder.path.iterdir()), [process.pid])
+    time.sleep(0.3)  # from the push, which ends a step, to the wait for the next rollout
+    os.kill(process.pid, number)
+    signalled = time.monotonic()
+    wait_until(lambda: not process.is_alive(), [process.pid])
+    assert time.monotonic() - signalled < 30  # seconds, of which most are those of other work; it waits for 1,800
+    assert process.exitcode == code
+    assert not folder.stopped
+    assert max(whole_checkpoints(tmp_path / "out")) == checkpoint
+    for name in range(3, 6):
+        store.append(files[name], f"{name}")
+    resumed = learner(toy, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = learner(toy, tmp_path, "whole", weights="other", **options)
+    whole.train()
+    assert_same_run(resumed, whole)
+    assert folder.stopped
+
+
+def test_sigterm_without_any_step_leaves_nothing_and_says_so(toy, tmp_path, store, clock, caplog):
+    clock.meanwhile = lambda: signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        learner(toy, tmp_path, max_steps=2, save_on_sigterm=True).train()
+    assert ended.value.code == 0
+    assert "SIGTERM: nothing to save at step 0." in caplog.text
+    assert not (tmp_path / "out").exists() or not whole_checkpoints(tmp_path / "out")
+
+
 def _draw(toy, tmp_path):
     actor(toy, tmp_path, seed=None).run()
 
@@ -256,10 +308,10 @@ def test_two_actors_in_processes_of_their_own_of_which_one_is_killed(toy, tmp_pa
     trained = learner(toy, tmp_path, max_steps=12, max_staleness=6, actor_timeout=60.0)
     steps, take = recorded(trained), trained.stored._take
 
-    def killing(step):
-        if step == 4:
+    def killing(training):
+        if training.state.global_step == 4:
             os.kill(actors[0].pid, signal.SIGKILL)
-        return take(step)
+        return take(training)
 
     trained.stored._take = killing
     trained.train()

@@ -8,6 +8,7 @@ from rlhf_bayes.testing import EnumerableLM, toy_reward
 from rlhf_bayes.trainers.gdc import stored_share
 
 from ...store.stored import completion, drawn, provenance
+from ..rollout.test_rollout_checkpoint import assert_same_run
 from ..training import Recorder, gdc_config, prompts_of, trainer
 
 SIZES = {"per_device_train_batch_size": 48, "num_generations": 12, "store_share": 0.25}
@@ -26,7 +27,7 @@ def store(toy, tmp_path):
 
 
 def mixed(toy, store, folder, policy=None, reward=toy_reward, data=None, **changes):
-    args = gdc_config(folder, replay_store=str(store.path), divergence="js", **SIZES | changes)
+    args = gdc_config(folder, replay_store=str(store.path), **SIZES | {"divergence": "js"} | changes)
     data = prompts_of(toy, 4) if data is None else data
     return trainer(toy, args, policy, reward, train_dataset=data)
 
@@ -70,6 +71,50 @@ def test_what_is_read_depends_on_the_rollout_alone(toy, store, tmp_path):
     assert share.split(At(5), inputs) == found[5]
     assert all((len(fresh), len(read)) == (36, 12) for fresh, read in found)
     assert len({read[0]["prompt"] for _, read in found}) > 1
+
+
+def test_any_number_of_processes_reads_the_same(toy, store, tmp_path):
+    """Eight groups of one process, or four of each of two: the same are read, with the same completions."""
+    share = mixed(toy, store, tmp_path, data=prompts_of(toy, 8), per_device_train_batch_size=96).stored_share
+    inputs = [{"prompt": prompt} for prompt in (toy.prompts * 3)[:8] for _ in range(12)]
+
+    class Process:
+        micro_steps = 3
+
+        def __init__(self, index):
+            self.accelerator = type("", (), {"process_index": index})()
+
+    read = {}
+
+    def rows_of(process, rows):
+        def kept(trainer, draws, which, *others):
+            read.setdefault(len(rows), []).extend(which.tolist())
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stored_share, "scored_rows", kept)
+            fresh, stored = share.split(process, rows)
+            share.rollout(process, stored)
+        return fresh
+
+    whole = rows_of(Process(0), inputs)
+    assert rows_of(Process(0), inputs[:48]) + rows_of(Process(1), inputs[48:]) == whole
+    assert read[48] == read[96]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"divergence": "log_variance", "num_iterations": 2, "replay_batches": 2}])
+def test_a_resumed_run_is_bitwise_that_of_an_uninterrupted_one(toy, store, tmp_path, changes):
+    def make(folder):
+        schedule = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear", "beta_init": 3.0}
+        sizes = {"per_device_train_batch_size": 24, "steps_per_generation": 2}
+        saving = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5}
+        return mixed(toy, store, tmp_path / folder, **schedule | sizes | saving | changes)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
+    assert 0 < len(resumed.rollouts) < len(whole.rollouts)
+    assert_same_run(resumed, whole)
 
 
 def test_refusals(toy, store, tmp_path):

@@ -134,9 +134,7 @@ def test_a_separate_critic_of_a_full_policy_is_a_copy_that_leaves_the_policy_alo
     assert not own & policy
     recorded = []
     trained.model.model.layers[0].register_full_backward_hook(lambda *_: recorded.append(1))
-    score = trained.critic(
-        trained.model, torch.zeros(1, 32), torch.ones(1, 1, dtype=torch.bool), {"input_ids": torch.tensor([[0, 1]])}
-    )
+    score = trained.critic(trained.model, torch.zeros(1, 32), torch.tensor([0]), {"input_ids": torch.tensor([[0, 1]])})
     score.sum().backward()
     assert recorded == []
 
