@@ -252,6 +252,12 @@ def run_hosted(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
             peft_config=lora_config(row),
             callbacks=[OptimizerTimer(clock)],
         )
+    mark_phases(trainer, clock)
+    trainer.train()
+
+
+def mark_phases(trainer, clock: Clock) -> None:
+    """Have the phases of RLOO, or of a trainer on top of it, timed; the optimizer's step by `OptimizerTimer`."""
     rollout = clock.timed("scoring", trainer._generate_and_score_completions)
 
     def marked(*args):
@@ -262,7 +268,6 @@ def run_hosted(row: Row, shape: Shape, rollouts: int, clock: Clock) -> None:
     trainer._generate = clock.timed("generation", trainer._generate, not_in="scoring")
     trainer.compute_loss = clock.timed("training", trainer.compute_loss)
     trainer.accelerator.backward = clock.timed("training", trainer.accelerator.backward)
-    trainer.train()
 
 
 class FreeRewardModel(nn.Module):

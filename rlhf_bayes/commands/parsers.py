@@ -125,6 +125,7 @@ def actor() -> SuggestingParser:
     flag("--chat_template_kwargs", metavar="JSON", help="What the chat template gets beside the messages.")
     flag("--batch_size", type=int, default=256, help="Sequences in one forward pass. Default: 256.")
     flag("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="float32", help="Of the weights.")
+    flag("--vllm", action="store_true", help="Draw by vLLM, which is given the new weights when the learner has some.")
     flag("--seed", type=int, help="Of all draws. Each actor needs its own. Default: from the operating system.")
     flag("--timeout", type=float, default=1800.0, help="Seconds without the learner, to end after. Default: 1800.")
     return parser

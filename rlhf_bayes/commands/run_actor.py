@@ -4,6 +4,7 @@ import argparse
 
 from rlhf_bayes import cli, toy
 from rlhf_bayes.commands.sample import Arguments, check, load_evidence, load_model, load_prompts, make_posterior
+from rlhf_bayes.lm.vllm_model import prepare_for_new_weights
 from rlhf_bayes.store import Actor
 
 _OWN = ("store", "weights", "seed", "timeout", "max_prompts")
@@ -14,6 +15,8 @@ def run(args: argparse.Namespace) -> None:
     sampling = Arguments(**{name: value for name, value in vars(args).items() if name not in _OWN})
     sampling.max_prompts = args.max_prompts
     check(sampling)
+    if args.vllm:
+        prepare_for_new_weights()
     prompts, columns = load_prompts(sampling)
     prior = load_model(sampling, sampling.model_name_or_path or toy.model_path())
     if sampling.likelihood is not None:

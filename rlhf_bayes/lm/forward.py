@@ -50,8 +50,8 @@ def enable_completion_scoring(model: nn.Module) -> None:
     Teach a causal LM's forward to score completions.
 
     Then `model(..., completion_ids=, completion_mask=)` returns [`CompletionScores`] instead of logits, and
-    `model(..., trunk_only=True)` returns what the model under the head does. Other calls, `generate` among them, are
-    untouched.
+    `model(..., trunk_only=True)` returns what the model under the head does. `model(scores=)` returns these scores, so
+    that an engine around the model treats them as its own. Other calls, `generate` among them, are untouched.
 
     The forward is patched rather than wrapped so that DDP, DeepSpeed and FSDP see one module with one forward, and
     PEFT and `save_pretrained` an ordinary transformers model. Calling it twice is harmless.
@@ -131,8 +131,11 @@ def _patch_forward(lm: PreTrainedModel) -> None:
         with_hidden=False,
         with_values=True,
         trunk_only=False,
+        scores=None,
         **kwargs,
     ):
+        if scores is not None:
+            return scores
         if trunk_only:
             # autocast is off, so that the trunk runs in the precision of its weights, like a separate model
             with torch.autocast(self.device.type, enabled=False):

@@ -1,5 +1,8 @@
 """A language model whose completions vLLM draws and transformers scores."""
 
+import copy
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,6 +26,7 @@ from rlhf_bayes.lm.engine import (
     row_sums,
 )
 from rlhf_bayes.lm.language_model import LanguageModel
+from rlhf_bayes.lm.merging import merged
 
 
 @final
@@ -111,6 +116,30 @@ class VLLMLanguageModel(LanguageModel):
             self._compared = True
         return drawn
 
+    def update_engine(self) -> None:
+        """
+        Load the model's weights into the engine when they have changed, an adapter merged into a copy of its base.
+
+        They go through a folder that is removed afterwards. The next draws are compared with the model again. Before
+        the engine was made, [`prepare_for_new_weights`] must have been called.
+
+        Raises:
+            ValueError: if the adapter cannot be merged.
+            EngineError: if the engine does not load them.
+        """
+        model: Any = self.model
+        plain = merged(copy.deepcopy(model)) if isinstance(model, PeftModel) else model
+        with tempfile.TemporaryDirectory() as folder, _random_state_kept(self.device):
+            plain.save_pretrained(folder)
+            try:
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+                self.engine.reset_prefix_cache()
+            except Exception as error:
+                raise EngineError(
+                    f"vLLM failed while it loaded new weights: {type(error).__name__}: {error}"
+                ) from error
+        self._compared = False
+
     def generate_ids(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Token ids that follow B token sequences, up to and including the first EOS."""
         return self._rows(prompt_ids, max_new_tokens).completion_ids
@@ -179,6 +208,24 @@ class VLLMLanguageModel(LanguageModel):
                 "it with the model's weights and `dtype`.",
                 stacklevel=3,
             )
+
+
+def prepare_for_new_weights() -> None:
+    """
+    Set vLLM up for [`VLLMLanguageModel.update_engine`]. Call it before an engine is made.
+
+    On a CPU vLLM 0.31 packs weights, but not the new ones of an output head that is tied to the embeddings: log-probs
+    were then 2 nats a sequence apart. So there the engine is in this process, and packs nothing.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+    """
+    import vllm._custom_ops  # pyright: ignore[reportMissingImports]  optional
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
+
+    if current_platform.is_cpu():
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        vllm._custom_ops._supports_onednn = False
 
 
 def _config_of(engine: Any) -> Any:

@@ -80,7 +80,9 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
         step = super().step(batches, new_rollout)
         if len(step.batches) == 1 and self.world.num_processes == 1:
             return step  # the loss computes the centres from its own forward
-        return replace(step, batches=self._with_centres(step.batches))
+        # the policy that scored a new rollout has not moved since
+        scored_now = new_rollout is not None and not self.replays
+        return replace(step, batches=self._with_centres(step.batches, scored_now))
 
     def loss(self, scores: CompletionScores, batch: LogVarianceBatch) -> LossSums:
         """The loss, summed over completions."""
@@ -101,9 +103,9 @@ class LogVarianceObjective(GDCObjective[LogVarianceBatch]):
         options = (self.huber_delta, self.forbidden_gap)
         return log_variance_loss(log_policy, batch.log_prior, evidence, centres, *options).sum()
 
-    def _with_centres(self, batches: Sequence[LogVarianceBatch]) -> list[LogVarianceBatch]:
-        # a prompt's completions may be spread over micro-batches and processes, so their mean needs a separate pass
-        log_policy = torch.cat([self.world.log_probs(batch) for batch in batches])
+    def _with_centres(self, batches: Sequence[LogVarianceBatch], scored_now: bool) -> list[LogVarianceBatch]:
+        # a prompt's completions may be spread over micro-batches and processes, so their mean needs all log-probs
+        log_policy = torch.cat([batch.log_policy if scored_now else self.world.log_probs(batch) for batch in batches])
         names = ("log_prior", "log_likelihood", "log_z")
         local = torch.stack(
             [log_policy, *(torch.cat([getattr(batch, name) for batch in batches]) for name in names)], dim=-1

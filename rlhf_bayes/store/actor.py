@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 
 from rlhf_bayes.likelihoods import Likelihood
-from rlhf_bayes.lm import LanguageModel, Prompt
+from rlhf_bayes.lm import LanguageModel, Prompt, VLLMLanguageModel
 from rlhf_bayes.lm.pretrained import is_adapter
 from rlhf_bayes.store.completion_store import CompletionStore
 from rlhf_bayes.store.score_draws import provenance_of, scored_completions
@@ -36,7 +36,8 @@ class Actor:
         weights (`str` or `Path`):
             The learner's `actor_weights`.
         prior ([`~rlhf_bayes.LanguageModel`]):
-            π0, from which the learner's policy started.
+            π0, from which the learner's policy started. Where it is a [`~rlhf_bayes.lm.VLLMLanguageModel`], its engine
+            draws from the policy: it is given the weights of each version, and its own log-probs are log q.
         likelihood ([`~rlhf_bayes.likelihoods.Likelihood`]):
             The evidence. Its rewards and features are stored raw, so that its β does not matter.
         prompts (`Sequence` of `str` or of chats):
@@ -161,6 +162,8 @@ class Actor:
         with torch.no_grad():
             for name, weight in weights.items():
                 parameters[name].copy_(weight)
+        if isinstance(self._policy, VLLMLanguageModel):
+            self._policy.update_engine()
         self._loaded = version.name
         return True
 
@@ -171,4 +174,6 @@ class Actor:
 
             model: Any = get_peft_model(model, PeftConfig.from_pretrained(str(version.path)))
         options = prior.max_completion_length, prior.temperature, prior.batch_size, prior.chat_template_kwargs
+        if isinstance(prior, VLLMLanguageModel):
+            return VLLMLanguageModel(model, prior.engine, prior.tokenizer, *options)
         return LanguageModel(model, prior.tokenizer, *options)

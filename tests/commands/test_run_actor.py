@@ -1,5 +1,7 @@
 """`rlhf-bayes actor`: draws what a learner asks for, ends with it, and refuses wrong flags with a line."""
 
+import sys
+
 import pytest
 
 from rlhf_bayes import commands
@@ -60,9 +62,14 @@ def test_ctrl_c_says_what_is_kept(toy, tmp_path, flags, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [(["--temperature", "0"], "`--temperature` must be positive"), (["--stroe", "x"], "Is --store meant?")],
+    [
+        (["--temperature", "0"], "`--temperature` must be positive"),
+        (["--stroe", "x"], "Is --store meant?"),
+        (["--vllm"], "`--vllm` must be left out where vLLM is not installed"),
+    ],
 )
-def test_wrong_flags_end_with_a_line(flags, changes, message, capsys):
+def test_wrong_flags_end_with_a_line(flags, changes, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit) as ended:
         commands.main([*flags, *changes])
     assert ended.value.code == 2

@@ -1,10 +1,11 @@
-"""Log-probs and gradients by the kernels of attention, in padded batches, against attention written out (`eager`)."""
+"""Log-probs and gradients by the kernels of attention, in padded batches and without padding, against `eager`."""
 
 import pytest
 import torch
 from transformers.utils import is_flash_attn_2_available
 
 from rlhf_bayes.lm import score_completions
+from rlhf_bayes.lm.padding_free import enable_packing
 from rlhf_bayes.lm.probe import rounding
 
 from .models import models, sequences
@@ -38,8 +39,9 @@ def test_sdpa_is_eager_attention(size, device, batch):
     assert of_gradient < 1e-3
 
 
+@pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("kind", ["sdpa", "flash_attention_2"])
-def test_in_bf16_kernels_are_as_close_to_fp32_as_eager_attention(kind, size, device, batch):
+def test_in_bf16_kernels_are_as_close_to_fp32_as_eager_attention(kind, padding_free, size, device, batch):
     if kind == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
         pytest.skip("flash attention needs a GPU and `pip install flash-attn --no-build-isolation`")
     exact, eager, kernel = models(
@@ -49,6 +51,8 @@ def test_in_bf16_kernels_are_as_close_to_fp32_as_eager_attention(kind, size, dev
         {"dtype": torch.bfloat16, "attn_implementation": "eager"},
         {"dtype": torch.bfloat16, "attn_implementation": kind},
     )
+    if padding_free:
+        enable_packing(kernel)
     expected = log_probs_and_gradient(exact, batch)
     of_eager = errors(log_probs_and_gradient(eager, batch), expected)
     of_kernel = errors(log_probs_and_gradient(kernel, batch), expected)

@@ -11,13 +11,16 @@ from scipy.stats import chisquare
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_bayes import toy
+from rlhf_bayes import GDCTrainer, toy
 from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel
 from rlhf_bayes.lm.engine import EngineError
 from rlhf_bayes.samplers import ImportanceSampler, MetropolisHastings, RejectionSampler, expectation
 from rlhf_bayes.samplers.smc import RECORD as SMC_RECORD
+from rlhf_bayes.store import Actor, CompletionStore
+from rlhf_bayes.store.weights_folder import Wanted, WeightsFolder
 from rlhf_bayes.toy.rewards import sentiment_reward
 
+from ..trainers.training import gdc_config
 from ..trainers.vllm_here import IN_FP32, prepare_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.processes, pytest.mark.slow]  # vLLM may start some
@@ -153,6 +156,13 @@ def test_an_engine_without_room_is_refused_before_it_draws(engine, model, tokeni
         lm.sample([PROMPT], 2)
 
 
+@pytest.fixture
+def changing(engine, model, tokenizer):
+    """The engine, which holds the base again when the test ends."""
+    yield engine
+    VLLMLanguageModel(AutoModelForCausalLM.from_pretrained(toy.model_path()), engine, tokenizer, 2).update_engine()
+
+
 def moved(model, scale):
     """The policy of a LoRA adapter, away from the base that the engine holds."""
     policy = get_peft_model(copy.deepcopy(model), LORA)
@@ -204,3 +214,48 @@ def test_samplers_draw_from_the_posterior_by_it(engine, model, tokenizer):
             assert abs((draws.log_z.log_z - known.log_z.log_z)[0].item()) < 4.5 * math.hypot(own, half), name
         if name == "rejection":
             assert draws.guarantee == "exact"
+
+
+class Learner:
+    """The learner's side of the folder between it and an actor."""
+
+    def __init__(self, path):
+        self.folder = WeightsFolder(path)
+        self.folder.begin(Wanted("x", num_prompts=4, num_generations=8, max_unread=9))
+
+    def push(self, step, policy):
+        trained = {name: weight.data for name, weight in policy.named_parameters() if weight.requires_grad}
+        config = policy.peft_config["default"] if hasattr(policy, "peft_config") else None
+        self.folder.push(step, "x", trained, config)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_actor_draws_from_the_policy_that_was_pushed(changing, model, tokenizer, tmp_path, lora):
+    """log q of each file is that of its policy, which plain transformers scores; and a training reads the store."""
+    prior = VLLMLanguageModel(model, changing, tokenizer, 12)
+    likelihood = prior.tilt(sentiment_reward, 0.5).likelihood
+    learner = Learner(tmp_path / "weights")
+    actor = Actor(tmp_path / "store", tmp_path / "weights", prior, likelihood, toy.prompts()[:8], seed=0)
+    policies = [moved(model, 0.3 * step) for step in (1, 2)]
+    if not lora:
+        policies = [policy.merge_and_unload().requires_grad_(True) for policy in policies]
+    for step, policy in enumerate(policies):
+        learner.push(step, policy)
+        assert actor.draw_once()
+    store = CompletionStore(tmp_path / "store")
+    plain = LanguageModel(model, tokenizer, 12)
+    for name, policy in zip(store.files(), policies, strict=True):
+        rows = store.rows_of(name)
+        prompts, ids = [row["prompt"] for row in rows], [row["completion_ids"] for row in rows]
+        log_q, log_prior = (torch.tensor([row[key] for row in rows]) for key in ("log_proposal", "log_prior"))
+        assert_close(log_q, LanguageModel(policy, tokenizer, 12).log_prob(prompts, ids), atol=1e-4, rtol=0)
+        assert_close(log_prior, plain.log_prob(prompts, ids), atol=1e-4, rtol=0)
+        assert (log_q - log_prior).abs().max() > 0.1
+    args = gdc_config(
+        tmp_path, beta=0.5, divergence="log_variance", max_completion_length=12, num_generations=8,
+        per_device_train_batch_size=32, max_steps=2, learning_rate=1e-3, actor_weights=str(tmp_path / "weights"),
+    )  # fmt: skip
+    trained = GDCTrainer(toy.model_path(), args=args, train_dataset=store)
+    trained.train()
+    assert trained.state.global_step == 2
+    assert learner.folder.newest(trained.stored.run).step == 2

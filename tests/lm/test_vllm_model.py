@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from rlhf_bayes.diagnostics import evaluate
 from rlhf_bayes.lm import LanguageModel, VLLMLanguageModel, enable_completion_scoring, score_completions
@@ -77,6 +78,13 @@ class Engine:
             outputs.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(ids), logprobs=log_probs)]))
         torch.manual_seed(0)  # an engine in the same process moves its random state
         return outputs if self.spoil is None else self.spoil(self.calls, outputs)
+
+    def collective_rpc(self, method, kwargs):
+        assert method == "reload_weights"
+        self.model = AutoModelForCausalLM.from_pretrained(kwargs["weights_path"])
+
+    def reset_prefix_cache(self):
+        return True
 
 
 class HotEngine(Engine):
@@ -271,6 +279,29 @@ def test_an_engine_with_other_weights_is_refused(toy):
         lm.sample(toy.prompts, 10, seeded())
     with pytest.warns(UserWarning, match=r"Weights correct for it, but of 300 completions 2\d\d.\d count"):
         wrong(toy).sample(toy.prompts, 100, seeded())
+
+
+def test_an_engine_gets_new_weights_and_is_compared_again(toy):
+    lm = drawing(toy, Engine(toy.random_policy(noise=0.0)))
+    lm.sample(toy.prompts, 10, seeded())
+    with torch.no_grad():
+        moved = dict(toy.random_policy(noise=2.0, seed=8).named_parameters())
+        for name, weight in lm.model.named_parameters():
+            weight.copy_(moved[name])
+    lm.update_engine()
+    drawn = lm.sample(toy.prompts, 10, seeded())
+    assert_close(drawn.log_proposal, drawn.log_prob, atol=1e-4, rtol=0)
+    assert (drawn.log_prob - toy.log_prior[0].max()).abs().max() > 1
+    lm.engine.collective_rpc = lambda *args, **kwargs: None  # does nothing
+    with torch.no_grad():
+        for _, weight in lm.model.named_parameters():
+            weight.mul_(-1.0)
+    lm.update_engine()
+    with pytest.raises(EngineError, match="The engine draws from another distribution than the model"):
+        lm.sample(toy.prompts, 10, seeded())
+    lm.engine.collective_rpc = None
+    with pytest.raises(EngineError, match="vLLM failed while it loaded new weights: TypeError"):
+        lm.update_engine()
 
 
 def test_an_engine_without_room_is_refused_before_it_draws(toy):

@@ -88,11 +88,12 @@ def gradient_of(
     rollout: Rollout,
     temperature: float = 1.0,
     micro_batches: Sequence[int] = (),
+    first_step: bool = True,
 ) -> Tensor:
     """The gradient of one optimizer step on a rollout, flat: (D,). The critic's weights are left out."""
     batch: Any = objective.batch(rollout)
     batches = batch.split(micro_batches) if micro_batches else [batch]
-    step = objective.step(batches, batches)
+    step = objective.step(batches, batches if first_step else None)
     count = sum(objective.count(batch) for batch in step.batches)
     policy.zero_grad()
     for batch in step.batches:

@@ -141,6 +141,25 @@ def test_micro_batches_add_up(toy, divergence):
     assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("first_step", [True, False])
+def test_centres_are_of_the_policy_that_steps(toy, first_step):
+    """Of a step that is not the rollout's first, the policy is another one than that which scored the rollout."""
+    prior = toy.random_policy(noise=0.0)
+    drew, policy = (toy.random_policy(noise=0.05, seed=seed) for seed in (2, 2 if first_step else 3))
+    with torch.no_grad():
+        columns = drawn(toy.log_probs(drew), 8, torch.Generator().manual_seed(1))
+    rollout = rollout_of(toy, drew, prior, columns, toy.log_likelihood)
+    gradients, forwards = [], []
+    for sizes in ((), (5, 11, 8)):
+        objective = gdc_objective(toy, policy, prior, toy.log_likelihood, LOG_VARIANCE)
+        log_probs = objective.world.log_probs
+        objective.world.log_probs = lambda batch, of=log_probs: forwards.append(len(batch)) or of(batch)
+        gradients.append(gradient_of(objective, policy, rollout, micro_batches=sizes, first_step=first_step))
+    assert forwards == ([] if first_step else [5, 11, 8])
+    assert gradients[0].abs().max() > 1e-3
+    assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_ppo_ascends_the_kl_regularised_reward(temperature):
     """With λ = 1 the gradient is that of J whatever the critic says, prompts of three lengths padded on the left."""

@@ -102,6 +102,10 @@ def main(models: Path, folder: Path, distributed_type: str, zero_stage: int) -> 
         check_launch(trainer, distributed_type, zero_stage)
         if training == "ppo":
             criticise(trainer, folder / training)
+    if zero_stage != 3:
+        by_one = trainings.run_by_one_forward(models, folder / "one-forward", num_processes=2)
+        if trainer.accelerator.is_main_process:
+            torch.save(by_one, folder / "one-forward.pt")
     found = trainings.run_ragged(models, folder / "ragged", num_processes=2)
     if trainer.accelerator.is_main_process:
         (folder / "ragged.json").write_text(json.dumps(found))

@@ -27,7 +27,17 @@ from rlhf_bayes.diagnostics import evaluate
 from rlhf_bayes.testing import toy_reward
 
 from ..children import run as run_child
-from .trainings import TOY, TRAININGS, resume, run, save_models, saved_weights, trainer_of
+from .trainings import (
+    ONE_FORWARD,
+    TOY,
+    TRAININGS,
+    resume,
+    run,
+    run_by_one_forward,
+    save_models,
+    saved_weights,
+    trainer_of,
+)
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
@@ -35,6 +45,7 @@ SCRIPT = Path(__file__).with_name("launched.py")
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra `dev`)")
 ENGINES = {"multi_cpu": ("MULTI_CPU", 0), "zero2": ("DEEPSPEED", 2), "zero3": ("DEEPSPEED", 3), "fsdp2": ("FSDP", 0)}
 EACH_ENGINE = [pytest.param(name, marks=needs_deepspeed if ENGINES[name][1] else ()) for name in ENGINES]
+ONE_FORWARD_ENGINES = [engine for engine in EACH_ENGINE if engine.values != ("zero3",)]
 trl_version = Version(trl.__version__)
 # clocks; operations, which are counted in whole weights
 LOCAL = ("runtime", "_per_second", "step_time", "total_flos")
@@ -119,6 +130,27 @@ def test_accumulated_gradients_take_the_steps_of_one_batch(workplace, training, 
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))
     assert_same_weights(tmp_path / "final", by_one_process(workplace, training) / "final")
+
+
+@pytest.fixture(scope="session")
+def by_two_forwards(workplace) -> dict:
+    return run_by_one_forward(workplace / "models", workplace / "two-forwards", 1, twice=True)
+
+
+@pytest.mark.parametrize("training", ONE_FORWARD)
+@pytest.mark.parametrize("engine", ONE_FORWARD_ENGINES)
+def test_one_forward_takes_the_steps_of_two(workplace, engine, training, by_two_forwards):
+    one = torch.load(launched(workplace, engine) / "one-forward.pt")[training]
+    two = by_two_forwards[training]
+    rollouts = {"gdc": 5, "gdc-lora": 3}.get(training, 2)
+    # a critic of its own adapter runs the trunk once more
+    assert two["forwards"] - one["forwards"] == rollouts * (2 if training == "ppo-lora" else 1)
+    assert one["weights"].keys() == two["weights"].keys()
+    assert two["moved"] > 1e-3
+    for name, weight in two["weights"].items():
+        assert_close(one["weights"][name], weight, rtol=1e-5, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
+    # the last step of "gdc" was measured by a forward, after which FSDP2 would leave weights whole
+    assert one["sharded"] == (engine == "fsdp2")
 
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)

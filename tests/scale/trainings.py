@@ -8,17 +8,21 @@ Adam with a large ε is gradient descent with a memory: a gradient that is too l
 import json
 import math
 from collections import Counter
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from rlhf_bayes import GDCConfig, GDCTrainer, PPOConfig, PPOTrainer, RewardConfig, RewardTrainer
+from rlhf_bayes.lm.adapters import base_causal_lm
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
 TOY = EnumerableLM(vocab_size=4, max_completion_length=3)
@@ -236,6 +240,69 @@ def run_ragged(models: Path, folder: Path, num_processes: int) -> tuple[list[lis
     reward.train_dataset = reward.train_dataset.select(range(9))
     reward.train()
     return drawing.lengths, [drawing.evaluate(), reward.evaluate()]
+
+
+# a rollout is one micro-batch, from which one step or two are taken
+ONE_FORWARD: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "ppo-lora": {"gradient_checkpointing": True},
+    "gdc": {"num_iterations": 1, "max_steps": 5},  # of which the last is measured
+    "gdc-lora": {"num_iterations": 1},
+}
+
+
+def run_by_one_forward(models: Path, folder: Path, num_processes: int, twice: bool = False) -> dict[str, Any]:
+    """
+    The trainings by steps that learn from the forward that scored their rollout; `twice`: by one of their own.
+
+    The first rollout of each fails when it is scored and not yet learnt from, and is made anew.
+
+    Returns:
+        Of each training the weights, the largest change of one, whether all processes part them, and how often the
+        trunk scored completions.
+    """
+    found: dict[str, Any] = {}
+    for training, changes in ONE_FORWARD.items():
+        sizes = {"gradient_accumulation_steps": 1, "max_steps": 3, "save_strategy": "no"}
+        sizes |= batches(12, 12, num_processes)
+        trainer = trainer_of(training, models, folder / training, num_processes, **sizes | changes)
+        _fail_first(trainer)
+        before = {name: weight.detach().clone() for name, weight in base_causal_lm(trainer.model).named_parameters()}
+        with patch.object(type(trainer), "step_is_rollout", False) if twice else nullcontext():
+            forwards = _train_and_count(trainer)
+        weights = dict(base_causal_lm(trainer.accelerator.unwrap_model(trainer.model)).named_parameters())
+        after = {name: _whole(weight).detach().clone() for name, weight in weights.items()}
+        found[training] = {
+            "forwards": forwards,
+            "sharded": all(isinstance(weight, DTensor) for weight in weights.values()),
+            "weights": after,
+            "moved": max((after[name] - weight).abs().max().item() for name, weight in before.items()),
+        }
+    return found
+
+
+def _train_and_count(trainer: Any) -> int:
+    forwards: list[dict] = []
+    trunk = base_causal_lm(trainer.model).base_model
+    trunk.register_forward_pre_hook(lambda module, args, kwargs: forwards.append(kwargs), with_kwargs=True)
+    trainer.train()
+    return sum(kwargs.get("use_cache") is False for kwargs in forwards)
+
+
+def _fail_first(trainer: Any) -> None:
+    rollout = trainer._generate_and_score_completions
+
+    def at_second_try(inputs):
+        trainer._generate_and_score_completions = rollout
+        with patch.object(trainer, "_calculate_rewards", side_effect=OSError("the reward is out")), suppress(OSError):
+            rollout(inputs)
+        return rollout(inputs)
+
+    trainer._generate_and_score_completions = at_second_try
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,14 +1,19 @@
 """An actor draws from the newest weights, scores exactly, and waits where the learner has enough."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from rlhf_bayes import LanguageModel
+from rlhf_bayes.lm import VLLMLanguageModel
 from rlhf_bayes.store import Actor, CompletionStore, actor
 from rlhf_bayes.store.weights_folder import Wanted, WeightsFolder
 from rlhf_bayes.testing import EnumerableLM, toy_reward
 
+from ..lm.test_vllm_model import Engine, SamplingParams
 from .stored import language_model
 
 
@@ -98,6 +103,26 @@ def test_an_adapter_is_drawn_from(toy, tmp_path):
     rows = CompletionStore(tmp_path / "store").read().to_list()
     assert max(abs(row["log_proposal"] - row["log_prior"]) for row in rows) > 0.1
     scores_are_exact(toy, rows, policy.merge_and_unload())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_engine_draws_from_the_pushed_policy(toy, tmp_path, monkeypatch, lora):
+    module = ModuleType("vllm")
+    module.SamplingParams = SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    policy = toy.random_policy(noise=0.1, seed=1)
+    if lora:
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        policy = get_peft_model(toy.random_policy(noise=0.0), config)
+    learner, drawing = Learner(tmp_path / "weights"), make(toy, tmp_path)
+    model = drawing.prior.model
+    drawing.prior = VLLMLanguageModel(model, Engine(model), toy.tokenizer, toy.max_completion_length)
+    learner.push(3, policy)
+    assert drawing.draw_once()
+    assert not any("lora" in name for name, _ in drawing.prior.engine.model.named_parameters())
+    rows = CompletionStore(tmp_path / "store").read().to_list()
+    assert max(abs(row["log_proposal"] - row["log_prior"]) for row in rows) > 0.1
+    scores_are_exact(toy, rows, policy.merge_and_unload() if lora else policy)
 
 
 def test_weights_that_were_replaced_meanwhile_are_not_an_error(toy, tmp_path):

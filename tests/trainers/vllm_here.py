@@ -14,8 +14,9 @@ def prepare_vllm() -> None:
     """Set vLLM up for this process; call it before an engine is made."""
     os.environ.update(ENVIRONMENT)
     import torch._dynamo
-    import vllm._custom_ops
+
+    from rlhf_bayes.lm.vllm_model import prepare_for_new_weights
 
     torch._dynamo.config.disable = True  # it would start a compiler, for one small function
-    # packed weights cannot be replaced: "no attribute 'weight_loader'"
-    vllm._custom_ops._supports_onednn = False
+    # nor can TRL replace packed weights: "no attribute 'weight_loader'"
+    prepare_for_new_weights()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl.models.utils import prepare_deepspeed, prepare_fsdp
 
 from rlhf_bayes.lm.critic import detached_critic
-from rlhf_bayes.lm.forward import base_causal_lm
+from rlhf_bayes.lm.forward import CompletionScores, base_causal_lm
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
@@ -55,6 +55,13 @@ def in_full_precision(module: nn.Module) -> Iterator[None]:
         module.forward = autocast
 
 
+def reshard(model: nn.Module) -> None:
+    """Part the weights that FSDP2 keeps whole after a forward, for a backward pass that does not come."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # of FSDPModule, whose place differs between torch's releases
+            module.reshard()
+
+
 def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractContextManager:
     """A context in which the heads of models are whole, though ZeRO-3 shards them."""
     if not is_zero3(accelerator):
@@ -63,6 +70,38 @@ def whole_heads(lms: list[nn.Module], accelerator: Accelerator) -> AbstractConte
 
     heads = (parameter for lm in lms for parameter in lm.get_output_embeddings().parameters())
     return deepspeed.zero.GatheredParameters(list(dict.fromkeys(heads)))
+
+
+def learns_from_earlier_forward(accelerator: Accelerator) -> bool:
+    """
+    Whether a step can go backward through a forward that was run before it, when the rollout was scored.
+
+    Not under ZeRO-3: the heads are used outside of their models there, and are gathered for the scores alone
+    ([`whole_heads`]), so that a later backward pass may find them released. FSDP1 and other engines were not tried.
+    """
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return not is_zero3(accelerator)
+    if kind == DistributedType.FSDP:
+        return accelerator.is_fsdp2
+    return kind == DistributedType.NO or kind.value.startswith("MULTI_")  # one process, or DDP
+
+
+def as_returned_by(engine: nn.Module, scores: CompletionScores) -> CompletionScores:
+    """
+    Scores of an earlier forward of the plain model, as if its engine had just returned them.
+
+    DDP looks at what its forward returns to see which gradients to wait for, and DeepSpeed puts hooks on it. Here they
+    do that without running the model. They know nothing of the earlier forward until then, so that an error between,
+    of a reward function for instance, leaves nothing begun. FSDP2 needs none of this: its hooks are on the modules,
+    and have run in the earlier forward.
+
+    Args:
+        engine (`nn.Module`): What is trained: the model, in whatever wraps it.
+        scores ([`~rlhf_bayes.lm.forward.CompletionScores`]): With gradient.
+    """
+    engine = getattr(engine, "_orig_mod", engine)  # where it is compiled
+    return scores if isinstance(engine, PreTrainedModel | PeftModel) else engine(scores=scores)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -34,7 +34,14 @@ from rlhf_bayes.objectives.batch import by_length
 from rlhf_bayes.objectives.proposal import Snapshot
 from rlhf_bayes.rewards.prefix_rewards import prefix_rewards
 from rlhf_bayes.trainers._trl.engine_draws import EngineDraws
-from rlhf_bayes.trainers._trl.engines import is_sharded, plain, prepare_frozen, without_critic
+from rlhf_bayes.trainers._trl.engines import (
+    as_returned_by,
+    is_sharded,
+    learns_from_earlier_forward,
+    plain,
+    prepare_frozen,
+    without_critic,
+)
 from rlhf_bayes.trainers._trl.fault_tolerance import FaultTolerantTrainer
 from rlhf_bayes.trainers._trl.image_prompts import ImagePromptRLOO, probe_with_image
 from rlhf_bayes.trainers._trl.loaded_policy import policy_to_train
@@ -286,13 +293,16 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
         """
         Whether the first step after a rollout learns from all of it at once, and from nothing else.
 
-        Then the forward that scores the rollout serves the step too.
+        Then the forward that scores the rollout serves the step too, if the engine can go backward through it. A
+        rollout of several micro-batches is scored without gradient, since their graphs would lie in memory at once.
         """
-        alone = (
-            self.accelerator.distributed_type == DistributedType.NO
-        )  # an engine needs its forward in the same step as the loss
         whole = self.args.steps_per_generation == 1 and not (self.objective.replays or self.alarms.alone)
-        return alone and whole and not self.adds_stored and self.proposal in ("policy", "store")
+        return (
+            learns_from_earlier_forward(self.accelerator)
+            and whole
+            and not self.adds_stored
+            and self.proposal in ("policy", "store")
+        )
 
     def _generate_and_score_completions(self, inputs):
         in_flight = self._in_flight = RolloutInFlight()
@@ -400,7 +410,8 @@ class RolloutTrainer(FaultTolerantTrainer, ImagePromptRLOO):
             return loss / count.clamp(min=1)
         step = self._step_in_progress
         scores, step.graph = step.graph, None
-        loss, sums = self.objective.loss(self.score(model, inputs) if scores is None else scores, inputs)
+        scores = self.score(model, inputs) if scores is None else as_returned_by(model, scores)
+        loss, sums = self.objective.loss(scores, inputs)
         step.add(sums)
         if self.accelerator.sync_gradients:
             self._report(step.sums)

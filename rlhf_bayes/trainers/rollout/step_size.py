@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from rlhf_bayes.numerics import k3
-from rlhf_bayes.trainers._trl.engines import in_full_precision
+from rlhf_bayes.trainers._trl.engines import in_full_precision, reshard
 from rlhf_bayes.trainers.rollout.in_flight import OptimizerStep
 from rlhf_bayes.trainers.rollout.trainer_world import TrainerWorld
 
@@ -84,6 +84,7 @@ class StepSize(TrainerCallback):
             return
         (step, rate, before), self._before = self._before, None
         kl = self._kl(before, self._log_probs(step))
+        reshard(self.trainer.model)
         if not 0 < kl < math.inf:
             return  # the step was skipped, or has broken the policy
         self._world.log("step_kl", kl)
