@@ -56,7 +56,7 @@ class StepSize(TrainerCallback):
         self.adapts = False
         self._world = TrainerWorld(trainer)
         self._measured = 0
-        self._curvature = 0.0
+        self._log_curvature = 0.0
         self._distance: float | None = None
         self._before: tuple[OptimizerStep, float, Tensor] | None = None
 
@@ -93,22 +93,21 @@ class StepSize(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {"measured": self._measured, "curvature": self._curvature, "distance": self._distance}
+        return {"measured": self._measured, "log_curvature": self._log_curvature, "distance": self._distance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._measured, self._distance = state["measured"], state["distance"]
-        self._curvature = state["curvature"]
+        self._measured, self._log_curvature = state["measured"], state["log_curvature"]
+        self._distance = state["distance"]
 
     def _adapt(self, kl: float, rate: float) -> None:
         self._measured += 1
-        # Adam's first steps are longer than later ones of the same rate, so that old measurements must fade. It is the
-        # mean of KL/η², not of its logarithm: near the posterior most steps move the policy little and a few move it
-        # far, and those decide how large a rate the policy stands
-        self._curvature += (kl / rate**2 - self._curvature) / min(self._measured, _MEMORY)
+        found = math.log(kl) - 2 * math.log(rate)
+        # Adam's first steps are longer than later ones of the same rate, so that old measurements must fade
+        self._log_curvature += (found - self._log_curvature) / min(self._measured, _MEMORY)
         if self._distance is None:
             self._distance = self.trainer.alarms.prior.distance(self.trainer.beta)
-        wanted = math.sqrt(self._wanted_kl(self._distance) / self._curvature)
+        wanted = math.exp(0.5 * (math.log(self._wanted_kl(self._distance)) - self._log_curvature))
         scheduler = self._scheduler
         factor = min(max(wanted / scheduler.base_lrs[0], 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
         for group in self.trainer.optimizer.param_groups:
