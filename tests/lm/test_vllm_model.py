@@ -281,24 +281,24 @@ def test_an_engine_with_other_weights_is_refused(toy):
         wrong(toy).sample(toy.prompts, 100, seeded())
 
 
-def test_an_engine_gets_new_weights_and_is_compared_again(toy):
-    lm = drawing(toy, Engine(toy.random_policy(noise=0.0)))
-    lm.sample(toy.prompts, 10, seeded())
+def test_an_engine_gets_new_weights_and_is_compared_again(fresh_toy):
+    lm = drawing(fresh_toy, Engine(fresh_toy.random_policy(noise=0.0)))
+    lm.sample(fresh_toy.prompts, 10, seeded())
     with torch.no_grad():
-        moved = dict(toy.random_policy(noise=2.0, seed=8).named_parameters())
+        moved = dict(fresh_toy.random_policy(noise=2.0, seed=8).named_parameters())
         for name, weight in lm.model.named_parameters():
             weight.copy_(moved[name])
     lm.update_engine()
-    drawn = lm.sample(toy.prompts, 10, seeded())
+    drawn = lm.sample(fresh_toy.prompts, 10, seeded())
     assert_close(drawn.log_proposal, drawn.log_prob, atol=1e-4, rtol=0)
-    assert (drawn.log_prob - toy.log_prior[0].max()).abs().max() > 1
+    assert (drawn.log_prob - fresh_toy.log_prior[0].max()).abs().max() > 1
     lm.engine.collective_rpc = lambda *args, **kwargs: None  # does nothing
     with torch.no_grad():
         for _, weight in lm.model.named_parameters():
             weight.mul_(-1.0)
     lm.update_engine()
     with pytest.raises(EngineError, match="The engine draws from another distribution than the model"):
-        lm.sample(toy.prompts, 10, seeded())
+        lm.sample(fresh_toy.prompts, 10, seeded())
     lm.engine.collective_rpc = None
     with pytest.raises(EngineError, match="vLLM failed while it loaded new weights: TypeError"):
         lm.update_engine()
