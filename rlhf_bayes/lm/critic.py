@@ -15,9 +15,8 @@ from transformers import AutoModel, PreTrainedModel
 from rlhf_bayes.lm.trunk import trunk_of
 
 CRITIC = "critic"  # the attribute of the causal LM that holds the critic, and its folder beside the policy's weights
-CRITIC_CONFIG = "critic_config.json"  # says how the critic of a folder is read
 FITTED = "fitted"  # the trunk of a critic that has none
-_HEAD = "value_head.safetensors"
+_CONFIG, _HEAD = "critic_config.json", "value_head.safetensors"
 
 
 def states_at(outputs: Any, places: Tensor) -> Tensor:
@@ -89,8 +88,7 @@ class Critic(nn.Module):
             self.backbone.save_pretrained(folder, state_dict=backbone)
         save_file(head, folder / _HEAD)
         trunk = "backbone" if self.backbone is not None else "adapter" if self.adapter is not None else "shared"
-        config = {"trunk": trunk, "hidden_size": self.value_head.in_features, "adapter": self.adapter}
-        (folder / CRITIC_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_critic_config(folder, trunk, self.value_head.in_features, self.adapter)
 
     def load(self, folder: str | Path) -> None:
         """
@@ -133,15 +131,29 @@ class Critic(nn.Module):
 
 
 def is_critic_folder(folder: str | Path) -> bool:
-    """Whether [`Critic.from_pretrained`] can read the folder."""
-    return (Path(folder) / CRITIC_CONFIG).is_file()
+    """Whether the folder holds a saved critic, with a value head or fitted."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
+def write_critic_config(folder: Path, trunk: str, hidden_size: int, adapter: str | None = None) -> None:
+    """
+    Write what [`critic_config`] reads.
+
+    Args:
+        folder (`Path`): The critic's folder.
+        trunk (`str`): "shared", "backbone", "adapter" or "fitted".
+        hidden_size (`int`): H of the hidden states that it reads.
+        adapter (`str`, *optional*): The adapter under which the policy's trunk is run for it.
+    """
+    config = {"trunk": trunk, "hidden_size": hidden_size, "adapter": adapter}
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def critic_config(folder: str | Path) -> dict[str, Any]:
     """How to read a saved critic: its trunk ("shared", "backbone", "adapter" or "fitted"), hidden size, adapter."""
     if not is_critic_folder(folder):
-        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {CRITIC_CONFIG}.")
-    return json.loads((Path(folder) / CRITIC_CONFIG).read_text())
+        raise ValueError(f"`{folder}` must be a folder with a saved critic, but holds no {_CONFIG}.")
+    return json.loads((Path(folder) / _CONFIG).read_text())
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """A critic that was fitted in closed form: a linear forecast from a policy's hidden states, without a trunk."""
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_bayes.lm.critic import CRITIC_CONFIG, FITTED, critic_config
+from rlhf_bayes.lm.critic import FITTED, critic_config, write_critic_config
 from rlhf_bayes.numerics.ridge import with_constant
 
 _MOST_STATES = 512  # entries of a hidden state; larger states are projected
@@ -66,8 +65,7 @@ class FittedCritic:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"coefficients": self.coefficients.detach().cpu().contiguous()}, folder / _COEFFICIENTS)
-        config = {"trunk": FITTED, "hidden_size": self.hidden_size, "adapter": None}
-        (folder / CRITIC_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_critic_config(folder, FITTED, self.hidden_size)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "FittedCritic":

@@ -84,23 +84,26 @@ def runs_plainly(model: nn.Module) -> bool:
         model (`nn.Module`):
             Prepared by [`enable_completion_scoring`]; an engine may have wrapped it since.
     """
-    return getattr(base_causal_lm(getattr(model, "module", model)), "_runs_plainly", False)
+    return getattr(_lm_in(model), "_runs_plainly", False)
 
 
 def packs_rows(model: nn.Module) -> bool:
     """Whether [`score_completions`] packs rows, as [`~rlhf_bayes.lm.padding_free.enable_packing`] lets it."""
-    return getattr(base_causal_lm(getattr(model, "module", model)), "_packs_rows", False)
+    return getattr(_lm_in(model), "_packs_rows", False)
 
 
 def _attends_in_flash(model: nn.Module) -> bool:
-    lm = base_causal_lm(getattr(model, "module", model))
-    return "flash" in (lm.config.get_text_config()._attn_implementation or "")
+    return "flash" in (_lm_in(model).config.get_text_config()._attn_implementation or "")
 
 
 def _counts_positions_itself(model: nn.Module) -> bool:
     """Whether positions depend on the images (Qwen-VL, GLM-V): such a model must find them by itself."""
-    lm = base_causal_lm(getattr(model, "module", model))
-    return hasattr(trunk_of(lm), "get_rope_index")
+    return hasattr(trunk_of(_lm_in(model)), "get_rope_index")
+
+
+def _lm_in(model: nn.Module) -> Any:
+    """The causal LM inside of adapters and of the engine, if any, that wraps it."""
+    return base_causal_lm(getattr(model, "module", model))
 
 
 def _check_is_causal_lm(lm: nn.Module) -> None:

@@ -232,7 +232,7 @@ class PPOTrainer(RolloutTrainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        if isinstance(self.objective.critic, RidgeCritic) and self.args.should_save:
+        if self.objective.critic is not None and self.args.should_save:
             size = base_causal_lm(self._plain_policy).config.get_text_config().hidden_size
             fitted = self.objective.critic.fitted(size)
             if fitted is not None:
