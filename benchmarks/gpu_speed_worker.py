@@ -8,14 +8,23 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from device_limits import Limits, peak_memory, wait_for
 from peft import LoraConfig
-from speed_worker import NUM_GENERATIONS, WARM_UP, Clock, OptimizerTimer, build_prompts, build_tokenizer, mark_phases
+from speed_worker import (
+    NUM_GENERATIONS,
+    WARM_UP,
+    Clock,
+    OptimizerTimer,
+    Shape,
+    build_prompts,
+    build_tokenizer,
+    mark_phases,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
 from trl import RLOOConfig, RLOOTrainer
@@ -34,19 +43,10 @@ CLASSES = {"rloo": (RLOOConfig, RLOOTrainer), "ppo": (PPOConfig, PPOTrainer), "g
 OPTIMIZER_BYTES = 7 * 4
 
 
-@dataclass(frozen=True)
-class Size:
-    """The sizes of the model, by default those of Qwen2-0.5B, and of the batch, the prompts and the completions."""
-
-    layers: int = 24
-    hidden: int = 896
-    intermediate: int = 4864
-    heads: int = 14
-    kv_heads: int = 2
-    vocabulary: int = 151936
-    prompt: int = 256
-    completion: int = 256
-    batch: int = 16
+QWEN2_HALF_B = Shape(
+    layers=24, hidden=896, intermediate=4864, heads=14, kv_heads=2, tied=True, vocabulary=151936,
+    prompt=256, completion=256, batch=16,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DeviceClock(Clock):
         return time.perf_counter(), time.process_time()
 
 
-def config_of(size: Size) -> Qwen2Config:
+def config_of(size: Shape) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -87,12 +87,12 @@ def config_of(size: Size) -> Qwen2Config:
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         max_position_embeddings=size.prompt + size.completion,
-        tie_word_embeddings=True,
+        tie_word_embeddings=size.tied,
         eos_token_id=size.vocabulary,
     )
 
 
-def save_model(size: Size, folder: str) -> None:
+def save_model(size: Shape, folder: str) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config_of(size), dtype=torch.float32).save_pretrained(folder)
     build_tokenizer(size).save_pretrained(folder)  # which vLLM reads
@@ -103,7 +103,7 @@ def reward(prompts, completions, completion_ids, **columns) -> list[float]:
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 
-def trainer_of(row: Row, size: Size, device: torch.device, base: str, output: str, steps: int) -> Any:
+def trainer_of(row: Row, size: Shape, device: torch.device, base: str, output: str, steps: int) -> Any:
     """The trainer of a row, whose model is read from a folder."""
     config_class, trainer_class = CLASSES[row.method]
     engine: dict[str, Any] = {}
@@ -144,12 +144,12 @@ def trainer_of(row: Row, size: Size, device: torch.device, base: str, output: st
     )
 
 
-def forward_flops(size: Size, trunk: int, tokens: int, scored: int) -> float:
+def forward_flops(size: Shape, trunk: int, tokens: int, scored: int) -> float:
     """
     Operations of a forward pass of one sequence.
 
     Args:
-        size ([`Size`]): The sizes of the model.
+        size ([`Shape`]): The sizes of the model.
         trunk (`int`): Weights under the head that are in a matrix product.
         tokens, scored (`int`): Tokens of the sequence, and those of which logits are made.
     """
@@ -158,7 +158,7 @@ def forward_flops(size: Size, trunk: int, tokens: int, scored: int) -> float:
     return 2 * (trunk * tokens + head * scored) + attention
 
 
-def shortest(row: Row, size: Size, limits: Limits, model: nn.Module) -> dict[str, float]:
+def shortest(row: Row, size: Shape, limits: Limits, model: nn.Module) -> dict[str, float]:
     """
     Seconds that a rollout takes at least: generation, and the rest of its step.
 
@@ -185,7 +185,7 @@ def shortest(row: Row, size: Size, limits: Limits, model: nn.Module) -> dict[str
     return {"generation": prefill + decoding, "training": step}
 
 
-def predicted(row: Row, size: Size) -> float | None:
+def predicted(row: Row, size: Shape) -> float | None:
     """The peak that `rlhf-bayes memory` predicts, bytes; None for what it does not know."""
     if row.method == "rloo" or row.bits is not None or row.vllm:
         return None
@@ -195,14 +195,14 @@ def predicted(row: Row, size: Size) -> float | None:
     return footprint(config_of(size), roles, run).peak
 
 
-def peak_of(row: Row, size: Size, device: torch.device, base: str, output: str) -> int:
+def peak_of(row: Row, size: Shape, device: torch.device, base: str, output: str) -> int:
     """Bytes at the peak of two steps; the first creates the optimizer's state."""
     with peak_memory(device) as peak:
         trainer_of(row, size, device, base, output, steps=2).train()
     return peak.bytes
 
 
-def work(row: Row, size: Size, device: torch.device, rollouts: int) -> dict[str, Any]:
+def work(row: Row, size: Shape, device: torch.device, rollouts: int) -> dict[str, Any]:
     """Speed and memory of a row, beside the limits of the device, which are measured first."""
     limits = Limits.of(device)
     if device.type == "cuda":
@@ -234,7 +234,7 @@ def work(row: Row, size: Size, device: torch.device, rollouts: int) -> dict[str,
 
 
 @torch.no_grad()
-def noise(size: Size, device: torch.device) -> dict[str, dict[str, float]]:
+def noise(size: Shape, device: torch.device) -> dict[str, dict[str, float]]:
     """Root mean squares of the errors of log-probs against fp32, nats: of tokens, and of whole completions."""
     torch.manual_seed(0)
     exact = AutoModelForCausalLM.from_config(config_of(size), dtype=torch.float32).eval()
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, required=True)
     parser.add_argument("--rollouts", type=int, default=8)
     args = parser.parse_args()
-    row, size = Row(**args.row), Size(**args.size)
+    row, size = Row(**args.row), replace(QWEN2_HALF_B, **args.size)
     quiet(threads=torch.get_num_threads())
     found = noise(size, args.device) if row.method == "noise" else work(row, size, args.device, args.rollouts)
     print("FOUND " + json.dumps(found))  # vLLM prints lines of its own, also at the end

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ device_limits = load("device_limits")
 worker = load("gpu_speed_worker")
 gpu_speed = load("gpu_speed")
 
-TINY = worker.Size(**gpu_speed.MINIATURE)
+TINY = replace(worker.QWEN2_HALF_B, **gpu_speed.MINIATURE)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
