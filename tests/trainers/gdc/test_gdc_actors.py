@@ -59,6 +59,15 @@ def learner(toy, tmp_path, out="out", model=None, weights="weights", **changes):
     return trainer(toy, args, model, None, train_dataset=store, **arguments)
 
 
+def assert_resumes_as_if_never_stopped(toy, tmp_path, **options):
+    """The run in `out` goes on, and ends as another does that reads the same store without a stop."""
+    resumed = learner(toy, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    whole = learner(toy, tmp_path, "whole", weights="other", **options)
+    whole.train()
+    assert_same_run(resumed, whole)
+
+
 def actor(toy, tmp_path, seed=0, model=None):
     prior = language_model(toy, model)
     likelihood = prior.tilt(toy_reward, beta=1.0).likelihood
@@ -194,11 +203,7 @@ def test_without_actors_it_ends_with_the_command_and_goes_on_from_its_checkpoint
     assert clock.now == pytest.approx(30, abs=0.1)
     for number in range(3, 6):  # an actor was started
         store.append(files[number], f"{number}")
-    resumed = learner(toy, tmp_path, **saving)
-    resumed.train(resume_from_checkpoint=True)
-    whole = learner(toy, tmp_path, "whole", weights="other", **saving)
-    whole.train()
-    assert_same_run(resumed, whole)
+    assert_resumes_as_if_never_stopped(toy, tmp_path, **saving)
 
 
 def test_an_adapter_is_what_is_pushed(toy, tmp_path, clock):
@@ -277,11 +282,7 @@ def test_a_signal_ends_a_learner_that_waits_and_it_goes_on_from_its_checkpoint(
     assert max(whole_checkpoints(tmp_path / "out")) == checkpoint
     for name in range(3, 6):
         store.append(files[name], f"{name}")
-    resumed = learner(toy, tmp_path, **options)
-    resumed.train(resume_from_checkpoint=True)
-    whole = learner(toy, tmp_path, "whole", weights="other", **options)
-    whole.train()
-    assert_same_run(resumed, whole)
+    assert_resumes_as_if_never_stopped(toy, tmp_path, **options)
     assert folder.stopped
 
 
