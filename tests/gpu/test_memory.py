@@ -9,9 +9,13 @@ load("device_limits")
 worker = load("gpu_speed_worker")
 
 SIZES = {
-    "cpu": worker.Size(2, 64, 192, 4, 2, vocabulary=512, prompt=16, completion=8, batch=4),
+    "cpu": worker.Shape(
+        2, 64, 512, heads=4, kv_heads=2, intermediate=192, tied=True, prompt=16, completion=8, batch=4
+    ),
     # as many heads of keys as of queries: for groups of them in fp32 torch may have no kernel but the plain one
-    "cuda": worker.Size(8, 512, 1536, 8, 8, vocabulary=32768, prompt=128, completion=128, batch=32),
+    "cuda": worker.Shape(
+        8, 512, 32768, heads=8, kv_heads=8, intermediate=1536, tied=True, prompt=128, completion=128, batch=32
+    ),
 }
 ROWS = {
     "all weights": worker.Row("ppo", autocast=False),
