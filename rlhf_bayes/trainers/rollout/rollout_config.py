@@ -39,8 +39,8 @@ class RolloutConfig(FaultConfig, RLOOConfig):
         default=None,
         metadata={
             "help": (
-                "Whether the learning rate is adapted to how far optimizer steps move the policy: by 0.6 %% of "
-                "KL(π0‖π*) where a step learns from 64 completions, before the scheduler's decay. "
+                "Whether the learning rate is adapted to how far optimizer steps move the policy: by 1 %% of "
+                "KL(π‖π*) where a step learns from 64 completions, before the scheduler's decay. "
                 "`learning_rate` is then that of the first step. Default: only where `learning_rate` is not given."
             )
         },

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STEP_SHARE = 0.006  # KL of a step that learns from `STEP_COMPLETIONS`, as a share of KL(π0‖π*)
+STEP_SHARE = 0.01  # KL of a step that learns from `STEP_COMPLETIONS`, as a share of KL(π‖π*)
 STEP_COMPLETIONS = 64
 SETTLED = 5  # the step that is measured where the rate is fixed: Adam's first steps are longer than later ones
 _FIRST_STEPS, _LATER = 20, 10  # where it is adapted: each of the first steps, then every tenth
@@ -26,6 +26,8 @@ _LEAST_DECAY = 0.2  # steps at less than this share of the learning rate say lit
 _ROWS = 64  # of a process, by which a step is measured
 _LARGEST_FACTOR = 3.0  # by which one step may change the learning rate
 _MEMORY = 5  # measurements, over which the curvature is averaged
+_ROLLOUTS = 10  # over which KL(π‖π*) is averaged
+_LEAST_REMAINING = 0.05  # of KL(π0‖π*): the gap of a few completions may be 0 or less
 
 
 @final
@@ -36,7 +38,11 @@ class StepSize(TrainerCallback):
     A step of the learning rate η moves the policy by KL(π‖π') ≈ C·η². C is measured on the completions that the step
     learns from, and η follows from the KL that is wanted at the start:
 
-        KL(π‖π') = 0.006 · KL(π0‖π*) · n/64
+        KL(π‖π') = 0.01 · KL(π‖π*) · n/64
+
+    KL(π‖π*) is what remains: `posterior/gap`, averaged over the last ten rollouts, from KL(π0‖π*) on. Where the gap is
+    not known, it stays KL(π0‖π*). Near the posterior the noise of the gradient is all that moves the policy, so steps
+    that stayed as long as the first ones would keep it away.
 
     n is the number of completions that are drawn for each optimizer step. The noise of a gradient falls like 1/n, so
     that the step may be so much longer, and each completion moves the policy as far, however a batch is divided into
@@ -45,7 +51,8 @@ class StepSize(TrainerCallback):
 
     Args:
         trainer (`RolloutTrainer`):
-            The trainer, which calls `begin` before the first forward of each optimizer step.
+            The trainer, which calls `begin` before the first forward of each optimizer step, and passes its metrics
+            to `note`.
 
     Attributes:
         adapts (`bool`): whether the learning rate is adapted in this training.
@@ -57,7 +64,8 @@ class StepSize(TrainerCallback):
         self._world = TrainerWorld(trainer)
         self._measured = 0
         self._log_curvature = 0.0
-        self._distance: float | None = None
+        self._distance: float | None = None  # KL(π0‖π*), nats
+        self._remaining: float | None = None  # KL(π‖π*), nats
         self._before: tuple[OptimizerStep, float, Tensor] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -69,6 +77,12 @@ class StepSize(TrainerCallback):
                 "in TRL, at which a short run learns little. 1e-5 to 1e-4 is usual for all weights of a small model, "
                 "1e-4 to 1e-3 for LoRA."
             )
+
+    def note(self, name: str, value: float) -> None:
+        """Look at a metric of a training."""
+        if name == "posterior/gap" and self.adapts and math.isfinite(value):
+            remaining = self._from_prior() if self._remaining is None else self._remaining
+            self._remaining = remaining + (value - remaining) / _ROLLOUTS
 
     def begin(self, step: OptimizerStep) -> None:
         """Keep the log-probs before this optimizer step, if it is to be measured. In all processes."""
@@ -93,26 +107,40 @@ class StepSize(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {"measured": self._measured, "log_curvature": self._log_curvature, "distance": self._distance}
+        return {
+            "measured": self._measured,
+            "log_curvature": self._log_curvature,
+            "distance": self._distance,
+            "remaining": self._remaining,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._measured, self._log_curvature = state["measured"], state["log_curvature"]
         self._distance = state["distance"]
+        self._remaining = state.get("remaining")  # checkpoints of earlier versions have none
 
     def _adapt(self, kl: float, rate: float) -> None:
         self._measured += 1
         found = math.log(kl) - 2 * math.log(rate)
         # Adam's first steps are longer than later ones of the same rate, so that old measurements must fade
         self._log_curvature += (found - self._log_curvature) / min(self._measured, _MEMORY)
-        if self._distance is None:
-            self._distance = self.trainer.alarms.prior.distance(self.trainer.beta)
-        wanted = math.exp(0.5 * (math.log(self._wanted_kl(self._distance)) - self._log_curvature))
+        wanted = math.exp(0.5 * (math.log(self._wanted_kl(self._to_go())) - self._log_curvature))
         scheduler = self._scheduler
         factor = min(max(wanted / scheduler.base_lrs[0], 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
         for group in self.trainer.optimizer.param_groups:
             group["lr"] *= factor
         scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
+
+    def _from_prior(self) -> float:
+        if self._distance is None:
+            self._distance = self.trainer.alarms.prior.distance(self.trainer.beta)
+        return self._distance
+
+    def _to_go(self) -> float:
+        """KL(π‖π*), nats, which is positive."""
+        distance = self._from_prior()
+        return distance if self._remaining is None else max(self._remaining, _LEAST_REMAINING * distance)
 
     def _wanted_kl(self, distance: float) -> float:
         """KL(π‖π') of a step before any decay, nats per sequence."""

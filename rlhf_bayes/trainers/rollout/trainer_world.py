@@ -63,10 +63,11 @@ class TrainerWorld:
         return self._trainer.accelerator.reduce(sums, reduction="sum")
 
     def log(self, name: str, value: float) -> None:
-        """Add a value to the trainer's metrics, and show it to its alarms."""
+        """Add a value to the trainer's metrics, and show it to its alarms and to its learning rate."""
         self._trainer.log_metric(name, value)
         if self.training:
             self._trainer.alarms.note(name, value)
+            self._trainer.step_size.note(name, value)
 
     def log_probs(self, batch: Batch) -> Tensor:
         """log π of the completions, (B,), by a forward of the trainer's model without gradient."""
