@@ -56,10 +56,29 @@ def own_log_levels():
         logger.setLevel(level)
 
 
+_shared: list[tuple[EnumerableLM, dict[str, torch.Tensor]]] = []  # with their weights
+
+
+def _shared_with_all(toy: EnumerableLM) -> EnumerableLM:
+    _shared.append((toy, {name: weight.clone() for name, weight in toy.model.state_dict().items()}))
+    return toy
+
+
+@pytest.fixture(autouse=True)
+def unchanged_toys():
+    """A test that changes the model of a shared toy fails, rather than those after it."""
+    yield
+    for toy, before in _shared:
+        now = toy.model.state_dict()
+        if now.keys() != before.keys() or not all(torch.equal(now[name], before[name]) for name in before):
+            toy.model.load_state_dict(before, strict=False)
+            pytest.fail("This test has changed the model of a shared toy: take `fresh_toy`, or a `random_policy`.")
+
+
 @pytest.fixture(scope="session")
 def toy() -> EnumerableLM:
     """40 completions of up to 3 tokens. Shared: train `toy.random_policy(noise=0.0)`, never `toy.model`."""
-    return EnumerableLM(vocab_size=4, max_completion_length=3)
+    return _shared_with_all(EnumerableLM(vocab_size=4, max_completion_length=3))
 
 
 @pytest.fixture
@@ -71,4 +90,4 @@ def fresh_toy() -> EnumerableLM:
 @pytest.fixture(scope="session")
 def large_toy() -> EnumerableLM:
     """4,681 completions of up to 4 tokens. Shared: train a `random_policy`, never `large_toy.model`."""
-    return EnumerableLM()
+    return _shared_with_all(EnumerableLM())
