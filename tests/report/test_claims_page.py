@@ -36,7 +36,8 @@ def test_what_is_written_comes_back(result, tmp_path):
 def test_verdicts(result):
     assert [statement.verdict for statement in result.statements] == ["agrees", "cannot tell", "disagrees"]
     assert result.verdict == "disagrees"
-    assert result.statements[2].number == "−0.002 nats"
+    assert [statement.number for statement in result.statements] == ["2 ± 0.1", "2 (one value)", "−0.002 nats"]
+    assert Statement("no run", math.nan, math.nan, high=1.0).number == "not known"
     assert result.statements[0].bounds == "above 1"
 
 
