@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
@@ -20,6 +21,7 @@ BATCH = 64  # completions a rollout
 # PPO's loss is a mean over tokens and RLOO's over completions, so PPO's gradients are smaller by the mean length. The
 # default of 1 would clip all gradients of RLOO and few of PPO. Since clipping helps, all of both are clipped.
 MAX_GRAD_NORM = 0.1
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # by default one update on a rollout; `steps_per_generation` splits it, and `num_iterations` repeats the updates
 ONE_UPDATE = {"steps_per_generation": 1, "num_iterations": 1, "max_grad_norm": MAX_GRAD_NORM}
 
@@ -44,6 +46,7 @@ def make_trainer(
     seed: int,
     samples: int,
     output_dir: str | Path,
+    lora: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     log_every_rollout: bool = False,
 ) -> Trainer:
@@ -51,7 +54,7 @@ def make_trainer(
     A trainer of `TRAINERS` on the CPU, which draws so many completions in batches of 64 and says nothing.
 
     Adam with linear decay to 0, in fp32. `options` are fields of its config. The model is a folder, because RLOO loads
-    its reference from it.
+    its reference from it. With `lora` an adapter of rank 16 on every matrix is trained instead of all weights.
     """
     trainer_class, config_class = TRAINERS[name]
     overrides = ONE_UPDATE | options
@@ -80,6 +83,7 @@ def make_trainer(
         train_dataset=Dataset.from_dict({"prompt": list(prompts)}),
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        peft_config=LoraConfig(**LORA) if lora else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from rlhf_bayes.commands.quiet import quiet
 from rlhf_bayes.trainers.rollout.rollout_config import FIRST_RATE
 
 FOUR_BY_FOUR = {"num_iterations": 4, "steps_per_generation": 4}
+LORA_RATES = (2e-4, 5e-4, 1e-3)
 MANY_UPDATES = (5e-6, 1e-5, 2e-5)  # learning rates where a batch is used several times
 REPLAYED = {"divergence": "log_variance", "replay_batches": 8, "num_iterations": 4}
 ADAPTED = {"adapt_learning_rate": True}  # from `FIRST_RATE` on, as where no learning rate is given
@@ -59,7 +61,9 @@ METHODS: dict[str, Method] = {
     "GDC, js, default learning rate": Method("gdc", {"divergence": "js"} | ADAPTED, (FIRST_RATE,)),
     "GDC, forward KL, default learning rate": Method("gdc", {"divergence": "forward_kl"} | ADAPTED, (FIRST_RATE,)),
     "GDC, log-variance, default learning rate": Method("gdc", REPLAYED | ADAPTED, (FIRST_RATE,)),
+    "PPO, LoRA, default learning rate": Method("ppo", ADAPTED, (FIRST_RATE,), lora=True),
     "PPO": Method("ppo"),
+    "PPO, LoRA": Method("ppo", {}, LORA_RATES, lora=True),
     "PPO, without rewards of prefixes": Method("ppo", {"prefix_rewards": False}),
     "PPO, a value head as critic": Method("ppo", {"critic": "shared"}),
     "PPO, 4 epochs × 4 minibatches": Method("ppo", FOUR_BY_FOUR, MANY_UPDATES),
@@ -166,7 +170,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.learning_rates:
         rates = tuple(sorted(args.learning_rates))
-        args.methods = {name: Method(m.trainer, m.options, rates) for name, m in args.methods.items()}
+        args.methods = {name: replace(method, learning_rates=rates) for name, method in args.methods.items()}
     if args.seeds < 1:
         parser.error(f"--seeds must be 1 or more, got {args.seeds}")
     if args.choice_seed < args.seeds:

@@ -19,6 +19,8 @@ from posterior_distances import Draws, distances, prior_draws, prompt_token_ids
 from real_tasks import TASKS, Folders, Task
 from transformers import TrainerCallback
 
+from rlhf_bayes.lm.merging import merged
+
 LAST_ROLLOUTS = 10  # over which the trainer's own metrics are averaged
 LOGGED = ("posterior/gap", "posterior/log_z", "ppo/explained_variance")
 
@@ -31,6 +33,8 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     learning_rates: tuple[float, ...] = (2e-5, 5e-5, 1e-4)
     """Tried first, ascending. A single one is not tuned."""
+    lora: bool = False
+    """Whether an adapter is trained rather than all weights."""
 
     def __post_init__(self) -> None:
         if self.trainer not in TRAINERS:
@@ -64,6 +68,8 @@ class Run:
     def path(self, folder: Path, fingerprint: str) -> Path:
         """Its file: a legible name with a hash of all settings and of the task's `fingerprint`."""
         method = {"trainer": self.method.trainer, "options": self.method.options}
+        if self.method.lora:
+            method["lora"] = True
         settings = asdict(self) | {"method": method, "fingerprint": fingerprint}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         legible = re.sub(r"[^A-Za-z0-9.]+", "-", f"{self.name} {self.learning_rate:g} {self.seed}").strip("-").lower()
@@ -141,11 +147,15 @@ def train(
         seed=run.seed,
         samples=run.sizes.samples,
         output_dir=folder,
+        lora=run.method.lora,
         callbacks=[log],
         log_every_rollout=True,
     )
     trainer.train()
-    trainer.save_model(str(folder))
+    if run.method.lora:
+        merged(trainer.accelerator.unwrap_model(trainer.model)).save_pretrained(folder)
+    else:
+        trainer.save_model(str(folder))
     return log.at_the_end()
 
 

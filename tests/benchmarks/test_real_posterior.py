@@ -243,6 +243,18 @@ def test_a_run_ends_in_a_table_and_goes_on_from_its_files(task, tmp_path, capsys
     assert (output / "real_posterior.md").read_text() == text
 
 
+def test_an_adapter_is_measured_as_a_part_of_the_policy(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "TASKS", {"toy": lambda folders: task})
+    folders, sizes = tasks.Folders(tmp_path, tmp_path), worker.Sizes(samples=64, prior=64, verdict=64)
+    whole, adapter = (
+        worker.Run("toy", "a", worker.Method("ppo", lora=lora), 0.05, 0, sizes, for_verdict=True)
+        for lora in (False, True)
+    )
+    assert whole.path(tmp_path, "") != adapter.path(tmp_path, "")
+    distances = worker.measure(adapter, folders)["distances"]
+    assert min(map(abs, distances["kl_to_prior"])) > 0.01  # one step at this rate, none without the adapter
+
+
 @pytest.mark.parametrize(
     "arguments", [["--method", "dpo"], ["--samples", "100"], ["--shared", "nowhere"], ["--seeds", "0"]]
 )
