@@ -28,6 +28,7 @@ _LARGEST_FACTOR = 3.0  # by which one step may change the learning rate
 _MEMORY = 5  # measurements, over which the curvature is averaged
 _ROLLOUTS = 10  # over which KL(π‖π*) is averaged
 _LEAST_REMAINING = 0.05  # of KL(π0‖π*): the gap of a few completions may be 0 or less
+_MOST_REMAINING = 2.0  # of KL(π0‖π*): a policy that is being ruined must not be given longer steps for it
 
 
 @final
@@ -64,7 +65,6 @@ class StepSize(TrainerCallback):
         self._world = TrainerWorld(trainer)
         self._measured = 0
         self._log_curvature = 0.0
-        self._distance: float | None = None  # KL(π0‖π*), nats
         self._remaining: float | None = None  # KL(π‖π*), nats
         self._before: tuple[OptimizerStep, float, Tensor] | None = None
 
@@ -81,8 +81,9 @@ class StepSize(TrainerCallback):
     def note(self, name: str, value: float) -> None:
         """Look at a metric of a training."""
         if name == "posterior/gap" and self.adapts and math.isfinite(value):
-            remaining = self._from_prior() if self._remaining is None else self._remaining
-            self._remaining = remaining + (value - remaining) / _ROLLOUTS
+            distance = self._distance()
+            remaining = distance if self._remaining is None else self._remaining
+            self._remaining = remaining + (min(value, _MOST_REMAINING * distance) - remaining) / _ROLLOUTS
 
     def begin(self, step: OptimizerStep) -> None:
         """Keep the log-probs before this optimizer step, if it is to be measured. In all processes."""
@@ -107,17 +108,11 @@ class StepSize(TrainerCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {
-            "measured": self._measured,
-            "log_curvature": self._log_curvature,
-            "distance": self._distance,
-            "remaining": self._remaining,
-        }
+        return {"measured": self._measured, "log_curvature": self._log_curvature, "remaining": self._remaining}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._measured, self._log_curvature = state["measured"], state["log_curvature"]
-        self._distance = state["distance"]
         self._remaining = state.get("remaining")  # checkpoints of earlier versions have none
 
     def _adapt(self, kl: float, rate: float) -> None:
@@ -132,14 +127,13 @@ class StepSize(TrainerCallback):
             group["lr"] *= factor
         scheduler.base_lrs = [factor * rate for rate in scheduler.base_lrs]
 
-    def _from_prior(self) -> float:
-        if self._distance is None:
-            self._distance = self.trainer.alarms.prior.distance(self.trainer.beta)
-        return self._distance
+    def _distance(self) -> float:
+        """KL(π0‖π*) of the β of this moment, nats."""
+        return self.trainer.alarms.prior.distance(self.trainer.beta)
 
     def _to_go(self) -> float:
         """KL(π‖π*), nats, which is positive."""
-        distance = self._from_prior()
+        distance = self._distance()
         return distance if self._remaining is None else max(self._remaining, _LEAST_REMAINING * distance)
 
     def _wanted_kl(self, distance: float) -> float:
