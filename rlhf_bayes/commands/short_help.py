@@ -75,7 +75,7 @@ SHORT_HELP = {
             ),
             "Model and prompts": (*_MODEL, *_PROMPTS),
             "Training": (
-                Flag("learning_rate", "Step size. With a model of your own, adapted to what steps do.", "0.0003"),
+                Flag("learning_rate", "Step size. Default: adapted to how far steps move the policy."),
                 Flag("max_steps", "Optimizer steps.", "300"),
                 *_TRAINING,
                 Flag("critic", "ridge, shared or separate.", "ridge"),
@@ -99,7 +99,7 @@ SHORT_HELP = {
             ),
             "Model and prompts": (*_MODEL, *_PROMPTS),
             "Training": (
-                Flag("learning_rate", "Step size. With a model of your own, adapted to what steps do.", "0.0005"),
+                Flag("learning_rate", "Step size. Default: adapted to how far steps move the policy."),
                 Flag("max_steps", "Optimizer steps.", "300"),
                 *_TRAINING,
             ),

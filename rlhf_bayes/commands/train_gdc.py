@@ -31,7 +31,6 @@ DEFAULTS |= {"report_prompts": 32, "report_samples": 64}
 # defaults of the bundled model; with another model, those of the configuration apply
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
-    "learning_rate": 5e-4,
     "max_steps": 300,
     "num_iterations": 2,
     "per_device_train_batch_size": 64,

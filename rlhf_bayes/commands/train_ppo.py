@@ -25,7 +25,6 @@ DEFAULTS = {"output_dir": "runs/ppo_klrl", "use_cpu": ON_CPU, "bf16": not ON_CPU
 TOY_DEFAULTS = {
     "model_name_or_path": toy.model_path(),
     "beta": 0.25,
-    "learning_rate": 3e-4,
     "max_steps": 300,
     "per_device_train_batch_size": 64,
     "num_generations": 8,
