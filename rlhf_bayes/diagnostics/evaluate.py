@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 _ARRIVED = 0.1
-"""Share of the prior's distance to the posterior below which a policy counts as arrived."""
+"""Share of the prior's distance to the posterior below which more training is not what would raise the reward."""
 _HARM = (
     "Training has led away from the posterior, further than the prior is: lower the learning rate, or go back to an "
     "earlier checkpoint."
@@ -112,7 +112,10 @@ class Evaluation(Described):
         left = gap.mean / start.mean if start.mean > 0 else 0.0
         if left <= _ARRIVED:
             advice = ": if that is not enough, another posterior is needed (lower β, other reward), not more training."
-            return f"The policy has arrived, as far as these draws can tell.{rewards + advice if rewards else ''}"
+            text = f"Of the prior's distance, {100 * max(left, 0.0):.0f}% is left."
+            if gap.low <= 0:
+                text = "The policy has arrived, as far as these draws can tell."
+            return text + (rewards + advice if rewards else "")
         if gain.low <= 0:
             text = "Its distance cannot be told from the prior's: train longer, or with another learning rate."
             if abs(gain.mean) > 2 * gain.draws_standard_error:

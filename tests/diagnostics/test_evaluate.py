@@ -245,6 +245,8 @@ def verdict_of(large_toy):
     [
         (0.0, "cannot be told from the prior's", "not more training"),
         (0.5, "more training can bring the policy closer", "not more training"),
+        (0.8, "% is left. The policy's reward is", "arrived"),
+        (1.0, "The policy has arrived, as far as these draws can tell. The policy's reward is", "is left"),
         (1.0, "another posterior is needed (lower β, other reward), not more training", "can bring"),
         (-1.0, "led away from the posterior", "not more training"),
     ],
