@@ -35,7 +35,8 @@ class Summary:
 
     task: str
     method: str
-    learning_rate: float
+    learning_rate: str
+    """The word "adapted" where the trainer changes it."""
     by_rate: dict[float, float]
     """KL(π‖π*) of the runs that chose the rate."""
     gaps: torch.Tensor
@@ -68,7 +69,7 @@ class Summary:
         return cls(
             task,
             method,
-            rows[0][0].learning_rate,
+            "adapted" if rows[0][0].method.options.get("adapt_learning_rate") else f"{rows[0][0].learning_rate:g}",
             choices_of(results, task, method),
             gaps,
             torch.tensor([one["forward_kl"] for one in found], dtype=torch.float64),
@@ -148,7 +149,7 @@ def table_rows(summaries: list[Summary]) -> list[list[str]]:
         rows.append(
             [
                 one.method,
-                f"{one.learning_rate:g}",
+                one.learning_rate,
                 str(one.gap),
                 " ".join(f"{gap:.3f}" for gap in seeds.tolist()),
                 beside,
