@@ -22,10 +22,15 @@ def kind_but():
 """
 
 
-@pytest.fixture
-def run_in_process(recipe, monkeypatch, tmp_path):
-    """Runs main() with flags in an empty folder."""
+@pytest.fixture(autouse=True)
+def empty_folder(monkeypatch, tmp_path):
+    """A recipe refuses an output folder that holds a run, as `runs/` of this folder does after `make ppo`."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run_in_process(recipe, monkeypatch):
+    """Runs main() with flags in an empty folder."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "120")
 
