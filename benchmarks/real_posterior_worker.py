@@ -68,7 +68,7 @@ class Run:
     def path(self, folder: Path, fingerprint: str) -> Path:
         """Its file: a legible name with a hash of all settings and of the task's `fingerprint`."""
         method = {"trainer": self.method.trainer, "options": self.method.options}
-        if self.method.lora:
+        if self.method.lora:  # results with all weights keep the names that they had before there was a choice
             method["lora"] = True
         settings = asdict(self) | {"method": method, "fingerprint": fingerprint}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

@@ -110,11 +110,10 @@ class Evaluation(Described):
         if gain.high < 0:
             return _HARM + (f"{rewards}." if rewards else "")
         left = gap.mean / start.mean if start.mean > 0 else 0.0
+        remains = f"Of the prior's distance, {100 * left:.0f}% is left"
         if left <= _ARRIVED:
             advice = ": if that is not enough, another posterior is needed (lower β, other reward), not more training."
-            text = f"Of the prior's distance, {100 * max(left, 0.0):.0f}% is left."
-            if gap.low <= 0:
-                text = "The policy has arrived, as far as these draws can tell."
+            text = "The policy has arrived, as far as these draws can tell." if gap.low <= 0 else f"{remains}."
             return text + (rewards + advice if rewards else "")
         if gain.low <= 0:
             text = "Its distance cannot be told from the prior's: train longer, or with another learning rate."
@@ -122,7 +121,7 @@ class Evaluation(Described):
                 # for these prompts the difference is known
                 text = f"The difference cannot be told from chance over {gain.prompts} prompts: evaluate more of them."
             return text + (f"{rewards}." if rewards else "")
-        text = f"Of the prior's distance, {100 * left:.0f}% is left: more training can bring the policy closer"
+        text = f"{remains}: more training can bring the policy closer"
         return text + (f", and its reward towards the posterior's.{rewards}." if rewards else ".")
 
     def to_pandas(self) -> "DataFrame":

@@ -44,10 +44,11 @@ class Statement:
         """The number with its error."""
         if math.isnan(self.mean):
             return "not known"
-        exact = self.standard_error == 0 and math.isinf(self.freedom)
-        error = "" if exact else f" ± {self.standard_error:.2g}"
         if math.isnan(self.standard_error):
             error = " (one value)"
+        else:
+            exact = self.standard_error == 0 and math.isinf(self.freedom)
+            error = "" if exact else f" ± {self.standard_error:.2g}"
         return f"{self.mean:.4g}{error} {self.unit}".strip().replace("-", "−")
 
     @property

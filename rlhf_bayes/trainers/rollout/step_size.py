@@ -41,9 +41,9 @@ class StepSize(TrainerCallback):
 
         KL(π‖π') = 0.01 · KL(π‖π*) · n/64
 
-    KL(π‖π*) is what remains: `posterior/gap`, averaged over the last ten rollouts, from KL(π0‖π*) on. Where the gap is
-    not known, it stays KL(π0‖π*). Near the posterior the noise of the gradient is all that moves the policy, so steps
-    that stayed as long as the first ones would keep it away.
+    KL(π‖π*) is what remains: `posterior/gap`, averaged over the last ten rollouts, from KL(π0‖π*) on, and counted as
+    0.05 to 2 times KL(π0‖π*). Where the gap is not known, it stays KL(π0‖π*). Near the posterior the noise of the
+    gradient is all that moves the policy, so steps that stayed as long as the first ones would keep it away.
 
     n is the number of completions that are drawn for each optimizer step. The noise of a gradient falls like 1/n, so
     that the step may be so much longer, and each completion moves the policy as far, however a batch is divided into
