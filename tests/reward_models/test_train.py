@@ -129,7 +129,8 @@ def test_wrong_flags_end_before_the_model_is_loaded(script, run, monkeypatch, fl
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
-def test_the_configurations_are_understood(script, monkeypatch, path):
+def test_the_configurations_are_understood(script, monkeypatch, tmp_path, path):
+    monkeypatch.chdir(tmp_path)  # a folder of this one may hold a run
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), "--bf16", "false", "--use_cpu", "true"])
     parsed = {name: value for part in script.parse_arguments() for name, value in vars(part).items()}
     for name, value in yaml.safe_load(path.read_text()).items():
